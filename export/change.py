@@ -1,0 +1,182 @@
+"""Profile: how much every block changes from step to step (eq. 6), streaming.
+
+Full sampling for P prompts x R seeds with guidance as in use; only each block's previous output is
+held. The result is mean and standard deviation over images of ``change[S, K]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from blockcache.runtime.bundle import read_tensors, write_tensors
+from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.plan import Schedule
+from blockcache.runtime.solver import SolverTables
+
+from .cached_unet import CachedUNet, denoise
+from .model import SourceModel
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Prompts to measure with: the model's conditions, by name, float32 [P or 1, ...]."""
+
+    positive: Mapping[str, np.ndarray]
+    negative: Mapping[str, np.ndarray]  # the unconditional prompt, [1, ...] or [P, ...]
+
+    @property
+    def prompts(self) -> int:
+        """P."""
+        return max(len(values) for values in self.positive.values())
+
+    def pick(self, indices: list[int], guided: bool) -> dict[str, torch.Tensor]:
+        """Conditions of some prompts, the unconditional half first where guided."""
+        picked = {}
+        for name, values in self.positive.items():
+            halves = [_rows(values, indices)]
+            if guided:
+                halves.insert(0, _rows(self.negative.get(name, values), indices))
+            picked[name] = torch.from_numpy(np.concatenate(halves))
+        return picked
+
+
+def _rows(values: np.ndarray, indices: list[int]) -> np.ndarray:
+    return values[[0 if len(values) == 1 else index for index in indices]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """How much to measure (paper, section 3.2: 32 prompts x 2 seeds)."""
+
+    prompts: int = 32
+    seeds: int = 2
+    images_at_once: int = 8
+
+    def __post_init__(self) -> None:
+        if min(self.prompts, self.seeds, self.images_at_once) < 1:
+            raise ConfigError(f"Profile at least one prompt, seed and image at once; got {self}.")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured change, eq. 6."""
+
+    mean: np.ndarray  # float32 [S, K]; row 0 is 0
+    std: np.ndarray  # float32 [S, K], over images
+    images: int
+
+
+class _Accumulator:
+    """Sums over images of the change and its square: all that a profile keeps."""
+
+    def __init__(self, steps: int, blocks: int) -> None:
+        self.sums = np.zeros((2, steps, blocks))  # of change, of its square
+        self.images = 0
+
+    def profile(self) -> Profile:
+        mean, square = self.sums / max(self.images, 1)
+        std = np.sqrt(np.maximum(square - mean**2, 0.0))
+        return Profile(mean.astype(np.float32), std.astype(np.float32), self.images)
+
+    def save(self, path: Path) -> None:
+        write_tensors(path, {"sums": self.sums, "images": np.array([self.images], np.int64)})
+
+    def load(self, path: Path) -> None:
+        tensors = read_tensors(path)
+        if tensors["sums"].shape == self.sums.shape:
+            self.sums, self.images = tensors["sums"], int(tensors["images"][0])
+
+
+def relative_change(fresh: torch.Tensor, previous: torch.Tensor, images: int) -> np.ndarray:
+    """L1_rel of eq. 6 per image: float64 [images].
+
+    An image's entries in the batch (its conditional and unconditional halves) are taken together.
+    """
+    batch = fresh.shape[0]
+    difference = (fresh - previous).abs().double().reshape(batch, -1).sum(1)
+    norm = fresh.abs().double().reshape(batch, -1).sum(1)
+    # Halves come one after the other: entry i and entry images + i belong to image i.
+    difference, norm = (t.reshape(-1, images).sum(0) for t in (difference, norm))
+    return (difference / norm.clamp_min(torch.finfo(torch.float64).tiny)).numpy()
+
+
+def measure_change(
+    model: SourceModel,
+    tables: SolverTables,
+    calibration: Calibration,
+    guidance_scale: float,
+    options: ProfileOptions,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    checkpoint: Path | None = None,
+) -> Profile:
+    """Run full sampling and measure every block at every step.
+
+    Args:
+        model: the U-Net, float32.
+        tables: solver and steps.
+        calibration: prompts; the first ``options.prompts`` of them are used.
+        guidance_scale: as in use; 1 means none.
+        options: how much to measure.
+        progress: called with (images done, images in all).
+        checkpoint: a file that holds the sums so far; a run that finds it goes on from there.
+    """
+    prompts = min(options.prompts, calibration.prompts)
+    jobs = [(prompt, seed) for seed in range(options.seeds) for prompt in range(prompts)]
+    accumulator = _Accumulator(len(tables.timesteps), len(model.blocks))
+    if checkpoint is not None and checkpoint.is_file():
+        accumulator.load(checkpoint)
+    with CachedUNet(model) as cached:
+        while accumulator.images < len(jobs):
+            if progress is not None:
+                progress(accumulator.images, len(jobs))
+            batch = jobs[accumulator.images : accumulator.images + options.images_at_once]
+            _measure_batch(cached, tables, calibration, guidance_scale, batch, accumulator)
+            if checkpoint is not None:
+                accumulator.save(checkpoint)
+    if progress is not None:
+        progress(len(jobs), len(jobs))
+    return accumulator.profile()
+
+
+def _measure_batch(
+    cached: CachedUNet,
+    tables: SolverTables,
+    calibration: Calibration,
+    guidance_scale: float,
+    jobs: list[tuple[int, int]],
+    accumulator: _Accumulator,
+) -> None:
+    """Sample one batch of (prompt, seed) jobs and add its change to the sums."""
+    model, images = cached.model, len(jobs)
+    previous: list[torch.Tensor] = []
+
+    def after_step(step: int) -> None:
+        fresh = [block.history[0] for block in cached.blocks]
+        if step:
+            for k, (new, old) in enumerate(zip(fresh, previous, strict=True)):
+                change = relative_change(new, old, images)
+                accumulator.sums[:, step, k] += change.sum(), (change**2).sum()
+        previous[:] = fresh
+
+    conditions = calibration.pick([prompt for prompt, _ in jobs], guidance_scale != 1.0)
+    schedule = Schedule.uncached(len(tables.timesteps), len(model.blocks))
+    noise = _noise(model, jobs)
+    denoise(cached, tables, schedule, None, noise, conditions, guidance_scale, after_step)
+    accumulator.images += images
+
+
+def _noise(model: SourceModel, jobs: list[tuple[int, int]]) -> torch.Tensor:
+    """One generator a (prompt, seed): the same noise whatever the batching."""
+    shape = (int(model.unet.config.in_channels), *model.sample_size)
+    return torch.stack(
+        [
+            torch.randn(shape, generator=torch.Generator().manual_seed(1_000_003 * seed + prompt))
+            for prompt, seed in jobs
+        ]
+    )

@@ -1,0 +1,202 @@
+"""Export: torch U-Net to ONNX segments that share one weights file (DESIGN 3.5).
+
+``export_segments`` runs ``torch.onnx.export`` once on the whole U-Net with prime-coded static
+shapes, then the passes align, hoist, split and symbolic. Weights are written once; everything
+after the export handles them as offsets into that file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from blockcache.runtime.errors import ConfigError, ExportError
+from blockcache.runtime.plan import AXES, DTYPE_BYTES, Dim, Segment, Sizes, TensorSpec
+
+from .cost import graph_flops
+from .model import SourceModel, UNetCall
+from .passes.align import align
+from .passes.hoist import BOUNDARY_PREFIX, classify
+from .passes.simplify import simplify
+from .passes.split import Piece, split
+from .passes.symbolic import SizeCode, generalize
+
+OPSET = 22
+"""Opset 20 has no bf16 normalisation; 23 emits Attention, which engines build worse."""
+
+WEIGHTS_FILE = "weights.bin"
+_PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How the U-Net is cut and typed."""
+
+    precision: str = "float32"  # of weights and activations: float32, bfloat16 or float16
+    outputs: int = 1  # computed outputs that a reuse may combine: 1, or 2 for history
+    hoist: bool = True  # move what does not depend on the sample out of the loop
+
+    def __post_init__(self) -> None:
+        if self.precision not in _PRECISIONS:
+            raise ConfigError(f"Expected a precision of {_PRECISIONS}, got {self.precision!r}.")
+        if self.outputs not in (1, 2):
+            raise ConfigError(f"A reuse combines 1 or 2 computed outputs; got {self.outputs}.")
+
+
+def export_segments(
+    model: SourceModel, folder: Path, options: ExportOptions
+) -> tuple[Segment, ...]:
+    """Write ``folder/*.onnx`` and ``folder/weights.bin``; returns the segments in running order.
+
+    The last one, role ``whole``, is the uncut model: the yardstick for exactness and speed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    code = _code_for(model)
+    traced = folder / "traced.onnx"
+    _trace(model, code, traced)
+    try:
+        return _cut(model, traced, code, options)
+    finally:
+        traced.unlink()
+
+
+def default_sizes(model: SourceModel, batch: int = 2) -> dict[str, int]:
+    """The model's own sizes; batch 2 is one image with guidance."""
+    height, width = model.sample_size
+    return dict(zip(AXES, (batch, height, width, model.tokens), strict=True))
+
+
+def _code_for(model: SourceModel) -> SizeCode:
+    sizes = {size for tensor in model.unet.parameters() for size in tensor.shape}
+    sizes |= {int(size) for c in model.conditions for size in c.shape if isinstance(size, int)}
+    return SizeCode.avoiding(sizes, model.downsampling)
+
+
+def _example(model: SourceModel, code: SizeCode) -> tuple[torch.Tensor, ...]:
+    """Inputs of the prime-coded shapes; their values do not matter."""
+    dtype = next(model.unet.parameters()).dtype
+    axes = {"batch": code.batch, "tokens": code.tokens}
+    spatial = (code.height * code.downsampling, code.width * code.downsampling)
+    sample = torch.zeros(code.batch, model.unet.config.in_channels, *spatial, dtype=dtype)
+    conditions = [
+        torch.zeros(
+            [axes[size] if isinstance(size, str) else size for size in condition.shape],
+            dtype=torch.int64 if condition.dtype == "int64" else dtype,
+        )
+        for condition in model.conditions
+    ]
+    return (sample, torch.zeros(code.batch), *conditions)
+
+
+def _trace(model: SourceModel, code: SizeCode, path: Path) -> None:
+    """``torch.onnx.export`` of the whole U-Net; weights go to ``weights.bin`` beside ``path``."""
+    names = [condition.name for condition in model.conditions]
+    with _quiet():
+        program = torch.onnx.export(
+            UNetCall(model.unet, names),
+            _example(model, code),
+            input_names=["sample", "timestep", *names],
+            output_names=["model_output"],
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None
+    ir.save(program.model, path, external_data=f"{WEIGHTS_FILE}.partial")
+    os.replace(path.with_name(f"{WEIGHTS_FILE}.partial"), path.with_name(WEIGHTS_FILE))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's prints and warnings are about its own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _load(path: Path) -> ir.Model:
+    """The traced model, simplified, its weights left on disk."""
+    model = ir.load(path)
+    simplify(model.graph)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.ExternalTensor(
+                WEIGHTS_FILE,
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name,
+                base_dir=path.parent,
+            )
+    return model
+
+
+def _cut(
+    model: SourceModel, traced: Path, code: SizeCode, options: ExportOptions
+) -> tuple[Segment, ...]:
+    """The passes, in order, and the files they end in."""
+    sizes = default_sizes(model)
+    conditions = [condition.name for condition in model.conditions]
+    loaded = _load(traced)
+    graph = loaded.graph
+    blocks = align(graph, [block.path for block in model.blocks], options.outputs)
+    hoistable = classify(graph, conditions)
+    if not options.hoist:
+        hoistable = dict.fromkeys(hoistable, "loop")
+    segments = [
+        _write(piece, traced.parent, code, loaded.ir_version, sizes)
+        for piece in split(graph, blocks, hoistable)
+    ]
+    uncut = _load(traced).graph
+    whole = Piece("whole", "whole", None, uncut)
+    return (*segments, _write(whole, traced.parent, code, loaded.ir_version, sizes))
+
+
+def _write(piece: Piece, folder: Path, code: SizeCode, ir_version: int, sizes: Sizes) -> Segment:
+    """Generalise a piece, save it beside the weights, and describe it."""
+    graph = piece.graph
+    flops = graph_flops(graph, code).at(sizes)
+    names = [value.name or "" for value in graph.inputs]
+    rows = [name for name in names if name.startswith(BOUNDARY_PREFIX["time"])]
+    generalize(graph, code, rows)
+    for node in graph:
+        node.metadata_props.clear()
+    graph.name = piece.name
+    path = folder / f"{piece.name}.onnx"
+    ir.save(ir.Model(graph, ir_version=ir_version), path)
+    inputs = tuple(_spec(value) for value in graph.inputs)
+    outputs = tuple(_spec(value) for value in graph.outputs)
+    return Segment(piece.name, piece.role, path.name, inputs, outputs, piece.block, flops)
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    """A boundary tensor as the manifest describes it."""
+    if value.name is None or value.shape is None or value.dtype is None:
+        raise ExportError(f"A boundary tensor lacks name, shape or dtype: {value}.")
+    dtype = {ir.DataType.FLOAT: "float32"}.get(value.dtype, value.dtype.name.lower())
+    if dtype not in DTYPE_BYTES:
+        raise ExportError(
+            f"Boundary tensor {value.name!r} has dtype {dtype}; expected {sorted(DTYPE_BYTES)}."
+        )
+    dims = (
+        Dim.parse(size.value or "" if isinstance(size, ir.SymbolicDim) else size)
+        for size in value.shape
+    )
+    return TensorSpec(value.name, dtype, tuple(dims))

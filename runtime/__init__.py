@@ -1,0 +1,58 @@
+"""blockcache.runtime: open a bundle, denoise. Imports numpy and one engine library.
+
+It never imports torch, diffusers or onnx, so that a service can embed it.
+"""
+
+from .bundle import Bundle, Manifest
+from .engine import Backend, EmptyBackend, Engine
+from .errors import (
+    BlockCacheError,
+    BundleError,
+    BundleFormatError,
+    BundleIntegrityError,
+    BundlePathError,
+    Cancelled,
+    ConfigError,
+    EngineError,
+    ExportError,
+    InputError,
+    MissingExtraError,
+    UnknownPresetError,
+    UnsupportedModelError,
+)
+from .plan import Alignment, Preset, Schedule, Segment, TensorSpec
+from .record import RunRecord
+from .session import Denoised, Progress, Session
+from .solver import NoiseSchedule, SolverConfig
+
+__all__ = [
+    "Alignment",
+    "Backend",
+    "BlockCacheError",
+    "Bundle",
+    "BundleError",
+    "BundleFormatError",
+    "BundleIntegrityError",
+    "BundlePathError",
+    "Cancelled",
+    "ConfigError",
+    "Denoised",
+    "EmptyBackend",
+    "Engine",
+    "EngineError",
+    "ExportError",
+    "InputError",
+    "Manifest",
+    "MissingExtraError",
+    "NoiseSchedule",
+    "Preset",
+    "Progress",
+    "RunRecord",
+    "Schedule",
+    "Segment",
+    "Session",
+    "SolverConfig",
+    "TensorSpec",
+    "UnknownPresetError",
+    "UnsupportedModelError",
+]

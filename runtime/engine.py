@@ -1,0 +1,95 @@
+"""What an engine library must offer, an engine that does nothing, and the choice of library.
+
+An ``Engine`` is one loaded segment, shared by every session of the process. ``bind`` fixes the
+addresses of its tensors and returns a ``Launch``: a callable without arguments, all that the
+denoising loop ever sees.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeAlias
+
+from .bundle import Bundle
+from .device import Device, HostDevice, Tensor
+from .errors import ConfigError
+from .plan import Segment
+
+Launch: TypeAlias = Callable[[], None]
+"""Run a segment on the tensors it was bound to."""
+
+
+class Engine(Protocol):
+    """One loaded segment."""
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
+        """Fix the addresses of all inputs and outputs."""
+
+
+class Backend(Protocol):
+    """An engine library on a device."""
+
+    name: str  # with its options: equal names load interchangeable engines
+    device: Device
+
+    def load(self, bundle: Bundle, segment: Segment) -> Engine:
+        """Load a segment's engine; EngineError where the library refuses it."""
+
+
+_shared: weakref.WeakValueDictionary[tuple[str, str, str], Engine] = weakref.WeakValueDictionary()
+_shared_lock = threading.Lock()
+
+
+def load_shared(backend: Backend, bundle: Bundle, segment: Segment) -> Engine:
+    """The engine of a segment, loaded once a process and freed with its last session."""
+    path = bundle.segment_path(segment).resolve()
+    content = bundle.manifest.files[f"segments/{segment.file}"].sha256
+    key = (backend.name, str(path), content)
+    with _shared_lock:
+        engine = _shared.get(key)
+        if engine is None:
+            engine = _shared[key] = backend.load(bundle, segment)
+        return engine
+
+
+class EmptyBackend:
+    """Engines that do nothing, on the host: what remains is the orchestration's own cost."""
+
+    name = "empty"
+
+    def __init__(self) -> None:
+        self.device = HostDevice()
+
+    def load(self, bundle: Bundle, segment: Segment) -> EmptyEngine:
+        """An engine without a library."""
+        return EmptyEngine()
+
+
+class EmptyEngine:
+    """Binds anything and launches nothing."""
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
+        """A launch that returns at once."""
+        return _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
+def make_backend(name: str = "auto", *, threads: int | None = None) -> Backend:
+    """The engine library called ``name``: ``ort``, ``empty``, or ``auto`` for the best there is.
+
+    Raises:
+        ConfigError: unknown name.
+        MissingExtraError: the library is not installed; the message holds the pip command.
+    """
+    if name == "empty":
+        return EmptyBackend()
+    if name in ("auto", "ort"):
+        from .engine_ort import OrtBackend
+
+        return OrtBackend(threads=threads)
+    raise ConfigError(f"Expected a backend of 'auto', 'ort' or 'empty', got {name!r}.")

@@ -1,0 +1,84 @@
+"""Engines of ONNX Runtime on the CPU, bound with IO binding to preallocated buffers.
+
+Two settings are a must for many small sessions in one process: idle threads must not spin (they
+would take the cores from the session that runs), and the per-session memory arena must be off (each
+would keep its own peak).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from .bundle import Bundle
+from .device import HostDevice, Tensor
+from .engine import Launch
+from .errors import EngineError, MissingExtraError
+from .plan import Segment
+
+try:
+    import onnxruntime as ort
+except ImportError:  # reported when a backend is made: importing this file stays free
+    ort = None
+
+
+class OrtBackend:
+    """ONNX Runtime's CPU execution provider."""
+
+    def __init__(self, *, threads: int | None = None) -> None:
+        if ort is None:
+            raise MissingExtraError.of("onnxruntime", "cpu", "Running a bundle on the CPU")
+        self.name = f"ort-cpu-{threads or 0}"
+        self.device = HostDevice()
+        self._options = ort.SessionOptions()
+        self._options.intra_op_num_threads = threads or 0  # 0: one a physical core
+        self._options.inter_op_num_threads = 1
+        self._options.enable_cpu_mem_arena = False
+        self._options.log_severity_level = 3
+        self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+    def load(self, bundle: Bundle, segment: Segment) -> OrtEngine:
+        """Load a segment; its weights are mapped from the bundle's shared file."""
+        if bundle.model.precision != "float32":
+            raise EngineError(
+                f"ONNX Runtime's CPU provider runs float32 bundles; this one is "
+                f"{bundle.model.precision}. Compile with --precision float32, or use TensorRT."
+            )
+        path = str(bundle.segment_path(segment))
+        try:
+            session = ort.InferenceSession(
+                path, self._options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise EngineError(
+                f"ONNX Runtime {ort.__version__} cannot load segment {segment.name!r}: {error}"
+            ) from error
+        return OrtEngine(segment, session)
+
+
+class OrtEngine:
+    """One ONNX Runtime session."""
+
+    def __init__(self, segment: Segment, session: Any) -> None:
+        self._segment = segment
+        self._session = session
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
+        """IO binding of every input and output to its host buffer."""
+        binding = self._session.io_binding()
+        for spec in self._segment.inputs:
+            value = ort.OrtValue.ortvalue_from_numpy(tensors[spec.name].array)
+            binding.bind_ortvalue_input(spec.name, value)
+        for spec in self._segment.outputs:
+            value = ort.OrtValue.ortvalue_from_numpy(tensors[spec.name].array)
+            binding.bind_ortvalue_output(spec.name, value)
+        return functools.partial(self._launch, binding)
+
+    def _launch(self, binding: Any) -> None:
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise EngineError(
+                f"ONNX Runtime failed in segment {self._segment.name!r}: {error}"
+            ) from error

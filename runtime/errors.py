@@ -1,0 +1,86 @@
+"""Everything blockcache raises on purpose.
+
+::
+
+    BlockCacheError
+    ├── ConfigError             an option or combination of options that cannot work
+    ├── UnsupportedModelError   a model feature that the exporter refuses by name
+    ├── MissingExtraError       an optional package is not installed; names the pip command
+    ├── BundleError             something is wrong with a bundle on disk
+    │   ├── BundleFormatError       not a bundle, unknown version, malformed manifest
+    │   ├── BundlePathError         a path that leaves the bundle's folder
+    │   ├── BundleIntegrityError    a file is missing, truncated or altered
+    │   └── UnknownPresetError      no preset of that name
+    ├── InputError              a tensor given to the runtime has the wrong shape, dtype or values
+    ├── EngineError             the engine library failed; carries its message and the segment
+    ├── ExportError             a graph the passes do not understand; names the node
+    └── Cancelled               the caller cancelled a running denoise
+
+Every message says what was expected, what came, and what to do, in that order.
+"""
+
+from __future__ import annotations
+
+
+class BlockCacheError(Exception):
+    """Base of every error that blockcache raises on purpose."""
+
+
+class ConfigError(BlockCacheError, ValueError):
+    """An option, or a combination of options, that cannot work."""
+
+
+class UnsupportedModelError(BlockCacheError):
+    """The model uses a feature that the exporter does not support; the message names it."""
+
+
+class MissingExtraError(BlockCacheError, ImportError):
+    """An optional dependency is not installed; the message holds the pip command."""
+
+    @classmethod
+    def of(cls, package: str, extra: str, purpose: str) -> MissingExtraError:
+        """Build the error for ``package``, which the pip extra ``extra`` brings."""
+        return cls(
+            f"{purpose} needs the package {package}, which is not installed. "
+            f"Install it with: pip install 'blockcache[{extra}]'"
+        )
+
+
+class BundleError(BlockCacheError):
+    """Something is wrong with a bundle on disk."""
+
+
+class BundleFormatError(BundleError):
+    """Not a bundle, an unknown format version, or a malformed manifest."""
+
+
+class BundlePathError(BundleError):
+    """A path in the manifest leaves the bundle's folder."""
+
+
+class BundleIntegrityError(BundleError):
+    """A file of the bundle is missing, truncated or altered."""
+
+
+class UnknownPresetError(BundleError, KeyError):
+    """The bundle holds no preset of the name asked for."""
+
+    def __str__(self) -> str:
+        """The message itself: KeyError would print its repr."""
+        return str(self.args[0])
+
+
+class InputError(BlockCacheError, ValueError):
+    """A tensor given to the runtime has the wrong shape, dtype or values."""
+
+
+class EngineError(BlockCacheError):
+    """The engine library failed; the message names the segment and quotes the library."""
+
+
+class ExportError(BlockCacheError):
+    """A graph that the export passes do not understand; the message names the node."""
+
+
+class Cancelled(BlockCacheError):
+    """The caller cancelled a running ``denoise``."""

@@ -1,0 +1,312 @@
+"""The data that flows from the exporter to the runtime: shapes, segments, schedules, presets.
+
+All types are frozen and validated when they are made. S steps, K blocks, N C H W as usual.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from .errors import ConfigError
+
+AXES = ("batch", "height", "width", "tokens")
+"""The sizes a tensor may depend on: engine batch, latent height and width, prompt length."""
+
+Sizes: TypeAlias = Mapping[str, int]
+"""A value for every axis of ``AXES``."""
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+
+Role: TypeAlias = Literal["trunk", "block", "prompt", "condition", "time", "whole"]
+ROLES: tuple[Role, ...] = ("trunk", "block", "prompt", "condition", "time", "whole")
+LOOP_ROLES: tuple[Role, ...] = ("condition", "trunk", "block")
+
+
+def block_output_name(k: int) -> str:
+    """The boundary tensor C_k, the output of block k computed last."""
+    return f"block_{k}"
+
+
+def previous_output_name(k: int) -> str:
+    """The output of block k computed before the last one (alignment with history only)."""
+    return f"block_{k}_before"
+
+
+def coefficient_names(k: int, outputs: int) -> tuple[str, ...]:
+    """Table inputs of block k, in the order of the rows of ``Alignment.tables[k]``."""
+    names = (f"scale_{k}", f"before_{k}", f"shift_{k}")
+    return names if outputs == 2 else (names[0], names[2])
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension as a monomial: ``coefficient * axis * axis ...``.
+
+    Examples:
+        >>> Dim.parse("height/4").value({"batch": 2, "height": 64, "width": 64, "tokens": 77})
+        16
+        >>> str(Dim(Fraction(8), ("batch",)))
+        '8*batch'
+    """
+
+    coefficient: Fraction
+    axes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.coefficient <= 0:
+            raise ConfigError(f"A dimension is positive; got the coefficient {self.coefficient}.")
+        if any(axis not in AXES for axis in self.axes):
+            raise ConfigError(f"A dimension depends on {AXES} only; got {self.axes}.")
+
+    def value(self, sizes: Sizes) -> int:
+        """The dimension at ``sizes``; ConfigError where it is no whole number."""
+        product = self.coefficient
+        for axis in self.axes:
+            product *= sizes[axis]
+        if product.denominator != 1:
+            raise ConfigError(
+                f"The dimension {self} must be a whole number; it is {product} for {dict(sizes)}. "
+                f"Choose sizes divisible by the model's downsampling factor."
+            )
+        return int(product)
+
+    @classmethod
+    def parse(cls, text: str | int) -> Dim:
+        """Read ``"8*batch"``, ``"height*width/16"`` or a number."""
+        match = re.fullmatch(r"([a-z0-9*]+)(?:/([0-9]+))?", str(text))
+        if not match:
+            raise ConfigError(f"Expected a dimension such as 'height*width/16', got {text!r}.")
+        factors = match.group(1).split("*")
+        coefficient = Fraction(1, int(match.group(2) or 1))
+        axes = []
+        for factor in factors:
+            if factor.isdigit():
+                coefficient *= int(factor)
+            else:
+                axes.append(factor)
+        return cls(coefficient, tuple(sorted(axes)))
+
+    def __str__(self) -> str:
+        number = self.coefficient.numerator
+        factors = ([str(number)] if number != 1 or not self.axes else []) + list(self.axes)
+        over = self.coefficient.denominator
+        return "*".join(factors) + (f"/{over}" if over != 1 else "")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and symbolic shape of a tensor that enters or leaves a segment."""
+
+    name: str
+    dtype: str
+    dims: tuple[Dim, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise ConfigError(
+                f"Tensor {self.name!r}: expected a dtype of {sorted(DTYPE_BYTES)}, "
+                f"got {self.dtype!r}."
+            )
+
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """The concrete shape at ``sizes``."""
+        return tuple(dim.value(sizes) for dim in self.dims)
+
+    def bytes(self, sizes: Sizes) -> int:
+        """The size in bytes at ``sizes``."""
+        return DTYPE_BYTES[self.dtype] * int(np.prod(self.shape(sizes), dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One ONNX subgraph, which becomes one engine.
+
+    Roles: ``condition``, ``trunk`` and ``block`` run in the denoising loop, in the order of the
+    bundle's list; ``prompt`` runs once per image; ``time`` runs offline, once per preset;
+    ``whole`` is the uncut model, for comparison.
+    """
+
+    name: str
+    role: Role
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    block: int | None = None  # index k in 0..K-1 for role "block"
+    flops: int = 0  # multiply-adds counted as two, at the model's default sizes
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ConfigError(f"Segment {self.name!r}: role {self.role!r} is none of {ROLES}.")
+        if (self.role == "block") != (self.block is not None):
+            raise ConfigError(f"Segment {self.name!r}: a block, and only a block, has an index.")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which block is recomputed at which step (DESIGN: ``recompute[S, K]``, eq. 7).
+
+    ``recompute`` is indexed by step number, never by timestep: solver spacings repeat timesteps.
+    """
+
+    recompute: np.ndarray  # bool [S, K]
+
+    def __post_init__(self) -> None:
+        table = np.asarray(self.recompute)
+        if table.dtype != np.bool_ or table.ndim != 2 or 0 in table.shape:
+            raise ConfigError(
+                f"A schedule is a boolean table [steps, blocks]; got {table.dtype} {table.shape}."
+            )
+        if not table[0].all():
+            missing = np.flatnonzero(~table[0]).tolist()
+            raise ConfigError(
+                f"Step 0 must recompute every block, there is nothing to reuse yet; "
+                f"blocks {missing} are reused there."
+            )
+        table = table.copy()
+        table.setflags(write=False)
+        object.__setattr__(self, "recompute", table)
+
+    @property
+    def steps(self) -> int:
+        """S, the number of denoising steps."""
+        return int(self.recompute.shape[0])
+
+    @property
+    def blocks(self) -> int:
+        """K, the number of blocks."""
+        return int(self.recompute.shape[1])
+
+    @classmethod
+    def uncached(cls, steps: int, blocks: int) -> Schedule:
+        """The schedule that recomputes every block at every step."""
+        return cls(np.ones((steps, blocks), np.bool_))
+
+    def started_at(self, start: int) -> Schedule:
+        """The schedule of a run whose first executed step is ``start`` (image-to-image).
+
+        The first executed step recomputes all: cache state never outlives a request.
+        """
+        table = self.recompute[start:].copy()
+        table[0] = True
+        return Schedule(table)
+
+    def computed_fraction(self, cost: np.ndarray | None = None) -> float:
+        """Share of the blocks' work that is done; ``cost`` float [K] weighs the blocks."""
+        weight = np.ones(self.blocks) if cost is None else np.asarray(cost, np.float64)
+        return float((self.recompute * weight).sum() / (weight.sum() * self.steps))
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Per block, per step, per channel coefficients of a reused output (section 3.4).
+
+    ``tables[k]`` is float32 [S, A, C_k]. A = 2: rows (scale, shift) and
+    ``y = x + scale * C_last + shift``. A = 3: rows (scale, before, shift) and
+    ``y = x + scale * C_last + before * C_before + shift``, C_before being the output computed
+    before the last one.
+    """
+
+    tables: tuple[np.ndarray, ...]
+
+    def __post_init__(self) -> None:
+        rows = {table.shape[1] for table in self.tables if table.ndim == 3}
+        if any(table.ndim != 3 for table in self.tables) or not rows <= {2, 3} or len(rows) > 1:
+            shapes = [table.shape for table in self.tables]
+            raise ConfigError(f"Alignment tables are float32 [S, 2 or 3, C], alike; got {shapes}.")
+        if any(table.dtype != np.float32 for table in self.tables):
+            raise ConfigError("Alignment tables are float32.")
+
+    @property
+    def outputs(self) -> int:
+        """How many computed outputs of a block a reuse may combine: 1, or 2 (history)."""
+        return self.tables[0].shape[1] - 1
+
+    @classmethod
+    def identity(cls, steps: int, channels: tuple[int, ...], outputs: int = 1) -> Alignment:
+        """Scale 1, everything else 0: reuse as it is."""
+        tables = []
+        for count in channels:
+            table = np.zeros((steps, outputs + 1, count), np.float32)
+            table[:, 0] = 1.0
+            tables.append(table)
+        return cls(tuple(tables))
+
+    def check(self, schedule: Schedule) -> None:
+        """Raise ConfigError unless every recomputed entry is the identity."""
+        for k, table in enumerate(self.tables):
+            if table.shape[0] != schedule.steps:
+                raise ConfigError(
+                    f"Alignment of block {k} has {table.shape[0]} steps, "
+                    f"the schedule has {schedule.steps}."
+                )
+            fresh = table[schedule.recompute[:, k]]
+            if not ((fresh[:, 0] == 1).all() and (fresh[:, 1:] == 0).all()):
+                raise ConfigError(
+                    f"Alignment of block {k} changes a recomputed output: at recompute steps "
+                    f"the scale is 1 and the rest 0."
+                )
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """A block as the runtime knows it: where it stands in the source model, and its width."""
+
+    path: str  # module path, e.g. "mid_block.attentions.0"
+    channels: int  # C_k
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the runtime needs to know about the source model."""
+
+    name: str
+    sha256: str  # of the source's config and weights
+    precision: str  # dtype of weights and activations
+    channels: int  # latent channels
+    downsampling: int  # latent height and width are multiples of this
+    outputs: int  # computed outputs of a block that a reuse may combine, 1 or 2
+    blocks: tuple[BlockFacts, ...]
+    sizes: Sizes  # the model's default sizes
+    conditions: tuple[TensorSpec, ...]  # what a request gives besides the noise
+
+    @property
+    def block_channels(self) -> tuple[int, ...]:
+        """C_k of every block."""
+        return tuple(block.channels for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Solver, steps, schedule and alignment: one way to denoise with a bundle."""
+
+    name: str
+    solver: Mapping[str, object]  # SolverConfig.to_json()
+    schedule: Schedule
+    alignment: Alignment
+    time_tables: Mapping[str, np.ndarray]  # tensor name -> float32 [S, ...]: hoisted projections
+    guidance_scale: float = 1.0
+    policy: Mapping[str, object] = field(default_factory=dict)  # how the schedule was made
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ConfigError(
+                f"A preset's name is made of letters, digits, '.', '_' and '-'; got {self.name!r}."
+            )
+        if len(self.alignment.tables) != self.schedule.blocks:
+            raise ConfigError(
+                f"Preset {self.name!r}: {self.schedule.blocks} blocks in the schedule, "
+                f"{len(self.alignment.tables)} in the alignment."
+            )
+        self.alignment.check(self.schedule)
+        for name, table in self.time_tables.items():
+            if table.shape[0] != self.schedule.steps:
+                raise ConfigError(
+                    f"Preset {self.name!r}: time table {name!r} has {table.shape[0]} rows, "
+                    f"expected one a step ({self.schedule.steps})."
+                )

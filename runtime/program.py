@@ -1,0 +1,236 @@
+"""Everything that is bound once for one shape: memory, addresses, and what each step launches.
+
+Tensors live in four places. Boundary tensors of the trunk share an arena by lifetime. A block's
+output has a buffer of its own that persists from step to step (two, written in turn, where the
+alignment combines the last two outputs): a reused block costs nothing, the trunk segment behind it
+reads the value that is still there. What changes with the step number alone (hoisted time
+projections, alignment) is one row of a table, copied into place at the start of the step. Request
+tensors (latents, prompt) are plain buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .device import Device, StepFunction, Tensor, encode
+from .engine import Engine, Launch
+from .memory import Lifetime, aligned, plan_arena
+from .plan import (
+    DTYPE_BYTES,
+    LOOP_ROLES,
+    ModelFacts,
+    Preset,
+    Schedule,
+    Segment,
+    Sizes,
+    TensorSpec,
+    block_output_name,
+    coefficient_names,
+    previous_output_name,
+)
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes that a program holds, engines' weights and scratch not counted."""
+
+    arena: int  # boundary tensors, sharing memory by lifetime
+    boundary_sum: int  # the same tensors side by side
+    blocks: int  # persistent block outputs
+    tables: int  # per-step rows
+    requests: int  # latents, model input and output, prompt tensors
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the steps of a run do, for one first step."""
+
+    first: int
+    launches: tuple[tuple[tuple[int, Launch], ...], ...]  # per step: (segment index, launch)
+    load_row: StepFunction
+
+
+class Program:
+    """A bundle's segments bound to memory for one preset and one set of sizes."""
+
+    def __init__(
+        self,
+        model: ModelFacts,
+        segments: Sequence[Segment],
+        engines: Mapping[str, Engine],
+        preset: Preset,
+        device: Device,
+        sizes: Sizes,
+        images: int,
+    ) -> None:
+        self.loop = tuple(segment for segment in segments if segment.role in LOOP_ROLES)
+        self._preset, self._device, self._engines = preset, device, engines
+        self._outputs = model.outputs
+        prompts = [segment for segment in segments if segment.role == "prompt"]
+        groups = _group(model, self.loop, prompts)
+        self._rows = groups.rows
+        self.tensors: dict[str, Tensor] = {}
+        arena_bytes = self._place_boundary(groups.boundary, sizes)
+        for spec in (*groups.requests, *groups.blocks):
+            self._allocate(spec.name, spec.shape(sizes), spec.dtype)
+        latents = (images, *self.tensors["sample"].shape[1:])
+        self._allocate("latents", latents, "float32")
+        self._allocate("history", latents, "float32")
+        row_bytes = self._place_row(sizes)
+        self.memory = MemoryReport(
+            arena=arena_bytes,
+            boundary_sum=sum(aligned(spec.bytes(sizes)) for spec in groups.boundary),
+            blocks=sum(spec.bytes(sizes) for spec in groups.blocks),
+            tables=(preset.schedule.steps + 1) * row_bytes,
+            requests=sum(spec.bytes(sizes) for spec in groups.requests)
+            + 2 * self.tensors["latents"].bytes,
+        )
+        self.prompt = tuple(self._bind(segment) for segment in prompts)
+        self._bound: dict[tuple[str, int, int], Launch] = {}
+        self._runs: dict[int, Run] = {}
+
+    def run_from(self, first: int) -> Run:
+        """The launches of a run whose first executed step is ``first``; bound on first use."""
+        if first not in self._runs:
+            schedule = self._preset.schedule.started_at(first)
+            launches = ((),) * first + tuple(self._launches(schedule))
+            self._runs[first] = Run(first, launches, self._row_loader(first))
+        return self._runs[first]
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def _allocate(self, name: str, shape: Sequence[int], dtype: str) -> None:
+        memory = self._device.allocate(math.prod(shape) * DTYPE_BYTES[dtype])
+        self.tensors[name] = self._device.tensor(memory, 0, shape, dtype)
+
+    def _place_boundary(self, boundary: Sequence[TensorSpec], sizes: Sizes) -> int:
+        """Boundary tensors of the trunk share one allocation by lifetime; returns its bytes."""
+        written = {o.name: i for i, segment in enumerate(self.loop) for o in segment.outputs}
+        read = {v.name: i for i, segment in enumerate(self.loop) for v in segment.inputs}
+        arena = plan_arena(
+            [Lifetime(t.bytes(sizes), written[t.name], read[t.name]) for t in boundary]
+        )
+        memory = self._device.allocate(arena.bytes)
+        for spec, offset in zip(boundary, arena.offsets, strict=True):
+            shape = spec.shape(sizes)
+            self.tensors[spec.name] = self._device.tensor(memory, offset, shape, spec.dtype)
+        return arena.bytes
+
+    def _place_row(self, sizes: Sizes) -> int:
+        """The step's row: its fields side by side in one allocation; returns its bytes."""
+        offsets, total = [], 0
+        for spec in self._rows:
+            offsets.append(total)
+            total += aligned(spec.bytes(sizes))
+        memory = self._device.allocate(total)
+        for spec, offset in zip(self._rows, offsets, strict=True):
+            shape = spec.shape(sizes)
+            self.tensors[spec.name] = self._device.tensor(memory, offset, shape, spec.dtype)
+        self._row = self._device.tensor(memory, 0, (total,), "uint8")
+        self._row_offsets = offsets
+        return total
+
+    def _row_loader(self, first: int) -> StepFunction:
+        """Upload the table of a run; the first executed step uses fresh outputs as they are."""
+        steps = self._preset.schedule.steps
+        table = np.zeros((steps, *self._row.shape), np.uint8)
+        values = dict(self._preset.time_tables)
+        for k, alignment in enumerate(self._preset.alignment.tables):
+            coefficients = alignment.copy()
+            coefficients[first] = 0.0
+            coefficients[first, 0] = 1.0
+            for place, name in enumerate(coefficient_names(k, self._outputs)):
+                values[name] = coefficients[:, place]
+        for spec, offset in zip(self._rows, self._row_offsets, strict=True):
+            count = math.prod(self.tensors[spec.name].shape)
+            numbers = np.broadcast_to(values[spec.name].reshape(steps, -1), (steps, count))
+            content = encode(numbers, spec.dtype)
+            table[:, offset : offset + content.shape[1]] = content
+        memory = self._device.allocate(table.nbytes)
+        target = self._device.tensor(memory, 0, table.shape, "uint8")
+        self._device.upload(target, table)
+        return self._device.row_loader(self._row, target)
+
+    # -- launches ------------------------------------------------------------------------------
+
+    def _launches(self, schedule: Schedule) -> Iterable[tuple[tuple[int, Launch], ...]]:
+        """Per step, the segments that run. Block outputs go to their buffers in turn."""
+        computed = [0] * schedule.blocks
+        behind = {
+            block_output_name(k): k for k in range(schedule.blocks)
+        }  # which block's output a trunk segment reads
+        for recompute in schedule.recompute:
+            launches = []
+            for index, segment in enumerate(self.loop):
+                if segment.block is not None:
+                    if not recompute[segment.block]:
+                        continue
+                    computed[segment.block] += 1
+                    slots = self._slots(computed[segment.block])
+                else:
+                    read = [behind[t.name] for t in segment.inputs if t.name in behind]
+                    slots = self._slots(computed[read[0]]) if read else (0, 0)
+                launches.append((index, self._launch(segment, *slots)))
+            yield tuple(launches)
+
+    def _slots(self, computed: int) -> tuple[int, int]:
+        """Buffers of the last output and of the one before, after ``computed`` recomputes.
+
+        Before the second recompute there is no earlier output: both are the last one, so that
+        nothing of an earlier request is ever read.
+        """
+        last = (computed - 1) % self._outputs
+        return last, last if computed < 2 else (computed - 2) % self._outputs
+
+    def _launch(self, segment: Segment, last: int, before: int) -> Launch:
+        key = (segment.name, last, before)
+        if key not in self._bound:
+            self._bound[key] = self._bind(segment, last, before)
+        return self._bound[key]
+
+    def _bind(self, segment: Segment, last: int = 0, before: int = 0) -> Launch:
+        """Bind a segment; block outputs it touches are taken from buffers last and before."""
+        tensors = {}
+        for spec in (*segment.inputs, *segment.outputs):
+            name = spec.name
+            if name.startswith("block_") and self._outputs == 2:
+                stem = name.removesuffix("_before")
+                slot = before if name != stem else last
+                name = f"{stem}_before" if slot else stem
+            tensors[spec.name] = self.tensors[name]
+        return self._engines[segment.name].bind(tensors)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Where each tensor of a bundle belongs."""
+
+    boundary: tuple[TensorSpec, ...]  # trunk to other segments, within a step
+    blocks: tuple[TensorSpec, ...]  # block outputs, every buffer
+    rows: tuple[TensorSpec, ...]  # fields of the step's row
+    requests: tuple[TensorSpec, ...]  # sample, model output, conditions, prompt tensors
+
+
+def _group(model: ModelFacts, loop: Sequence[Segment], prompts: Sequence[Segment]) -> _Groups:
+    """Sort all tensors of the loop, and what feeds it, by place."""
+    outputs = {t.name: t for segment in loop for t in segment.outputs}
+    inputs = {t.name: t for segment in loop for t in segment.inputs}
+    requests = {t.name: t for t in model.conditions}
+    requests |= {t.name: t for segment in prompts for t in segment.outputs}
+    requests |= {"sample": inputs["sample"], "model_output": outputs["model_output"]}
+    names = [block_output_name(k) for k in range(len(model.blocks))]
+    blocks = {name: outputs[name] for name in names}
+    if model.outputs == 2:
+        before = [previous_output_name(k) for k in range(len(model.blocks))]
+        blocks |= {name: inputs[name] for name in before}
+    apart = requests.keys() | blocks.keys()
+    return _Groups(
+        boundary=tuple(t for name, t in outputs.items() if name not in apart),
+        blocks=tuple(blocks.values()),
+        rows=tuple(t for name, t in inputs.items() if name not in apart | outputs.keys()),
+        requests=tuple(requests.values()),
+    )

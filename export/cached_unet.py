@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from blockcache.export.model import SourceModel, UNetCall
 from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solver import SolverTables
-
-from .model import SourceModel, UNetCall
 
 
 class CacheableBlock(torch.nn.Module):
@@ -108,9 +107,7 @@ class CachedUNet:
         """
         for k, block in enumerate(self.blocks):
             block.recompute = recompute is None or bool(recompute[k])
-            block.coefficients = (
-                None if coefficients is None else torch.from_numpy(coefficients[k])
-            )
+            block.coefficients = None if coefficients is None else torch.from_numpy(coefficients[k])
         timesteps = torch.full((sample.shape[0],), timestep, device=sample.device)
         output: torch.Tensor = self.call(sample, timesteps, *conditions)
         return output

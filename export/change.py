@@ -6,47 +6,20 @@ held. The result is mean and standard deviation over images of ``change[S, K]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from blockcache.export.cached_unet import CachedUNet, denoise
+from blockcache.export.calibration import Calibration
+from blockcache.export.model import SourceModel
 from blockcache.runtime.bundle import read_tensors, write_tensors
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Schedule
 from blockcache.runtime.solver import SolverTables
-
-from .cached_unet import CachedUNet, denoise
-from .model import SourceModel
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Prompts to measure with: the model's conditions, by name, float32 [P or 1, ...]."""
-
-    positive: Mapping[str, np.ndarray]
-    negative: Mapping[str, np.ndarray]  # the unconditional prompt, [1, ...] or [P, ...]
-
-    @property
-    def prompts(self) -> int:
-        """P."""
-        return max(len(values) for values in self.positive.values())
-
-    def pick(self, indices: list[int], guided: bool) -> dict[str, torch.Tensor]:
-        """Conditions of some prompts, the unconditional half first where guided."""
-        picked = {}
-        for name, values in self.positive.items():
-            halves = [_rows(values, indices)]
-            if guided:
-                halves.insert(0, _rows(self.negative.get(name, values), indices))
-            picked[name] = torch.from_numpy(np.concatenate(halves))
-        return picked
-
-
-def _rows(values: np.ndarray, indices: list[int]) -> np.ndarray:
-    return values[[0 if len(values) == 1 else index for index in indices]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,8 @@ from fractions import Fraction
 
 import onnx_ir as ir
 
+from blockcache.export.passes.symbolic import SizeCode
 from blockcache.runtime.plan import Sizes
-
-from .passes.symbolic import SizeCode
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,11 @@ def _node_flops(node: ir.Node) -> int:
         # Weight [C_out, C_in / groups, kernel...]: one dot product per output element.
         return 2 * output * math.prod(_shape(node.inputs[1])[1:])
     left = _shape(node.inputs[0])
-    transposed = node.op_type == "Gemm" and node.attributes.get_int("transA", 0)
+    transposed = node.op_type == "Gemm" and node.attributes.get_int("transA") == 1
     return 2 * output * left[0 if transposed else -1]
 
 
 def _shape(value: ir.Value | None) -> tuple[int, ...]:
-    assert value is not None and value.shape is not None
-    return tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
+    assert value is not None
+    assert value.shape is not None
+    return value.shape.numpy()

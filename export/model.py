@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from blockcache.runtime.errors import ConfigError, MissingExtraError, UnsupportedModelError
@@ -100,8 +101,15 @@ class UNetCall(torch.nn.Module):
         return output
 
 
-def load_model(source: str | Path, *, dtype: str = "float32") -> SourceModel:
+def load_model(
+    source: str | Path, *, dtype: str = "float32", name: str | None = None
+) -> SourceModel:
     """Load the U-Net of a diffusers folder or hub id in ``dtype``, ready for inference.
+
+    Args:
+        source: the folder, or a hub id such as "owner/model".
+        dtype: of the weights in memory: float32, float16 or bfloat16.
+        name: what the bundle calls the model; default the folder's name.
 
     Raises:
         ConfigError: no such folder, or one without a U-Net.
@@ -128,7 +136,7 @@ def load_model(source: str | Path, *, dtype: str = "float32") -> SourceModel:
     )
     return describe(
         unet,
-        name=Path(str(source)).name,
+        name=name or Path(source).resolve().name,
         scheduler=_read_json(folder / "scheduler" / "scheduler_config.json"),
         tokens=_tokens(folder),
         sha256=_hash_folder(unet_folder),
@@ -301,3 +309,20 @@ def _hash_module(module: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def decode_latents(folder: Path, latents: np.ndarray) -> np.ndarray:
+    """Decode latents float32 [N, C, h, w] with the folder's VAE: uint8 [N, H, W, 3]."""
+    from diffusers import AutoencoderKL
+
+    if not (folder / "vae").is_dir():
+        raise ConfigError(
+            f"Expected a VAE in {folder}/vae, found none. Save latents instead: --out FILE.npy."
+        )
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    with torch.no_grad():
+        images = vae.decode(torch.from_numpy(latents) / vae.config.scaling_factor + shift).sample
+    pixels = (images.clamp(-1, 1) + 1) * 127.5
+    result: np.ndarray = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return result

@@ -18,6 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 from filelock import FileLock, Timeout
 
+from blockcache.export.calibration import Calibration
+from blockcache.export.change import Profile, ProfileOptions, measure_change
+from blockcache.export.model import SourceModel
+from blockcache.export.schedule import threshold
+from blockcache.export.stages import StageStore, stage_key
+from blockcache.export.time_tables import time_tables
+from blockcache.export.to_onnx import ExportOptions, default_sizes, export_segments
 from blockcache.runtime.bundle import (
     MANIFEST,
     Bundle,
@@ -42,13 +49,6 @@ from blockcache.runtime.plan import (
     TensorSpec,
 )
 from blockcache.runtime.solver import SolverConfig, SolverTables, solver_tables
-
-from .change import Calibration, Profile, ProfileOptions, measure_change
-from .model import SourceModel
-from .schedule import threshold
-from .stages import StageStore, stage_key
-from .time_tables import time_tables
-from .to_onnx import ExportOptions, default_sizes, export_segments
 
 
 class Observer(Protocol):
@@ -239,7 +239,9 @@ def _profile_stage(
             calibration,
             options.guidance_scale,
             options.profile,
-            progress=lambda done, total: observer(f"profile {preset.solver}-{preset.steps}", done, total),
+            progress=lambda done, total: observer(
+                f"profile {preset.solver}-{preset.steps}", done, total
+            ),
             checkpoint=store.scratch(stage),
         )
         write_tensors(path, {"mean": profile.mean, "std": profile.std})

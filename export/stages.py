@@ -59,9 +59,7 @@ class StageStore:
         facts: Mapping[str, Any] = content["facts"]
         return facts
 
-    def commit(
-        self, stage: str, key: str, files: Iterable[str], facts: Mapping[str, Any]
-    ) -> None:
+    def commit(self, stage: str, key: str, files: Iterable[str], facts: Mapping[str, Any]) -> None:
         """Record a stage whose files (relative names) are on disk."""
         entries = hash_files(self.folder, files)
         content = {

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,16 +18,15 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from blockcache.export.cost import graph_flops
+from blockcache.export.model import SourceModel, UNetCall
+from blockcache.export.passes.align import align
+from blockcache.export.passes.hoist import BOUNDARY_PREFIX, classify
+from blockcache.export.passes.simplify import simplify
+from blockcache.export.passes.split import Piece, split
+from blockcache.export.passes.symbolic import SizeCode, generalize
 from blockcache.runtime.errors import ConfigError, ExportError
 from blockcache.runtime.plan import AXES, DTYPE_BYTES, Dim, Segment, Sizes, TensorSpec
-
-from .cost import graph_flops
-from .model import SourceModel, UNetCall
-from .passes.align import align
-from .passes.hoist import BOUNDARY_PREFIX, classify
-from .passes.simplify import simplify
-from .passes.split import Piece, split
-from .passes.symbolic import SizeCode, generalize
 
 OPSET = 22
 """Opset 20 has no bf16 normalisation; 23 emits Attention, which engines build worse."""
@@ -112,7 +110,7 @@ def _trace(model: SourceModel, code: SizeCode, path: Path) -> None:
         )
     assert program is not None
     ir.save(program.model, path, external_data=f"{WEIGHTS_FILE}.partial")
-    os.replace(path.with_name(f"{WEIGHTS_FILE}.partial"), path.with_name(WEIGHTS_FILE))
+    path.with_name(f"{WEIGHTS_FILE}.partial").replace(path.with_name(WEIGHTS_FILE))
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@
 It never imports torch, diffusers or onnx, so that a service can embed it.
 """
 
-from .bundle import Bundle, Manifest
-from .engine import Backend, EmptyBackend, Engine
-from .errors import (
+from blockcache.runtime.bundle import Bundle, Manifest
+from blockcache.runtime.engine import Backend, EmptyBackend, Engine
+from blockcache.runtime.errors import (
     BlockCacheError,
     BundleError,
     BundleFormatError,
@@ -20,10 +20,10 @@ from .errors import (
     UnknownPresetError,
     UnsupportedModelError,
 )
-from .plan import Alignment, Preset, Schedule, Segment, TensorSpec
-from .record import RunRecord
-from .session import Denoised, Progress, Session
-from .solver import NoiseSchedule, SolverConfig
+from blockcache.runtime.plan import Alignment, Preset, Schedule, Segment, TensorSpec
+from blockcache.runtime.record import RunRecord
+from blockcache.runtime.session import Denoised, Progress, Session
+from blockcache.runtime.solver import NoiseSchedule, SolverConfig
 
 __all__ = [
     "Alignment",

@@ -28,14 +28,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from .errors import (
+from blockcache.runtime.errors import (
     BundleFormatError,
     BundleIntegrityError,
     BundlePathError,
     ConfigError,
     UnknownPresetError,
 )
-from .plan import (
+from blockcache.runtime.plan import (
     Alignment,
     BlockFacts,
     Dim,
@@ -337,8 +337,10 @@ def _tensor_spec(entry: Mapping[str, Any]) -> TensorSpec:
 
 
 def segment_from_plain(entry: Mapping[str, Any]) -> Segment:
+    """The inverse of ``to_plain`` for a segment."""
     specs = {
-        side: tuple(_tensor_spec(tensor) for tensor in entry[side]) for side in ("inputs", "outputs")
+        side: tuple(_tensor_spec(tensor) for tensor in entry[side])
+        for side in ("inputs", "outputs")
     }
     return Segment(**{**entry, **specs})
 

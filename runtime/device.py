@@ -14,8 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from blockcache import kernels
-
-from .solver import solver_step_numpy
+from blockcache.runtime.solver import solver_step_numpy
 
 StepFunction: TypeAlias = Callable[[int], None]
 """Called with the step number; touches bound memory only."""
@@ -62,7 +61,9 @@ class Tensor:
 class Device(Protocol):
     """Memory and data movement of one device."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """``cpu`` or ``cuda``."""
 
     def allocate(self, count: int) -> Any:
         """``count`` bytes of zeroed memory, aligned to 256 bytes, freed with the object."""
@@ -106,9 +107,7 @@ class HostDevice:
         start = -raw.ctypes.data % 256
         return raw[start : start + count]
 
-    def tensor(
-        self, memory: np.ndarray, offset: int, shape: Sequence[int], dtype: str
-    ) -> Tensor:
+    def tensor(self, memory: np.ndarray, offset: int, shape: Sequence[int], dtype: str) -> Tensor:
         """A numpy view into ``memory``."""
         count = math.prod(shape) * _item_bytes(dtype)
         array = memory[offset : offset + count].view(_NUMPY_DTYPES[dtype]).reshape(shape)
@@ -120,7 +119,8 @@ class HostDevice:
 
     def download(self, source: Tensor) -> np.ndarray:
         """A copy of the view."""
-        return _view(source).copy()
+        values: np.ndarray = _view(source).copy()
+        return values
 
     def row_loader(self, row: Tensor, table: Tensor) -> StepFunction:
         """One contiguous copy."""
@@ -143,9 +143,7 @@ class HostDevice:
         """The compiled kernel, or numpy."""
         images = latents.shape[0]
         sample, past = (_view(t).reshape(images, -1) for t in (latents, history))
-        output, following = (
-            _view(t).reshape(t.shape[0], -1) for t in (model_output, model_input)
-        )
+        output, following = (_view(t).reshape(t.shape[0], -1) for t in (model_output, model_input))
         if kernels.host_available():
             uses_history = bool(coefficients[:, 2:6].any())
             return kernels.bind_guided_solver_step(

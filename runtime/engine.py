@@ -12,10 +12,10 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeAlias
 
-from .bundle import Bundle
-from .device import Device, HostDevice, Tensor
-from .errors import ConfigError
-from .plan import Segment
+from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.device import Device, HostDevice, Tensor
+from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.plan import Segment
 
 Launch: TypeAlias = Callable[[], None]
 """Run a segment on the tensors it was bound to."""
@@ -31,8 +31,13 @@ class Engine(Protocol):
 class Backend(Protocol):
     """An engine library on a device."""
 
-    name: str  # with its options: equal names load interchangeable engines
-    device: Device
+    @property
+    def name(self) -> str:
+        """Library, device and options: backends of equal names load the same engines."""
+
+    @property
+    def device(self) -> Device:
+        """Where the engines' tensors live."""
 
     def load(self, bundle: Bundle, segment: Segment) -> Engine:
         """Load a segment's engine; EngineError where the library refuses it."""
@@ -89,7 +94,7 @@ def make_backend(name: str = "auto", *, threads: int | None = None) -> Backend:
     if name == "empty":
         return EmptyBackend()
     if name in ("auto", "ort"):
-        from .engine_ort import OrtBackend
+        from blockcache.runtime.engine_ort import OrtBackend
 
         return OrtBackend(threads=threads)
     raise ConfigError(f"Expected a backend of 'auto', 'ort' or 'empty', got {name!r}.")

@@ -11,11 +11,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from .bundle import Bundle
-from .device import HostDevice, Tensor
-from .engine import Launch
-from .errors import EngineError, MissingExtraError
-from .plan import Segment
+from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.device import HostDevice, Tensor
+from blockcache.runtime.engine import Launch
+from blockcache.runtime.errors import EngineError, MissingExtraError
+from blockcache.runtime.plan import Segment
 
 try:
     import onnxruntime as ort
@@ -47,9 +47,7 @@ class OrtBackend:
             )
         path = str(bundle.segment_path(segment))
         try:
-            session = ort.InferenceSession(
-                path, self._options, providers=["CPUExecutionProvider"]
-            )
+            session = ort.InferenceSession(path, self._options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise EngineError(
                 f"ONNX Runtime {ort.__version__} cannot load segment {segment.name!r}: {error}"

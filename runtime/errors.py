@@ -10,7 +10,11 @@
     │   ├── BundleFormatError       not a bundle, unknown version, malformed manifest
     │   ├── BundlePathError         a path that leaves the bundle's folder
     │   ├── BundleIntegrityError    a file is missing, truncated or altered
-    │   └── UnknownPresetError      no preset of that name
+    │   ├── UnknownPresetError      no preset of that name
+    │   ├── EnginesMissingError     no finished engines for a target
+    │   ├── EnginesStaleError       engines built from an earlier compile of the bundle
+    │   ├── WrongGpuError           engines built for another compute capability
+    │   └── WrongLibraryError       engines built by another TensorRT, or another version of it
     ├── InputError              a tensor given to the runtime has the wrong shape, dtype or values
     ├── EngineError             the engine library failed; carries its message and the segment
     ├── ExportError             a graph the passes do not understand; names the node
@@ -70,6 +74,22 @@ class UnknownPresetError(BundleError, KeyError):
         return str(self.args[0])
 
 
+class EnginesMissingError(BundleError):
+    """The bundle holds no finished engines for the target."""
+
+
+class EnginesStaleError(BundleError):
+    """The engines were built from an earlier compile of the bundle."""
+
+
+class WrongGpuError(BundleError):
+    """The engines were built for another compute capability than the device's."""
+
+
+class WrongLibraryError(BundleError):
+    """The engines were built by another TensorRT library or version than the installed one."""
+
+
 class InputError(BlockCacheError, ValueError):
     """A tensor given to the runtime has the wrong shape, dtype or values."""
 
@@ -82,5 +102,5 @@ class ExportError(BlockCacheError):
     """A graph that the export passes do not understand; the message names the node."""
 
 
-class Cancelled(BlockCacheError):
+class Cancelled(BlockCacheError):  # noqa: N818 (an event, not a fault)
     """The caller cancelled a running ``denoise``."""

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from .errors import ConfigError
+from blockcache.runtime.errors import ConfigError
 
 AXES = ("batch", "height", "width", "tokens")
 """The sizes a tensor may depend on: engine batch, latent height and width, prompt length."""
@@ -225,7 +225,7 @@ class Alignment:
     @property
     def outputs(self) -> int:
         """How many computed outputs of a block a reuse may combine: 1, or 2 (history)."""
-        return self.tables[0].shape[1] - 1
+        return int(self.tables[0].shape[1]) - 1
 
     @classmethod
     def identity(cls, steps: int, channels: tuple[int, ...], outputs: int = 1) -> Alignment:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .device import Device, StepFunction, Tensor, encode
-from .engine import Engine, Launch
-from .memory import Lifetime, aligned, plan_arena
-from .plan import (
+from blockcache.runtime.device import Device, StepFunction, Tensor, encode
+from blockcache.runtime.engine import Engine, Launch
+from blockcache.runtime.memory import Lifetime, aligned, plan_arena
+from blockcache.runtime.plan import (
     DTYPE_BYTES,
     LOOP_ROLES,
     ModelFacts,

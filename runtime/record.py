@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .plan import Segment
+from blockcache.runtime.plan import Segment
 
 
 @dataclass

@@ -21,14 +21,14 @@ from time import perf_counter_ns
 
 import numpy as np
 
-from .bundle import Bundle
-from .device import StepFunction, Tensor
-from .engine import Backend, load_shared, make_backend
-from .errors import BundleFormatError, Cancelled, InputError
-from .plan import LOOP_ROLES, Preset, Sizes, TensorSpec
-from .program import MemoryReport, Program
-from .record import RunRecord
-from .solver import SolverConfig, solver_tables
+from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.device import StepFunction, Tensor
+from blockcache.runtime.engine import Backend, load_shared, make_backend
+from blockcache.runtime.errors import BundleFormatError, Cancelled, InputError
+from blockcache.runtime.plan import LOOP_ROLES, Preset, Sizes, TensorSpec
+from blockcache.runtime.program import MemoryReport, Program
+from blockcache.runtime.record import RunRecord
+from blockcache.runtime.solver import SolverConfig, solver_tables
 
 SHARED_CONDITIONS = ("time_ids", "class_labels")
 """Conditions whose negative (unconditional) value is the positive one unless given."""
@@ -67,7 +67,7 @@ class Session:
             )
         self.bundle = bundle
         self.preset = preset
-        self._backend = backend
+        self.backend = backend
         needed = [s for s in bundle.segments if s.role in (*LOOP_ROLES, "prompt")]
         self._engines = {s.name: load_shared(backend, bundle, s) for s in needed}
         self._tables = solver_tables(SolverConfig.from_json(preset.solver))
@@ -180,7 +180,7 @@ class Session:
         with self._lock:
             program = self._program(request.sizes, request.images)
             for name, values in inputs.items():
-                self._backend.device.upload(program.tensors[name], values)
+                self.backend.device.upload(program.tensors[name], values)
             return self._run(program, request, start, scale, callback, cancelled)
 
     # -- the loop ------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class Session:
             self._step(run.load_row, run.launches[step], solver, step, record)
             if callback is not None:
                 self._report(callback, step, latents)
-        result = self._backend.device.download(latents)
+        result = self.backend.device.download(latents)
         record.total_ns = perf_counter_ns() - begin
         if request.check_finite:
             _check_finite("the denoised latents", result)
@@ -236,7 +236,7 @@ class Session:
         solver(step)
 
     def _report(self, callback: Callable[[Progress], None], step: int, latents: Tensor) -> None:
-        view = latents.array if latents.array is not None else self._backend.device.download(latents)
+        view = latents.array if latents.array is not None else self.backend.device.download(latents)
         callback(Progress(step, self.steps, float(self._tables.timesteps[step]), view))
 
     # -- preparation ---------------------------------------------------------------------------
@@ -250,7 +250,7 @@ class Session:
                 self.bundle.segments,
                 self._engines,
                 self.preset,
-                self._backend.device,
+                self.backend.device,
                 sizes,
                 images,
             )
@@ -264,26 +264,25 @@ class Session:
                     f"start_step={request.first} continues from an image: expected image_latents, "
                     f"got none. Give them, or start at step 0."
                 )
-            return request.noise * np.float32(self._tables.initial_scale)
+            scaled: np.ndarray = request.noise * np.float32(self._tables.initial_scale)
+            return scaled
         request.check("image_latents", image_latents, request.noise.shape)
         signal, noise = self._tables.noising[request.first]
         start: np.ndarray = signal * image_latents + noise * request.noise
         return start
 
     def _set_latents(self, program: Program, request: _Request, start: np.ndarray) -> None:
-        device = self._backend.device
+        device = self.backend.device
         device.upload(program.tensors["latents"], start)
         device.upload(program.tensors["history"], np.zeros_like(start))
         halves = [start * self._tables.input_scale[request.first]] * (2 if request.guided else 1)
         device.upload(program.tensors["sample"], np.concatenate(halves))
 
-    def _solver(
-        self, program: Program, request: _Request, guidance_scale: float
-    ) -> StepFunction:
+    def _solver(self, program: Program, request: _Request, guidance_scale: float) -> StepFunction:
         coefficients = self._tables.coefficients.copy()
         coefficients[request.first] = self._tables.first[request.first]
         tensors = program.tensors
-        return self._backend.device.solver(
+        return self.backend.device.solver(
             coefficients,
             guidance_scale if request.guided else None,
             tensors["latents"],
@@ -387,5 +386,5 @@ def _check_finite(name: str, values: np.ndarray) -> None:
     bad = int(values.size - np.isfinite(values).sum())
     if bad:
         raise InputError(
-            f"{name}: expected finite numbers, got NaN or infinity in {bad} of {values.size} places."
+            f"{name}: expected finite numbers, got NaN or infinity in {bad} of {values.size}."
         )

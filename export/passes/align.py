@@ -43,9 +43,7 @@ def align(graph: ir.Graph, block_paths: Sequence[str], outputs: int) -> list[Ali
     return blocks
 
 
-def _residual_adds(
-    graph: ir.Graph, block_paths: Sequence[str]
-) -> list[tuple[ir.Node, ir.Value]]:
+def _residual_adds(graph: ir.Graph, block_paths: Sequence[str]) -> list[tuple[ir.Node, ir.Value]]:
     """Per block, the residual Add and its input C_i."""
     found: dict[str, list[tuple[ir.Node, ir.Value]]] = {path: [] for path in block_paths}
     for node in graph:
@@ -83,21 +81,20 @@ def _rewrite(
     """Replace ``add`` by the aligned sum; returns the nodes of the sum."""
     (residual,) = (value for value in add.inputs if value is not branch and value is not None)
     output, dtype = add.outputs[0], branch.dtype
-    assert dtype is not None and branch.shape is not None
+    assert dtype is not None
+    assert branch.shape is not None
     nodes: list[ir.Node] = []
 
     def emit(op_type: str, *inputs: ir.Value, to: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
         attributes = [ir.AttrInt64("to", to.value)] if op_type == "Cast" else []
-        value = ir.Value(
-            name=f"align_{k}_{len(nodes)}", shape=branch.shape, type=ir.TensorType(to)
-        )
+        value = ir.Value(name=f"align_{k}_{len(nodes)}", shape=branch.shape, type=ir.TensorType(to))
         nodes.append(ir.Node("", op_type, inputs, attributes, outputs=[value]))
         return value
 
     def single(value: ir.Value) -> ir.Value:
         return value if dtype == ir.DataType.FLOAT else emit("Cast", value)
 
-    channels = int(branch.shape[1])  # type: ignore[arg-type]
+    channels = branch.shape.numpy()[1]
     coefficients = [
         _add_input(graph, name, (1, channels, 1, 1), ir.DataType.FLOAT)
         for name in coefficient_names(k, outputs)

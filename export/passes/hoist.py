@@ -43,12 +43,10 @@ _BROADCASTING = {"Add", "Mul", "Sub", "Div", *_LAYOUT}
 def classify(graph: ir.Graph, conditions: Iterable[str]) -> dict[ir.Node, Class]:
     """The class of every node of a graph with inputs sample, timestep, conditions and tables."""
     names = set(conditions)
-    of_value: dict[ir.Value, Class] = {}
-    for value in graph.inputs:
-        if value.name == "timestep":
-            of_value[value] = "time"
-        else:
-            of_value[value] = "prompt" if value.name in names else "loop"
+    of_value: dict[ir.Value, Class] = {
+        given: "time" if given.name == "timestep" else "prompt" if given.name in names else "loop"
+        for given in graph.inputs
+    }
     classes: dict[ir.Node, Class] = {}
     for node in graph:
         joined: Class = "constant"

@@ -60,4 +60,4 @@ def _only_producer(node: ir.Node, op_type: str, expected: str) -> ir.Node | None
 def _dims(value: ir.Value | None) -> tuple[int, ...]:
     if value is None or value.shape is None or not value.shape.is_static():
         return ()
-    return tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
+    return value.shape.numpy()

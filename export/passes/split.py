@@ -20,11 +20,10 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
+from blockcache.export.passes.align import AlignedBlock
+from blockcache.export.passes.hoist import BOUNDARY_PREFIX, HOISTED, Class
 from blockcache.runtime.errors import ExportError
 from blockcache.runtime.plan import Role
-
-from .align import AlignedBlock
-from .hoist import BOUNDARY_PREFIX, HOISTED, Class
 
 
 @dataclass(frozen=True)

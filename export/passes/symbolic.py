@@ -50,7 +50,8 @@ class SizeCode:
                 "Expected four primes that divide no parameter dimension of the model; "
                 f"only {free} of {_PRIMES} do."
             )
-        return cls(*free[:4], downsampling)
+        batch, height, width, tokens = free[:4]
+        return cls(batch, height, width, tokens, downsampling)
 
     def dim(self, size: int) -> Dim:
         """What ``size`` stands for.
@@ -73,9 +74,9 @@ class SizeCode:
         """Whether ``size`` depends on an axis."""
         return size > 0 and bool(self.dim(size).axes)
 
-    def dims(self, shape: ir.Shape | Sequence[int]) -> tuple[Dim, ...]:
+    def dims(self, shape: Sequence[int]) -> tuple[Dim, ...]:
         """The symbolic form of a static shape."""
-        return tuple(self.dim(int(size)) for size in shape)  # type: ignore[arg-type]
+        return tuple(self.dim(size) for size in shape)
 
 
 def generalize(graph: ir.Graph, code: SizeCode, rows: Collection[str] = ()) -> None:
@@ -88,8 +89,10 @@ def generalize(graph: ir.Graph, code: SizeCode, rows: Collection[str] = ()) -> N
         if node.op_type == "Reshape":
             builder.generalize_reshape(node)
         elif node.op_type == "Expand" and _static(node.inputs[0]) == _static(node.outputs[0]):
+            source = node.inputs[0]
+            assert source is not None
             ir.convenience.replace_all_uses_with(
-                node.outputs[0], node.inputs[0], replace_graph_outputs=True
+                node.outputs[0], source, replace_graph_outputs=True
             )
             graph.remove(node, safe=True)
         else:
@@ -117,9 +120,7 @@ class _ShapeBuilder:
         for value in (value for value in graph.inputs if value.name not in rows):
             for place, dim in enumerate(code.dims(_static(value))):
                 if len(dim.axes) == 1:
-                    self.anchors.setdefault(
-                        dim.axes[0], _Anchor(value, place, dim.coefficient)
-                    )
+                    self.anchors.setdefault(dim.axes[0], _Anchor(value, place, dim.coefficient))
 
     def generalize_reshape(self, node: ir.Node) -> None:
         """Rule 1 of the module docstring."""
@@ -191,8 +192,12 @@ class _ShapeBuilder:
         if name not in self.graph.initializers:
             tensor = ir.tensor(np.array(numbers, np.int64), name=name)
             self.graph.register_initializer(
-                ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype),
-                         shape=ir.Shape(tensor.shape))
+                ir.Value(
+                    name=name,
+                    const_value=tensor,
+                    type=ir.TensorType(tensor.dtype),
+                    shape=ir.Shape([len(numbers)]),
+                )
             )
         return self.graph.initializers[name]
 
@@ -204,7 +209,7 @@ def _static(value: ir.Value | None) -> tuple[int, ...]:
             f"Expected a static shape on every value of the exported graph; "
             f"{value.name if value else 'a missing input'!r} has none."
         )
-    return tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
+    return value.shape.numpy()
 
 
 def _refuse_coded_constants(node: ir.Node, code: SizeCode) -> None:

@@ -1,0 +1,377 @@
+"""The host library on numpy arrays: outputs first, everything checked before the library is called.
+
+A "T array" has one dtype T of float32, float16 or bfloat16. numpy has no bfloat16: pass arrays of
+`ml_dtypes.bfloat16`, or their uint16 bits together with `dtype="bfloat16"`. Arrays must be
+C-contiguous; `[N, ...]` stands for any shape with N first, whose remaining product is M.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from blockcache.kernels._library import (
+    DTYPES,
+    LAYOUTS,
+    ROW,
+    GuidedSolverStepArgs,
+    KernelError,
+    ScaleShiftResidualArgs,
+    check,
+    host_library,
+)
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float32]
+
+
+def bind_guided_solver_step(
+    next_sample: FloatArray,
+    *,
+    sample: FloatArray,
+    model_out: Array | None,
+    table: FloatArray,
+    history_out: FloatArray | None = None,
+    next_input: Array | None = None,
+    history0: FloatArray | None = None,
+    history1: FloatArray | None = None,
+    guidance: FloatArray | float | None = None,
+    rescale: FloatArray | None = None,
+    dtype: str | None = None,
+) -> Callable[[int], None]:
+    """Checks the arguments of `guided_solver_step` once and returns it as a function of the step.
+
+    The arrays are kept alive and read at every call, so their contents may change in between:
+    new guidance or another table of the same shape need no new binding.
+
+    Args:
+        next_sample: float32 [N, ...], written; may be `sample`.
+        sample: float32 [N, ...].
+        model_out: T [2N, ...] with guidance, the unconditional half first, else [N, ...]. None
+            where no step that will be run reads it.
+        table: float32 [S, 8], rows (c_sample, c_model, c_history0, c_history1, d_sample, d_model,
+            next_input_scale, 0).
+        history_out: float32 [N, ...], written with d_sample * sample + d_model * guided output; may
+            be `history0` or `history1`.
+        next_input: T, shaped as `model_out`, written with next_input_scale * next_sample.
+        history0: float32 [N, ...]; None where its coefficient is 0.
+        history1: float32 [N, ...]; None where its coefficient is 0.
+        guidance: the guidance scale, one or float32 [N]; None: no guidance.
+        rescale: float32 [N] of `guidance_rescale_factors`.
+        dtype: T by name, where the arrays do not tell.
+
+    Returns:
+        A function of the step in 0..S-1. It raises KernelError for a step outside, and where the
+        step's row needs an array that is None.
+
+    Raises:
+        KernelError: an array has the wrong dtype, shape or memory order, or an output overlaps
+            another array in a way that is not allowed.
+    """
+    floats = {
+        "next_sample": next_sample,
+        "history_out": history_out,
+        "sample": sample,
+        "history0": history0,
+        "history1": history1,
+    }
+    uniform = {"table": table, "guidance": _per_sample(guidance, next_sample), "rescale": rescale}
+    return _bind(floats, uniform, {"model_out": model_out, "next_input": next_input}, dtype)
+
+
+def _bind(
+    floats: dict[str, Array | None],
+    uniform: dict[str, Array | None],
+    typed: dict[str, Array | None],
+    dtype: str | None,
+) -> Callable[[int], None]:
+    """Binds the arguments of `bind_guided_solver_step`, grouped by the shape they must have."""
+    next_sample, table = _present(floats, "next_sample"), _present(uniform, "table")
+    shape = next_sample.shape
+    N, M = _samples_and_elements("next_sample", next_sample)
+    S = table.shape[0] if table.ndim else 0
+    for name, array in floats.items():
+        _require(name, array, shape, "float32", write=name in _WRITTEN)
+    for name, array in uniform.items():
+        _require(name, array, (S, ROW) if name == "table" else (N,), "float32")
+    T = "float32"
+    doubled = shape if uniform["guidance"] is None else (2 * N, *shape[1:])
+    for name, array in typed.items():
+        if array is not None:
+            T = _dtype_name(name, array, dtype)
+    for name, array in typed.items():
+        _require(name, array, doubled, T, dtype, write=name in _WRITTEN)
+
+    arrays = {**floats, **uniform, **typed}
+    args = GuidedSolverStepArgs(N=N, M=M, S=S, dtype=DTYPES[T])
+    for name, array in arrays.items():
+        setattr(args, name, _address(array))
+    library = host_library()
+    call = library.bc_host_guided_solver_step
+    pointer = ctypes.byref(args)  # keeps `args` alive
+
+    def run(step: int, _keep_alive: object = arrays) -> None:
+        code = call(pointer, step)
+        if code:
+            check(library, "guided_solver_step", code)
+
+    # The library looks at the step last: refusing it means that the rest is in order.
+    code = call(pointer, -1)
+    if code != _ERROR_STEP:
+        check(library, "guided_solver_step", code)
+    return run
+
+
+def guided_solver_step(
+    next_sample: FloatArray,
+    *,
+    sample: FloatArray,
+    model_out: Array | None,
+    table: FloatArray,
+    step: int,
+    history_out: FloatArray | None = None,
+    next_input: Array | None = None,
+    history0: FloatArray | None = None,
+    history1: FloatArray | None = None,
+    guidance: FloatArray | float | None = None,
+    rescale: FloatArray | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Guidance, solver update, history and next model input in one pass over memory.
+
+    With u and c the halves of `model_out` and g = rescale * (u + guidance * (c - u)), or
+    g = model_out without guidance: next_sample = c_sample * sample + c_model * g
+    + c_history0 * history0 + c_history1 * history1, in float32 and in that order. Arrays whose
+    coefficients are 0 are not read. A loop should bind once: see `bind_guided_solver_step`, which
+    also describes the arguments.
+
+    Args:
+        next_sample: see `bind_guided_solver_step`, as all but `step`.
+        sample: see there.
+        model_out: see there.
+        table: see there.
+        step: row of the table, 0..S-1.
+        history_out: see there.
+        next_input: see there.
+        history0: see there.
+        history1: see there.
+        guidance: see there.
+        rescale: see there.
+        dtype: see there.
+
+    Raises:
+        KernelError: as there, and for a step outside the table.
+    """
+    run = bind_guided_solver_step(
+        next_sample,
+        sample=sample,
+        model_out=model_out,
+        table=table,
+        history_out=history_out,
+        next_input=next_input,
+        history0=history0,
+        history1=history1,
+        guidance=guidance,
+        rescale=rescale,
+        dtype=dtype,
+    )
+    run(step)
+
+
+def guidance_rescale_factors(
+    model_out: Array,
+    *,
+    guidance: FloatArray | float,
+    phi: float,
+    out: FloatArray | None = None,
+    dtype: str | None = None,
+) -> FloatArray:
+    """Per sample phi * std(c) / std(g) + 1 - phi: the `rescale` of `guided_solver_step`.
+
+    Args:
+        model_out: T [2N, ...], the unconditional half first.
+        guidance: the guidance scale, one or float32 [N].
+        phi: how far to rescale: 0 not at all, 1 to the conditional output's spread.
+        out: float32 [N] to write to; None: a new array.
+        dtype: T by name, where the array does not tell.
+
+    Returns:
+        float32 [N], which is `out` if given.
+
+    Raises:
+        KernelError: an array has the wrong dtype, shape or memory order.
+    """
+    rows, M = _samples_and_elements("model_out", model_out)
+    N = rows // 2
+    if rows != 2 * N:
+        raise KernelError(
+            f"model_out: expected 2N samples, both halves of the guidance, got {rows}"
+        )
+    factors = np.empty(N, np.float32) if out is None else out
+    scale = _per_sample(guidance, factors)
+    T = _dtype_name("model_out", model_out, dtype)
+    _require("out", factors, (N,), "float32", write=True)
+    _require("model_out", model_out, model_out.shape, T, dtype)
+    _require("guidance", scale, (N,), "float32")
+    library = host_library()
+    addresses = (_address(factors), _address(model_out), _address(scale))
+    code = library.bc_host_guidance_rescale_factors(*addresses, phi, N, M, DTYPES[T])
+    check(library, "guidance_rescale_factors", code)
+    return factors
+
+
+def relative_change(
+    now: Array, before: Array, *, dtype: str | None = None
+) -> tuple[FloatArray, float]:
+    """Eq. 6: sum |now - before| / sum |now|, in one pass over both.
+
+    The order of summation is fixed; the result is within 9 units of 2^-24 of the exact quotient.
+
+    Args:
+        now: T [N, ...].
+        before: T, shaped as `now`.
+        dtype: T by name, where the arrays do not tell.
+
+    Returns:
+        float32 [N], one change per sample, and the change over all samples together. 0/0 is NaN.
+
+    Raises:
+        KernelError: an array has the wrong dtype, shape or memory order.
+    """
+    N, M = _samples_and_elements("now", now)
+    T = _dtype_name("now", now, dtype)
+    _require("now", now, now.shape, T, dtype)
+    _require("before", before, now.shape, T, dtype)
+    per_sample = np.empty(N, np.float32)
+    whole = np.empty(1, np.float32)
+    library = host_library()
+    addresses = (_address(per_sample), _address(whole), _address(now), _address(before))
+    code = library.bc_host_relative_change(*addresses, N, M, DTYPES[T])
+    check(library, "relative_change", code)
+    return per_sample, float(whole[0])
+
+
+def scale_shift_residual(
+    y: Array,
+    *,
+    x: Array,
+    last: Array,
+    scale: FloatArray,
+    shift: FloatArray,
+    before: Array | None = None,
+    before_scale: FloatArray | None = None,
+    layout: str = "nchw",
+    dtype: str | None = None,
+) -> None:
+    """Y = x + scale * last + before_scale * before + shift, per channel, rounded to T once.
+
+    Args:
+        y: T [N, C, ...] ("nchw") or [N, ..., C] ("nhwc"), written; may be `x`, `last` or `before`.
+        x: T, shaped as `y`.
+        last: T, shaped as `y`: the block's last output.
+        scale: float32 [C].
+        shift: float32 [C].
+        before: T, shaped as `y`: the output before the last; None: no second term.
+        before_scale: float32 [C], needed with `before`.
+        layout: "nchw" or "nhwc".
+        dtype: T by name, where the arrays do not tell.
+
+    Raises:
+        KernelError: an array has the wrong dtype, shape or memory order, or `y` overlaps another
+            array without being it.
+    """
+    if layout not in LAYOUTS:
+        raise KernelError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    N, M = _samples_and_elements("y", y)
+    if y.ndim < 2:
+        raise KernelError(f"y: expected an array of at least 2 axes, got shape {y.shape}")
+    C = y.shape[1] if layout == "nchw" else y.shape[-1]
+    T = _dtype_name("y", y, dtype)
+    _require("y", y, y.shape, T, dtype, write=True)
+    for name, array in {"x": x, "last": last, "before": before}.items():
+        _require(name, array, y.shape, T, dtype)
+    for name, row in {"scale": scale, "shift": shift, "before_scale": before_scale}.items():
+        _require(name, row, (C,), "float32")
+    args = ScaleShiftResidualArgs(N=N, C=C, L=M // C, layout=LAYOUTS[layout], dtype=DTYPES[T])
+    args.y, args.x, args.last, args.before = map(_address, (y, x, last, before))
+    args.scale, args.shift, args.before_scale = map(_address, (scale, shift, before_scale))
+    library = host_library()
+    check(library, "scale_shift_residual", library.bc_host_scale_shift_residual(args))
+
+
+_ERROR_STEP = -5  # BC_ERROR_STEP
+_WRITTEN = ("next_sample", "history_out", "next_input")
+
+
+def _present(arrays: dict[str, Array | None], name: str) -> Array:
+    array = arrays[name]
+    if array is None:
+        raise KernelError(f"{name}: expected an array, got None")
+    return array
+
+
+def _per_sample(scale: FloatArray | float | None, like: Array) -> FloatArray | None:
+    """The guidance scale as float32 [N], N taken from `like`."""
+    if isinstance(scale, float | int):
+        return np.full(like.shape[:1], scale, np.float32)
+    return scale
+
+
+def _address(array: Array | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+@functools.cache
+def _name_of(dtype: np.dtype[Any]) -> str:
+    """`dtype.name`, which numpy works out anew each time, at more cost than a small kernel."""
+    name: str = dtype.name
+    return name
+
+
+def _samples_and_elements(name: str, array: Array) -> tuple[int, int]:
+    """N and M of an array [N, ...]."""
+    if array.ndim < 1 or array.size < 1:
+        raise KernelError(f"{name}: expected an array [N, ...] with elements, got {array.shape}")
+    return array.shape[0], array.size // array.shape[0]
+
+
+def _dtype_name(name: str, array: Array, dtype: str | None) -> str:
+    """T by name, from the argument if given, else from the array."""
+    T = _name_of(array.dtype) if dtype is None else dtype
+    if T not in DTYPES:
+        hint = "; pass dtype='bfloat16' for bfloat16 bits" if T == "uint16" else ""
+        raise KernelError(f"{name}: expected one of {', '.join(DTYPES)}, got {T}{hint}")
+    return T
+
+
+def _require_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise KernelError(f"{name}: expected shape {shape}, got {array.shape}")
+
+
+def _require(
+    name: str,
+    array: Array | None,
+    shape: tuple[int, ...],
+    T: str,
+    dtype: str | None = None,
+    *,
+    write: bool = False,
+) -> Array | None:
+    """The array itself, once it has this shape and dtype and an order the kernels can read."""
+    if array is None:
+        return None
+    _require_shape(name, array, shape)
+    is_bits = dtype == T == "bfloat16" and array.dtype == np.uint16
+    if _name_of(array.dtype) != T and not is_bits:
+        raise KernelError(f"{name}: expected {T}, got {array.dtype.name}")
+    if not array.flags.c_contiguous or not array.flags.aligned or not array.dtype.isnative:
+        raise KernelError(
+            f"{name}: expected a C-contiguous, aligned array in native byte order; "
+            "pass np.ascontiguousarray of it"
+        )
+    if write and not array.flags.writeable:
+        raise KernelError(f"{name}: expected a writable array, got a read-only one")
+    return array

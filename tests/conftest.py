@@ -1,0 +1,146 @@
+"""Fixtures that several test files share: tiny models, compiled once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+_CROSS, _PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+_UP_CROSS, _UP_PLAIN = "CrossAttnUpBlock2D", "UpBlock2D"
+_BASE: dict[str, Any] = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": (_CROSS, _CROSS, _PLAIN),
+    "up_block_types": (_UP_PLAIN, _UP_CROSS, _UP_CROSS),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
+}
+
+TINY_CONFIGS: dict[str, dict[str, Any]] = {
+    "sd": _BASE,
+    "sdxl": {
+        **_BASE,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
+        "transformer_layers_per_block": (1, 2, 2),
+        "use_linear_projection": True,
+    },
+    "two-layers": {
+        **_BASE,
+        "layers_per_block": 2,
+        "block_out_channels": (32, 64),
+        "down_block_types": (_CROSS, _CROSS),
+        "up_block_types": (_UP_CROSS, _UP_CROSS),
+    },
+    "one-level": {
+        **_BASE,
+        "down_block_types": (_PLAIN, _CROSS, _PLAIN),
+        "up_block_types": (_UP_PLAIN, _UP_CROSS, _UP_PLAIN),
+    },
+    "class-conditioned": {
+        **_BASE,
+        "num_class_embeds": 5,
+        "block_out_channels": (32, 64),
+        "down_block_types": (_PLAIN, _CROSS),
+        "up_block_types": (_UP_CROSS, _UP_PLAIN),
+        "resnet_time_scale_shift": "scale_shift",
+    },
+}
+
+
+def make_tiny_model(kind: str) -> Any:
+    """A randomly initialised U-Net of one of the kinds, as a SourceModel."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    from blockcache.export.model import describe
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(**TINY_CONFIGS[kind])
+    return describe(unet, name=f"tiny-{kind}", tokens=7, scheduler=SCHEDULER)
+
+
+def make_conditions(model: Any, count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random conditions [count, ...] for a SourceModel."""
+    rng = np.random.default_rng(seed)
+    axes = {"batch": count, "tokens": model.tokens}
+    made = {}
+    for condition in model.conditions:
+        shape = [axes[s] if isinstance(s, str) else s for s in condition.shape]
+        if condition.dtype == "int64":
+            made[condition.name] = rng.integers(0, 5, shape)
+        else:
+            made[condition.name] = rng.standard_normal(shape).astype(np.float32)
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> Any:
+    """``tiny_models(kind)`` gives a SourceModel, made once a kind."""
+    made: dict[str, Any] = {}
+
+    def get(kind: str) -> Any:
+        if kind not in made:
+            made[kind] = make_tiny_model(kind)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def conditions_of() -> Any:
+    """``conditions_of(model, count, seed=0)`` gives random conditions by name."""
+    return make_conditions
+
+
+@pytest.fixture(scope="session")
+def compiled(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``compiled(kind, outputs)`` gives (SourceModel, Bundle) with presets ddim-4 and dpm-20."""
+    made: dict[tuple[str, int], Any] = {}
+
+    def get(kind: str = "sd", outputs: int = 1) -> Any:
+        if (kind, outputs) not in made:
+            from blockcache.export.pipeline import (
+                CompileOptions,
+                ExportOptions,
+                PresetOptions,
+                compile_model,
+            )
+
+            folder = tmp_path_factory.mktemp(f"{kind}-{outputs}") / "bundle"
+            presets = tuple(PresetOptions.parse(text) for text in ("ddim:4", "dpm:20"))
+            options = CompileOptions(presets=presets, export=ExportOptions(outputs=outputs))
+            model = tiny_models(kind)
+            made[kind, outputs] = (model, compile_model(model, folder, options))
+        return made[kind, outputs]
+
+    return get
+
+
+@pytest.fixture
+def bundle_copy(compiled: Any, tmp_path: Path) -> Path:
+    """A private copy of the tiny SD-like bundle, free to be damaged."""
+    import shutil
+
+    _, bundle = compiled("sd")
+    return Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))

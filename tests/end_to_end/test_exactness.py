@@ -1,0 +1,129 @@
+"""Promises 1: the split is exact, and the loop equals the PyTorch reference."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+ort = pytest.importorskip("onnxruntime")
+
+from blockcache.export.cached_unet import CachedUNet, denoise  # noqa: E402
+from blockcache.export.calibration import Calibration  # noqa: E402
+from blockcache.export.model import UNetCall  # noqa: E402
+from blockcache.runtime import Alignment, Schedule, Session  # noqa: E402
+from blockcache.runtime.plan import AXES  # noqa: E402
+from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
+
+SHAPES = [(1, 16, 16), (2, 8, 8), (3, 24, 40)]
+
+
+def relative(ours, reference):
+    return float(np.abs(ours - reference).max() / np.abs(reference).max())
+
+
+def run_segments(bundle, inputs, sizes):
+    """Every segment once, all blocks recomputed, through plain ``run`` calls."""
+    tensors = dict(inputs)
+    for segment in bundle.segments:
+        if segment.role == "whole":
+            continue
+        feeds = {}
+        for spec in segment.inputs:
+            if spec.name not in tensors:
+                value = 1.0 if spec.name.startswith("scale_") else 0.0
+                tensors[spec.name] = np.full(spec.shape(sizes), value, np.float32)
+            feeds[spec.name] = tensors[spec.name]
+        if segment.role == "time":
+            feeds["timestep"] = feeds["timestep"][:1]
+        session = ort.InferenceSession(str(bundle.segment_path(segment)))
+        names = [spec.name for spec in segment.outputs]
+        tensors.update(zip(names, session.run(names, feeds), strict=True))
+    return tensors["model_output"]
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "two-layers", "one-level", "class-conditioned"])
+def test_segments_equal_the_whole_pytorch_unet(compiled, conditions_of, kind):
+    model, bundle = compiled(kind)
+    call = UNetCall(model.unet, [c.name for c in model.conditions])
+    for batch, height, width in SHAPES:
+        rng = np.random.default_rng(batch)
+        sample = rng.standard_normal((batch, 4, height, width)).astype(np.float32)
+        timestep = np.full(batch, 371.5, np.float32)
+        conditions = conditions_of(model, batch)
+        tensors = [torch.from_numpy(v) for v in (sample, timestep, *conditions.values())]
+        reference = call(*tensors).numpy()
+        inputs = {"sample": sample, "timestep": timestep, **conditions}
+        sizes = dict(zip(AXES, (batch, height, width, model.tokens), strict=True))
+        assert relative(run_segments(bundle, inputs, sizes), reference) <= 1e-5
+        whole = next(s for s in bundle.segments if s.role == "whole")
+        session = ort.InferenceSession(str(bundle.segment_path(whole)))
+        assert relative(session.run(None, inputs)[0], reference) <= 1e-5
+
+
+def random_preset(preset, seed, outputs):
+    """A random schedule and random alignment on a preset's solver."""
+    rng = np.random.default_rng(seed)
+    steps, blocks = preset.schedule.recompute.shape
+    recompute = rng.random((steps, blocks)) < rng.uniform(0.1, 0.9)
+    recompute[0] = True
+    tables = []
+    for k, table in enumerate(preset.alignment.tables):
+        made = 0.1 * rng.standard_normal(table.shape).astype(np.float32)
+        made[:, 0] += 1.0
+        made[recompute[:, k]] = Alignment.identity(1, (table.shape[2],), outputs).tables[0][0]
+        tables.append(made)
+    return dataclasses.replace(
+        preset, schedule=Schedule(recompute), alignment=Alignment(tuple(tables))
+    )
+
+
+@pytest.mark.parametrize(("kind", "outputs"), [("sd", 1), ("sdxl", 2)])
+@settings(
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_the_loop_equals_the_reference_under_any_schedule(
+    compiled, conditions_of, kind, outputs, seed
+):
+    model, bundle = compiled(kind, outputs)
+    session = Session.open(bundle, preset="dpm-20", verify=False)
+    preset = random_preset(session.preset, seed, outputs)
+    session = Session(bundle, preset, session.backend)
+    positive, negative = conditions_of(model, 2, seed=1), conditions_of(model, 1, seed=2)
+    noise = session.noise([0, 1])
+    ours = session.denoise(
+        noise,
+        positive["encoder_hidden_states"],
+        negative["encoder_hidden_states"],
+        conditions={k: v for k, v in positive.items() if k != "encoder_hidden_states"},
+        negative_conditions={k: v for k, v in negative.items() if k != "encoder_hidden_states"},
+        guidance_scale=3.0,
+    )
+    tables = solver_tables(SolverConfig.from_json(preset.solver))
+    picked = Calibration(positive, negative).pick([0, 1], guided=True)
+    with CachedUNet(model, outputs) as cached:
+        reference = denoise(
+            cached, tables, preset.schedule, preset.alignment, torch.from_numpy(noise), picked, 3.0
+        ).numpy()
+    assert relative(ours.latents, reference) <= 1e-4
+    blocks = [i for i, s in enumerate(ours.record.segments) if s.role == "block"]
+    np.testing.assert_array_equal(ours.record.ran[:, blocks], preset.schedule.recompute)
+
+
+def test_the_reference_is_the_model_itself_when_nothing_is_reused(tiny_models, conditions_of):
+    model = tiny_models("sd")
+    sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    conditions = [torch.from_numpy(v) for v in conditions_of(model, 2).values()]
+    call = UNetCall(model.unet, [c.name for c in model.conditions])
+    plain = call(sample, torch.full((2,), 7.0), *conditions)
+    with CachedUNet(model) as cached:
+        assert torch.equal(cached(sample, 7.0, conditions), plain)
+        reused = cached(sample, 7.0, conditions, np.zeros(len(model.blocks), bool))
+        # The same step again: what is reused is what would be computed, up to rounding.
+        assert relative(reused.numpy(), plain.numpy()) <= 1e-5
+    assert torch.equal(call(sample, torch.full((2,), 7.0), *conditions), plain)

@@ -1,0 +1,1 @@
+"""blockcache.tools: the command line, the demo, benchmarks and plots."""

@@ -1,0 +1,71 @@
+"""``blockcache compile``: a U-Net becomes a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compile_bundle(
+    model: Annotated[str, typer.Argument(help="A diffusers folder, a hub id, or 'demo'.")],
+    out: Annotated[Path, typer.Argument(help="The bundle's folder; resumed if it is there.")],
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SOLVER:STEPS[:DELTA], repeatable; solvers: dpm, ddim, euler. DELTA is the "
+            "threshold of eq. 7; without it every block is recomputed at every step."
+        ),
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Guidance scale, as in use.")] = 5.0,
+    precision: Annotated[
+        str, typer.Option(help="float32 (ONNX Runtime on CPU), bfloat16 or float16 (TensorRT).")
+    ] = "float32",
+    history: Annotated[
+        bool, typer.Option("--history", help="Let a reuse combine a block's last two outputs.")
+    ] = False,
+    hoist: Annotated[
+        bool, typer.Option(help="Take what does not depend on the sample out of the loop.")
+    ] = True,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Profile with these prompts, one a line.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Profile with these encoded prompts (safetensors).")
+    ] = None,
+    profile_prompts: Annotated[int, typer.Option(help="Prompts to profile with.")] = 32,
+    profile_seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 2,
+    images_at_once: Annotated[int, typer.Option(help="Batch size of the profile.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Profile a U-Net, derive schedules, and write a bundle.
+
+    Interrupt it at any time: the same command resumes. Stages whose inputs did not change are
+    taken as they are.
+
+    Example: blockcache compile stabilityai/stable-diffusion-2-1 sd21 --preset dpm:20:0.5
+    """
+    from blockcache.export.change import ProfileOptions
+    from blockcache.export.pipeline import CompileOptions, PresetOptions, compile_model
+    from blockcache.export.to_onnx import ExportOptions
+    from blockcache.tools.commands.show import print_bundle
+    from blockcache.tools.progress import StageProgress
+    from blockcache.tools.sources import calibration_for, load_source
+
+    options = CompileOptions(
+        presets=tuple(PresetOptions.parse(text) for text in preset or ["dpm:20:0.5", "dpm:20"]),
+        export=ExportOptions(precision=precision, outputs=2 if history else 1, hoist=hoist),
+        profile=ProfileOptions(
+            prompts=profile_prompts, seeds=profile_seeds, images_at_once=images_at_once
+        ),
+        guidance_scale=guidance,
+    )
+    with StageProgress() as progress:
+        progress("load", 0, 1)
+        source = load_source(model, dtype=precision)
+        measured = any(made.delta is not None for made in options.presets)
+        encoded = calibration_for(model, calibration, prompts) if measured else None
+        progress("load", 1, 1)
+        bundle = compile_model(source, out, options, encoded, progress)
+    print_bundle(bundle, as_json=as_json)

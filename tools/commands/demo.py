@@ -1,0 +1,180 @@
+"""``blockcache demo``: the main job on the demo model, from prompts to a picture."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from blockcache.runtime import Bundle
+    from blockcache.tools.progress import StageProgress
+
+PROMPTS = (
+    "twitter emoji, red apple",
+    "noto emoji, dog face",
+    "flat emoji, rocket",
+    "twitter emoji, flag of japan",
+    "noto emoji, grinning face",
+    "flat emoji, blue heart",
+)
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One run of the demo and what it cost."""
+
+    preset: str
+    steps: int
+    blocks_computed: float  # share of the blocks' FLOPs
+    flops_computed: float  # share of the 20-step uncached run's FLOPs
+    seconds: float  # denoising of all images, median of the repeats
+    distance: float  # relative L2 of the latents to the uncached run, same noise
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for the bundle, the picture and the figures.")
+    ] = Path("demo-out"),
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    delta: Annotated[float, typer.Option(help="Threshold of eq. 7.")] = 0.5,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.0,
+    prompt: Annotated[list[str] | None, typer.Option(help="Other prompts; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Image i uses SEED + i.")] = 7,
+    repeats: Annotated[int, typer.Option(help="Timed repeats, interleaved.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Compile the demo model and denoise three ways: uncached, cached, and with fewer steps.
+
+    Profiles the shipped text-to-image model, derives the schedule, exports and splits it, then
+    draws the same prompts from the same noise with all blocks computed, with the schedule, and
+    uncached with as many steps as the schedule's cost allows. Ends in a picture.
+    """
+    from blockcache.tools.plots import save_grid
+    from blockcache.tools.progress import StageProgress
+    from blockcache.tools.sources import DemoCodec
+
+    prompts = list(prompt or PROMPTS)
+    with StageProgress(quiet=as_json) as progress:
+        bundle, names = compile_demo(out / "bundle", steps, delta, guidance, progress)
+        rows, latents = run_presets(bundle, names, prompts, seed, repeats, progress)
+    pictures = {name: DemoCodec().decode(latents[name]) for name in names}
+    captions = [(_caption(row, rows[0]), pictures[row.preset]) for row in rows]
+    save_grid(captions, prompts, out / "demo.png")
+    (out / "demo.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    _print(rows, out / "demo.png", as_json)
+
+
+def compile_demo(
+    folder: Path, steps: int, delta: float, guidance: float, progress: StageProgress
+) -> tuple[Bundle, list[str]]:
+    """The demo bundle and the names of its presets: uncached, cached, equal compute."""
+    from blockcache.export.pipeline import CompileOptions, PresetOptions, compile_model
+    from blockcache.tools.sources import DEMO, calibration_for, load_source
+
+    progress("load", 0, 1)
+    source, calibration = load_source(DEMO), calibration_for(DEMO, None, None)
+    progress("load", 1, 1)
+    uncached = PresetOptions(solver="dpm", steps=steps)
+    cached = PresetOptions(solver="dpm", steps=steps, delta=delta)
+    options = CompileOptions(presets=(uncached, cached), guidance_scale=guidance)
+    bundle = compile_model(source, folder, options, calibration, progress)
+    share = flops_of(bundle, cached.name) / flops_of(bundle, uncached.name)
+    fewer = PresetOptions(solver="dpm", steps=max(1, round(steps * share)))
+    presets = {made.name: made for made in (uncached, cached, fewer)}
+    options = CompileOptions(presets=tuple(presets.values()), guidance_scale=guidance)
+    bundle = compile_model(source, folder, options, calibration, progress)
+    return bundle, list(presets)
+
+
+def flops_of(bundle: Bundle, preset: str) -> float:
+    """FLOPs of one image with a preset, at the model's default sizes."""
+    entry = bundle.manifest.presets[preset]
+    trunk = sum(s.flops for s in bundle.segments if s.role in ("trunk", "condition"))
+    blocks = sum(s.flops for s in bundle.segments if s.role == "block")
+    return entry.steps * (trunk + blocks * entry.computed_fraction)
+
+
+def run_presets(
+    bundle: Bundle,
+    names: list[str],
+    prompts: list[str],
+    seed: int,
+    repeats: int,
+    progress: StageProgress,
+) -> tuple[list[DemoRow], dict[str, np.ndarray]]:
+    """Denoise the prompts with every preset from the same noise; the first is the reference."""
+    import numpy as np
+
+    from blockcache.runtime import Session
+    from blockcache.tools.sources import DemoCodec
+
+    codec = DemoCodec()
+    positive = codec.encode(prompts)["encoder_hidden_states"]
+    negative = codec.encode([""])["encoder_hidden_states"]
+    sessions = {name: Session.open(bundle, preset=name, verify=False) for name in names}
+    latents: dict[str, np.ndarray] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(repeats + 1):  # the first round warms up
+        for name, session in sessions.items():
+            progress("denoise", repeat * len(names) + names.index(name), (repeats + 1) * len(names))
+            noise = session.noise(range(seed, seed + len(prompts)))
+            begin = time.perf_counter()
+            latents[name] = session.denoise(noise, positive, negative).latents
+            if repeat:
+                seconds[name].append(time.perf_counter() - begin)
+    progress("denoise", (repeats + 1) * len(names), (repeats + 1) * len(names))
+    reference = latents[names[0]]
+    rows = [
+        DemoRow(
+            preset=name,
+            steps=bundle.manifest.presets[name].steps,
+            blocks_computed=bundle.manifest.presets[name].computed_fraction,
+            flops_computed=round(flops_of(bundle, name) / flops_of(bundle, names[0]), 4),
+            seconds=round(float(np.median(seconds[name])), 4),
+            distance=round(
+                float(np.linalg.norm(latents[name] - reference) / np.linalg.norm(reference)), 4
+            ),
+        )
+        for name in names
+    ]
+    return rows, latents
+
+
+def _caption(row: DemoRow, reference: DemoRow) -> str:
+    kind = "uncached" if row.blocks_computed == 1 else "cached"
+    return (
+        f"{kind}\n{row.steps} steps\n{row.seconds:.2f} s ({reference.seconds / row.seconds:.2f}x)\n"
+        f"{row.blocks_computed:.0%} of blocks\n{row.flops_computed:.0%} of FLOPs"
+    )
+
+
+def _print(rows: list[DemoRow], picture: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"rows": [asdict(row) for row in rows], "picture": str(picture)}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("preset", "steps")
+    for column in ("blocks computed", "FLOPs", "seconds", "speed-up", "distance"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.preset,
+            str(row.steps),
+            f"{row.blocks_computed:.1%}",
+            f"{row.flops_computed:.1%}",
+            f"{row.seconds:.2f}",
+            f"{rows[0].seconds / row.seconds:.2f}x",
+            f"{row.distance:.3f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"pictures: [bold]{picture}[/]")

@@ -1,0 +1,147 @@
+"""``blockcache show``: what is in a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+    from blockcache.runtime import Bundle, Schedule
+
+
+def show(
+    bundle: Annotated[Path, typer.Argument(help="A folder that 'blockcache compile' wrote.")],
+    preset: Annotated[
+        str | None, typer.Option(help="Show this preset's schedule; default the first cached one.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the schedule as a picture: FILE.png or FILE.svg.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Check the sha256 of every file.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print a bundle: segments, presets, and a schedule as a picture (blocks by steps)."""
+    from blockcache.runtime import Bundle
+
+    opened = Bundle.open(bundle, verify=verify)
+    print_bundle(opened, preset=preset, as_json=as_json)
+    if plot is not None:
+        from blockcache.tools.plots import plot_schedule
+
+        chosen = opened.preset(preset or default_preset(opened))
+        plot_schedule(chosen.schedule, [block.path for block in opened.model.blocks], plot)
+
+
+def default_preset(bundle: Bundle) -> str:
+    """The first preset that reuses anything, else the first."""
+    for name, entry in bundle.manifest.presets.items():
+        if entry.computed_fraction < 1:
+            return name
+    return bundle.preset_names[0]
+
+
+def print_bundle(bundle: Bundle, *, preset: str | None = None, as_json: bool = False) -> None:
+    """Print a bundle for people, or its facts as JSON."""
+    if as_json:
+        print(json.dumps(bundle_facts(bundle), indent=1))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(_header(bundle))
+    console.print(_segments_table(bundle))
+    console.print(_presets_table(bundle))
+    chosen = preset or default_preset(bundle)
+    console.print(f"\nschedule of [bold]{chosen}[/]: █ recomputed, · reused")
+    paths = [block.path for block in bundle.model.blocks]
+    console.print(schedule_text(bundle.preset(chosen).schedule, paths))
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, object]:
+    """The figures of ``print_bundle``."""
+    return {
+        "folder": str(bundle.folder),
+        "model": bundle.model.name,
+        "precision": bundle.model.precision,
+        "blocks": [block.path for block in bundle.model.blocks],
+        "bytes": sum(entry.bytes for entry in bundle.manifest.files.values()),
+        "segments": [
+            {"name": s.name, "role": s.role, "gflops": round(s.flops / 1e9, 4)}
+            for s in bundle.segments
+        ],
+        "presets": {
+            name: {"steps": entry.steps, "computed_fraction": entry.computed_fraction}
+            for name, entry in bundle.manifest.presets.items()
+        },
+    }
+
+
+def _header(bundle: Bundle) -> str:
+    model = bundle.model
+    total = sum(entry.bytes for entry in bundle.manifest.files.values())
+    return (
+        f"[bold]{model.name}[/]  {model.precision}, {len(model.blocks)} blocks, "
+        f"{total / 1e6:.1f} MB, latents {model.channels} x {model.sizes['height']} x "
+        f"{model.sizes['width']}"
+    )
+
+
+def _segments_table(bundle: Bundle) -> Table:
+    from rich.table import Table
+
+    table = Table("segment", "source", title="segments", title_justify="left")
+    for column in ("GFLOP", "share", "inputs", "outputs"):
+        table.add_column(column, justify="right")
+    loop = sum(s.flops for s in bundle.segments if s.role in ("trunk", "block", "condition"))
+    for segment in bundle.segments:
+        block = segment.block
+        source = bundle.model.blocks[block].path if block is not None else segment.role
+        in_loop = segment.role in ("trunk", "block", "condition")
+        table.add_row(
+            segment.name,
+            source,
+            f"{segment.flops / 1e9:.3f}",
+            f"{segment.flops / loop:.1%}" if in_loop else "",
+            str(len(segment.inputs)),
+            str(len(segment.outputs)),
+            style="cyan" if segment.role == "block" else "",
+        )
+    return table
+
+
+def _presets_table(bundle: Bundle) -> Table:
+    from rich.table import Table
+
+    table = Table("preset", "solver", "policy", title="presets", title_justify="left")
+    for column in ("steps", "blocks computed", "guidance"):
+        table.add_column(column, justify="right")
+    for name, entry in bundle.manifest.presets.items():
+        policy = " ".join(f"{key}={value}" for key, value in entry.policy.items() if key != "kind")
+        table.add_row(
+            name,
+            str(entry.solver["solver"]),
+            f"{entry.policy['kind']} {policy}".strip(),
+            str(entry.steps),
+            f"{entry.computed_fraction:.1%}",
+            f"{entry.guidance_scale:g}",
+        )
+    return table
+
+
+def schedule_text(schedule: Schedule, paths: list[str]) -> Text:
+    """Blocks by steps, as in the paper's Fig. 4."""
+    from rich.text import Text
+
+    width = max(len(path) for path in paths)
+    lines = []
+    for k, path in enumerate(paths):
+        marks = "".join("█" if on else "·" for on in schedule.recompute[:, k])
+        count = int(schedule.recompute[:, k].sum())
+        lines.append(f"{path:>{width}} {marks} {count:>3}/{schedule.steps}")
+    return Text("\n".join(lines))

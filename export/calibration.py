@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from blockcache.export.model import encode_text
 from blockcache.runtime.bundle import read_tensors
-from blockcache.runtime.errors import ConfigError, MissingExtraError
+from blockcache.runtime.errors import ConfigError
 
 NEGATIVE = "negative."
 """Prefix of the unconditional prompt's tensors in a calibration file."""
@@ -100,31 +101,4 @@ def read_calibration(path: Path) -> Calibration:
 
 def encode_prompts(folder: Path, prompts: Sequence[str] = PROMPTS) -> Calibration:
     """Encode prompts with the text encoders of a diffusers pipeline folder (SD 1.x, 2.x, XL)."""
-    try:
-        from diffusers import DiffusionPipeline
-    except ImportError as error:
-        raise MissingExtraError.of("diffusers", "export", "Encoding prompts") from error
-    if not (folder / "text_encoder").is_dir() or not (folder / "model_index.json").is_file():
-        raise ConfigError(
-            f"Expected text_encoder/ and model_index.json in {folder}: the profile needs prompts. "
-            f"Give a pipeline folder, or --calibration FILE with encoded prompts."
-        )
-    pipeline = DiffusionPipeline.from_pretrained(folder, unet=None, vae=None)
-    with torch.no_grad():
-        positive, negative, *pooled = pipeline.encode_prompt(
-            list(prompts),
-            device="cpu",
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=True,
-            negative_prompt=[""] * len(prompts),
-        )
-    conditions = {"encoder_hidden_states": positive}
-    unconditional = {"encoder_hidden_states": negative[:1]}
-    if pooled:
-        size = float(pipeline.default_sample_size * pipeline.vae_scale_factor)
-        conditions["text_embeds"], unconditional["text_embeds"] = pooled[0], pooled[1][:1]
-        conditions["time_ids"] = torch.tensor([[size, size, 0, 0, size, size]])
-    return Calibration(
-        {name: tensor.float().numpy() for name, tensor in conditions.items()},
-        {name: tensor.float().numpy() for name, tensor in unconditional.items()},
-    )
+    return Calibration(*encode_text(folder, prompts))

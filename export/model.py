@@ -326,3 +326,38 @@ def decode_latents(folder: Path, latents: np.ndarray) -> np.ndarray:
     pixels = (images.clamp(-1, 1) + 1) * 127.5
     result: np.ndarray = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return result
+
+
+def encode_text(
+    folder: Path, prompts: Sequence[str]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Conditions of prompts and of the empty prompt, by the folder's own text encoders.
+
+    Returns float32 arrays by name: [P or 1, ...] for the prompts, [1, ...] for the empty one.
+    """
+    from diffusers import DiffusionPipeline
+
+    if not (folder / "text_encoder").is_dir() or not (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"Expected text_encoder/ and model_index.json in {folder}: the profile needs prompts. "
+            f"Give a pipeline folder, or --calibration FILE with encoded prompts."
+        )
+    pipeline = DiffusionPipeline.from_pretrained(folder, unet=None, vae=None)
+    with torch.no_grad():
+        positive, negative, *pooled = pipeline.encode_prompt(
+            list(prompts),
+            device="cpu",
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+            negative_prompt=[""] * len(prompts),
+        )
+    conditions = {"encoder_hidden_states": positive}
+    unconditional = {"encoder_hidden_states": negative[:1]}
+    if pooled:
+        size = float(pipeline.default_sample_size * pipeline.vae_scale_factor)
+        conditions["text_embeds"], unconditional["text_embeds"] = pooled[0], pooled[1][:1]
+        conditions["time_ids"] = torch.tensor([[size, size, 0, 0, size, size]])
+    return (
+        {name: tensor.float().numpy() for name, tensor in conditions.items()},
+        {name: tensor.float().numpy() for name, tensor in unconditional.items()},
+    )

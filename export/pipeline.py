@@ -30,6 +30,7 @@ from blockcache.runtime.bundle import (
     Bundle,
     Manifest,
     PresetEntry,
+    preset_bytes,
     read_tensors,
     segment_from_plain,
     to_plain,
@@ -58,6 +59,9 @@ class Observer(Protocol):
         """``done`` of ``total`` units of ``stage`` are finished."""
 
 
+SOLVERS = ("dpm", "ddim", "euler")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PresetOptions:
     """One preset to make: ``dpm:20:0.5`` is 20 steps of DPM-Solver++ with delta 0.5."""
@@ -68,10 +72,12 @@ class PresetOptions:
     name: str = ""
 
     def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ConfigError(f"Expected a solver of {SOLVERS}, got {self.solver!r}.")
         if self.steps < 1 or (self.delta is not None and not self.delta >= 0):
             raise ConfigError(f"Expected steps of 1 or more and a delta of 0 or more; got {self}.")
         if not self.name:
-            suffix = "" if self.delta is None else f"-d{self.delta:g}"
+            suffix = "" if self.delta is None else f"-d{self.delta:g}".replace("+", "")
             object.__setattr__(self, "name", f"{self.solver}-{self.steps}{suffix}")
 
     @classmethod
@@ -162,6 +168,8 @@ def _compile(
     calibration: Calibration | None,
     observer: Observer,
 ) -> None:
+    for preset in options.presets:  # what cannot work is refused before any work
+        solver_tables(_solver_config(model, preset))
     store = StageStore(folder)
     profiles = {
         preset.name: _profile_stage(model, store, preset, options, calibration, observer)
@@ -174,7 +182,11 @@ def _compile(
         observer("presets", done, len(options.presets))
         made = _make_preset(model, folder, preset, options, profiles[preset.name], segments, facts)
         name = f"presets/{preset.name}.safetensors"
-        write_preset(folder / name, made)
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != preset_bytes(made):
+            # From here on the folder is not a bundle until the new manifest is written.
+            (folder / MANIFEST).unlink(missing_ok=True)
+            write_preset(path, made)
         store.commit(f"preset-{preset.name}", stage_key(preset=preset), [name], {})
         presets[preset.name] = _preset_entry(name, made, segments)
     observer("presets", len(options.presets), len(options.presets))
@@ -193,7 +205,7 @@ def _export_stage(
     observer("export", 0, 1)
     facts = store.reuse("export", key)
     if facts is None:
-        # From here on the folder is not a bundle until the new manifest is written.
+        # As for presets: no manifest while its files change.
         (store.folder / MANIFEST).unlink(missing_ok=True)
         target = store.folder / "segments"
         shutil.rmtree(target, ignore_errors=True)

@@ -19,9 +19,8 @@ def threshold(change: np.ndarray, delta: float) -> Schedule:
     ``change[a+1..s]`` is at most ``delta``; the first step at which the sum exceeds it recomputes
     the block and the sum starts again.
 
-    A larger ``delta`` need not recompute a subset of the steps, nor even fewer of them at every
-    prefix: where a recompute falls moves all later ones. What does hold is that no block is ever
-    reused with more accumulated change than ``delta``.
+    A larger ``delta`` recomputes no more often, at any prefix of the steps; but not at a subset of
+    them: where one recompute falls moves all later ones.
 
     Args:
         change: float [S, K], finite, not negative.

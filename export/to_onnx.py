@@ -19,12 +19,13 @@ import onnx_ir as ir
 import torch
 
 from blockcache.export.cost import graph_flops
-from blockcache.export.model import SourceModel, UNetCall
+from blockcache.export.model import TORCH_DTYPES, SourceModel, UNetCall
 from blockcache.export.passes.align import align
 from blockcache.export.passes.hoist import BOUNDARY_PREFIX, classify
 from blockcache.export.passes.simplify import simplify
 from blockcache.export.passes.split import Piece, split
 from blockcache.export.passes.symbolic import SizeCode, generalize
+from blockcache.export.passes.unify import unify
 from blockcache.runtime.errors import ConfigError, ExportError
 from blockcache.runtime.plan import AXES, DTYPE_BYTES, Dim, Segment, Sizes, TensorSpec
 
@@ -55,9 +56,11 @@ def export_segments(
 ) -> tuple[Segment, ...]:
     """Write ``folder/*.onnx`` and ``folder/weights.bin``; returns the segments in running order.
 
-    The last one, role ``whole``, is the uncut model: the yardstick for exactness and speed.
+    The last one, role ``whole``, is the uncut model: the yardstick for exactness and speed. The
+    model's weights are converted in place where ``options.precision`` is another than theirs.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    model.unet.to(TORCH_DTYPES[options.precision])
     code = _code_for(model)
     traced = folder / "traced.onnx"
     _trace(model, code, traced)
@@ -131,6 +134,7 @@ def _load(path: Path) -> ir.Model:
     """The traced model, simplified, its weights left on disk."""
     model = ir.load(path)
     simplify(model.graph)
+    unify(model.graph)
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):

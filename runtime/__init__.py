@@ -14,11 +14,15 @@ from blockcache.runtime.errors import (
     Cancelled,
     ConfigError,
     EngineError,
+    EnginesMissingError,
+    EnginesStaleError,
     ExportError,
     InputError,
     MissingExtraError,
     UnknownPresetError,
     UnsupportedModelError,
+    WrongGpuError,
+    WrongLibraryError,
 )
 from blockcache.runtime.plan import Alignment, Preset, Schedule, Segment, TensorSpec
 from blockcache.runtime.record import RunRecord
@@ -40,6 +44,8 @@ __all__ = [
     "EmptyBackend",
     "Engine",
     "EngineError",
+    "EnginesMissingError",
+    "EnginesStaleError",
     "ExportError",
     "InputError",
     "Manifest",
@@ -55,4 +61,6 @@ __all__ = [
     "TensorSpec",
     "UnknownPresetError",
     "UnsupportedModelError",
+    "WrongGpuError",
+    "WrongLibraryError",
 ]

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from blockcache.runtime.errors import (
     BundleFormatError,
@@ -44,6 +44,8 @@ from blockcache.runtime.plan import (
     Schedule,
     Segment,
     TensorSpec,
+    coefficient_names,
+    row_specs,
 )
 
 FORMAT = "blockcache-bundle"
@@ -91,24 +93,24 @@ class Manifest:
     stages: Mapping[str, str]  # stage name -> key of what made its files (for resuming)
 
     def to_json(self) -> str:
-        """The manifest as text: sorted keys, one way only to write it."""
-        content = {
+        """The manifest as text: one way only to write it; presets keep their order."""
+        content: dict[str, object] = {
             "format": FORMAT,
             "version": VERSION,
             "model": to_plain(self.model),
             "segments": [to_plain(segment) for segment in self.segments],
             "presets": {name: to_plain(entry) for name, entry in self.presets.items()},
-            "files": {name: to_plain(entry) for name, entry in self.files.items()},
-            "stages": dict(self.stages),
+            "files": {name: to_plain(entry) for name, entry in sorted(self.files.items())},
+            "stages": dict(sorted(self.stages.items())),
         }
-        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+        return json.dumps(content, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = MANIFEST) -> Manifest:
         """Read a manifest; BundleFormatError where it is not one or of another version."""
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise BundleFormatError(
                 f"Expected JSON in {where}, got {error}. The file is damaged: compile again."
             ) from error
@@ -128,7 +130,7 @@ class Manifest:
                 files={k: FileEntry(**entry) for k, entry in content["files"].items()},
                 stages=dict(content["stages"]),
             )
-        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise BundleFormatError(
                 f"{where} is malformed: {type(error).__name__}: {error}. Compile the model again."
             ) from error
@@ -162,7 +164,8 @@ class Bundle:
                 f"Expected a bundle with {MANIFEST} at {root}, found none. Either the path is "
                 f"wrong or a compile did not finish: run blockcache compile again to resume it."
             )
-        bundle = cls(root, Manifest.from_json(path.read_text(), str(path)))
+        text = path.read_bytes().decode(errors="replace")  # what is not text is not JSON either
+        bundle = cls(root, Manifest.from_json(text, str(path)))
         bundle._check_files(verify)
         return bundle
 
@@ -197,7 +200,30 @@ class Bundle:
                 f"Expected a preset of {list(self.preset_names)}, got {name!r}. Add one with "
                 f"blockcache compile --preset."
             )
-        return read_preset(self.path(entry.file), name, entry)
+        preset = read_preset(self.path(entry.file), name, entry)
+        self._check_fit(preset)
+        return preset
+
+    def _check_fit(self, preset: Preset) -> None:
+        """Raise BundleFormatError unless the preset's tables have the model's widths."""
+        widths = {
+            name: table.shape[2]
+            for k, table in enumerate(preset.alignment.tables)
+            for name in coefficient_names(k, preset.alignment.outputs)
+        }
+        widths |= {name: int(table[0].size) for name, table in preset.time_tables.items()}
+        for spec in row_specs(self.model, self.segments):
+            wanted = int(np.prod([d.coefficient for d in spec.dims]))  # batch axes broadcast
+            if widths.get(spec.name) != wanted and preset.alignment.outputs == self.model.outputs:
+                raise BundleFormatError(
+                    f"Preset {preset.name!r}: expected {wanted} numbers a step for "
+                    f"{spec.name!r}, got {widths.get(spec.name)}. Compile again."
+                )
+        if preset.schedule.blocks != len(self.model.blocks):
+            raise BundleFormatError(
+                f"Preset {preset.name!r}: expected a schedule of {len(self.model.blocks)} blocks, "
+                f"got {preset.schedule.blocks}. Compile again."
+            )
 
     def _check_files(self, verify: bool) -> None:
         listed = set(self.manifest.files)
@@ -220,7 +246,8 @@ class Bundle:
 def safe_path(root: Path, name: str) -> Path:
     """``root / name``, or BundlePathError where that leaves ``root`` (also through a link)."""
     pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
+    foreign = "\\" in name or "\0" in name
+    if pure.is_absolute() or ".." in pure.parts or foreign or not pure.parts:
         raise BundlePathError(
             f"Expected a path inside the bundle, got {name!r}. Do not use this bundle: its "
             f"manifest was tampered with."
@@ -253,10 +280,16 @@ def _check_file(path: Path, name: str, entry: FileEntry, verify: bool) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: to a temporary name, flushed, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -264,10 +297,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write a safetensors file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial)
-    partial.replace(path)
+    write_bytes(path, save({name: np.ascontiguousarray(v) for name, v in tensors.items()}))
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -280,12 +310,17 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def write_preset(path: Path, preset: Preset) -> None:
-    """Write a preset's tables: ``recompute``, ``alignment.<k>``, ``time.<tensor name>``."""
+def preset_bytes(preset: Preset) -> bytes:
+    """A preset's tables as safetensors: ``recompute``, ``alignment.<k>``, ``time.<name>``."""
     tensors = {"recompute": preset.schedule.recompute.astype(np.uint8)}
     tensors |= {f"alignment.{k}": table for k, table in enumerate(preset.alignment.tables)}
     tensors |= {f"time.{name}": table for name, table in preset.time_tables.items()}
-    write_tensors(path, tensors)
+    return save({name: np.ascontiguousarray(table) for name, table in tensors.items()})
+
+
+def write_preset(path: Path, preset: Preset) -> None:
+    """Write a preset's tables atomically."""
+    write_bytes(path, preset_bytes(preset))
 
 
 def read_preset(path: Path, name: str, entry: PresetEntry) -> Preset:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.device import Device, HostDevice, Tensor
@@ -84,17 +84,56 @@ def _nothing() -> None:
     pass
 
 
-def make_backend(name: str = "auto", *, threads: int | None = None) -> Backend:
-    """The engine library called ``name``: ``ort``, ``empty``, or ``auto`` for the best there is.
+def make_backend(
+    name: str = "auto",
+    *,
+    threads: int | None = None,
+    bundle: Bundle | None = None,
+    stream: Any = None,
+    verify: bool = True,
+) -> Backend:
+    """The engine library called ``name``.
+
+    Args:
+        name: ``trt`` (TensorRT engines that ``blockcache build`` made), ``ort`` (ONNX Runtime on
+            the CPU), ``ort-cuda`` and ``ort-tensorrt`` (ONNX Runtime on the GPU), ``empty``, or
+            ``auto``: TensorRT where the bundle has engines and there is a GPU, else the CPU.
+        threads: of ONNX Runtime on the CPU.
+        bundle: what it will run, for ``auto``.
+        stream: the caller's CUDA stream.
+        verify: check the sha256 of engines.
 
     Raises:
         ConfigError: unknown name.
         MissingExtraError: the library is not installed; the message holds the pip command.
+        EngineError: there is no GPU for a library that needs one.
     """
+    if name == "auto":
+        name = _best(bundle)
     if name == "empty":
         return EmptyBackend()
-    if name in ("auto", "ort"):
+    if name == "ort":
         from blockcache.runtime.engine_ort import OrtBackend
 
         return OrtBackend(threads=threads)
-    raise ConfigError(f"Expected a backend of 'auto', 'ort' or 'empty', got {name!r}.")
+    if name == "trt":
+        from blockcache.runtime.engine_trt import TrtBackend
+
+        return TrtBackend(stream=stream, verify=verify)
+    if name in ("ort-cuda", "ort-tensorrt"):
+        from blockcache.runtime.engine_ort_cuda import OrtCudaBackend
+
+        return OrtCudaBackend(tensorrt=name == "ort-tensorrt", stream=stream)
+    raise ConfigError(
+        f"Expected a backend of 'auto', 'trt', 'ort', 'ort-cuda', 'ort-tensorrt' or 'empty', got "
+        f"{name!r}."
+    )
+
+
+def _best(bundle: Bundle | None) -> str:
+    """TensorRT where engines and a GPU are there, else ONNX Runtime on the CPU."""
+    if bundle is None or not any(bundle.folder.glob("engines/*/engines.json")):
+        return "ort"
+    from blockcache.runtime.cuda import device_count
+
+    return "trt" if device_count() else "ort"

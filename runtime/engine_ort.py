@@ -45,9 +45,12 @@ class OrtBackend:
                 f"ONNX Runtime's CPU provider runs float32 bundles; this one is "
                 f"{bundle.model.precision}. Compile with --precision float32, or use TensorRT."
             )
-        path = str(bundle.segment_path(segment))
+        return self.open_model(segment, str(bundle.segment_path(segment)))
+
+    def open_model(self, segment: Segment, model: str | bytes) -> OrtEngine:
+        """Load a segment from a file, or from a graph in memory."""
         try:
-            session = ort.InferenceSession(path, self._options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(model, self._options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise EngineError(
                 f"ONNX Runtime {ort.__version__} cannot load segment {segment.name!r}: {error}"

@@ -6,7 +6,7 @@ All types are frozen and validated when they are made. S steps, K blocks, N C H 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal, TypeAlias
@@ -79,7 +79,7 @@ class Dim:
     @classmethod
     def parse(cls, text: str | int) -> Dim:
         """Read ``"8*batch"``, ``"height*width/16"`` or a number."""
-        match = re.fullmatch(r"([a-z0-9*]+)(?:/([0-9]+))?", str(text))
+        match = re.fullmatch(r"([a-z0-9*]+)(?:/([1-9][0-9]*))?", str(text))
         if not match:
             raise ConfigError(f"Expected a dimension such as 'height*width/16', got {text!r}.")
         factors = match.group(1).split("*")
@@ -281,6 +281,20 @@ class ModelFacts:
         return tuple(block.channels for block in self.blocks)
 
 
+def row_specs(model: ModelFacts, segments: Iterable[Segment]) -> tuple[TensorSpec, ...]:
+    """Inputs of the loop that change with the step number alone: the fields of the step's row.
+
+    That is, what neither a segment produces nor a request brings: hoisted time projections and
+    alignment coefficients.
+    """
+    loop = [segment for segment in segments if segment.role in (*LOOP_ROLES, "prompt")]
+    brought = {spec.name for segment in loop for spec in segment.outputs} | {"sample"}
+    brought |= {spec.name for spec in model.conditions}
+    brought |= {previous_output_name(k) for k in range(len(model.blocks))}
+    inputs = {spec.name: spec for segment in loop for spec in segment.inputs}
+    return tuple(spec for name, spec in inputs.items() if name not in brought)
+
+
 @dataclass(frozen=True)
 class Preset:
     """Solver, steps, schedule and alignment: one way to denoise with a bundle."""
@@ -304,6 +318,11 @@ class Preset:
                 f"{len(self.alignment.tables)} in the alignment."
             )
         self.alignment.check(self.schedule)
+        if self.solver.get("steps", self.schedule.steps) != self.schedule.steps:
+            raise ConfigError(
+                f"Preset {self.name!r}: the solver takes {self.solver['steps']} steps, "
+                f"the schedule has {self.schedule.steps}."
+            )
         for name, table in self.time_tables.items():
             if table.shape[0] != self.schedule.steps:
                 raise ConfigError(

@@ -31,6 +31,7 @@ from blockcache.runtime.plan import (
     block_output_name,
     coefficient_names,
     previous_output_name,
+    row_specs,
 )
 
 
@@ -231,6 +232,6 @@ def _group(model: ModelFacts, loop: Sequence[Segment], prompts: Sequence[Segment
     return _Groups(
         boundary=tuple(t for name, t in outputs.items() if name not in apart),
         blocks=tuple(blocks.values()),
-        rows=tuple(t for name, t in inputs.items() if name not in apart | outputs.keys()),
+        rows=row_specs(model, (*loop, *prompts)),
         requests=tuple(requests.values()),
     )

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
+from typing import Any
 
 import numpy as np
 
@@ -25,13 +26,13 @@ from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.device import StepFunction, Tensor
 from blockcache.runtime.engine import Backend, load_shared, make_backend
 from blockcache.runtime.errors import BundleFormatError, Cancelled, InputError
-from blockcache.runtime.plan import LOOP_ROLES, Preset, Sizes, TensorSpec
+from blockcache.runtime.graphs import LoopGraphs, player_for
+from blockcache.runtime.interop import DeviceView, host_array, host_arrays
+from blockcache.runtime.plan import LOOP_ROLES, Preset, Sizes
 from blockcache.runtime.program import MemoryReport, Program
 from blockcache.runtime.record import RunRecord
+from blockcache.runtime.request import Request, check_finite_values
 from blockcache.runtime.solver import SolverConfig, solver_tables
-
-SHARED_CONDITIONS = ("time_ids", "class_labels")
-"""Conditions whose negative (unconditional) value is the positive one unless given."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Denoised:
 
     latents: np.ndarray  # float32 [N, C, H, W]
     record: RunRecord
+    device_latents: DeviceView | None = None
+    """On a GPU the same, in place: valid until the session's next request of this shape."""
 
 
 class Session:
@@ -73,6 +76,7 @@ class Session:
         self._tables = solver_tables(SolverConfig.from_json(preset.solver))
         self._programs: dict[tuple[int, ...], Program] = {}
         self._lock = threading.Lock()
+        self._graphs = player_for(backend)
 
     @classmethod
     def open(
@@ -82,6 +86,7 @@ class Session:
         preset: str | None = None,
         backend: str | Backend = "auto",
         threads: int | None = None,
+        stream: Any = None,
         verify: bool = True,
     ) -> Session:
         """Open a bundle and load its engines.
@@ -89,8 +94,9 @@ class Session:
         Args:
             bundle: A folder that ``blockcache compile`` wrote, or an opened Bundle.
             preset: One of the bundle's presets; default its first.
-            backend: "auto", "ort", "empty", or a Backend.
+            backend: "auto", "trt", "ort", "ort-cuda", "empty", or a Backend.
             threads: CPU threads of the engine library; default one a physical core.
+            stream: The caller's CUDA stream: a number or an object with ``__cuda_stream__``.
             verify: Check the sha256 of every file first.
 
         Raises:
@@ -101,8 +107,11 @@ class Session:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
         name = opened.preset_names[0] if preset is None and opened.preset_names else preset
         chosen = opened.preset(name or "")
-        made = make_backend(backend, threads=threads) if isinstance(backend, str) else backend
-        return cls(opened, chosen, made)
+        if isinstance(backend, str):
+            backend = make_backend(
+                backend, threads=threads, bundle=opened, stream=stream, verify=verify
+            )
+        return cls(opened, chosen, backend)
 
     @property
     def steps(self) -> int:
@@ -170,13 +179,14 @@ class Session:
         """
         scale = self.preset.guidance_scale if guidance_scale is None else float(guidance_scale)
         guided = scale != 1.0
-        request = _Request(self.bundle, noise, guided, start_step, self.steps, check_finite)
+        noise = host_array(noise)
+        request = Request(self.bundle, noise, guided, start_step, self.steps, check_finite)
         positive = {"encoder_hidden_states": prompt_embeds, **(conditions or {})}
         negative = dict(negative_conditions or {})
         if negative_prompt_embeds is not None:
             negative["encoder_hidden_states"] = negative_prompt_embeds
-        inputs = request.conditions(positive, negative)
-        start = self._start(request, image_latents)
+        inputs = request.conditions(host_arrays(positive), host_arrays(negative))
+        start = self._start(request, host_array(image_latents))
         with self._lock:
             program = self._program(request.sizes, request.images)
             for name, values in inputs.items():
@@ -188,7 +198,7 @@ class Session:
     def _run(
         self,
         program: Program,
-        request: _Request,
+        request: Request,
         start: np.ndarray,
         guidance_scale: float,
         callback: Callable[[Progress], None] | None,
@@ -204,18 +214,29 @@ class Session:
             launch()
         record.prompt_ns = perf_counter_ns() - begin
         self._set_latents(program, request, start)
+        graphs = self._loop_graphs(program, request)
         begin = perf_counter_ns()
-        for step in record.steps:
-            if cancelled is not None and cancelled():
-                raise Cancelled(f"Cancelled before step {step} of {self.steps}.")
+
+        def do_step(step: int) -> None:
             self._step(run.load_row, run.launches[step], solver, step, record)
-            if callback is not None:
-                self._report(callback, step, latents)
+
+        if graphs is not None and callback is None and cancelled is None:
+            graphs.play_loop(record.steps, do_step)
+        else:
+            for step in record.steps:
+                if cancelled is not None and cancelled():
+                    raise Cancelled(f"Cancelled before step {step} of {self.steps}.")
+                (graphs.play_step if graphs is not None else _call)(step, do_step)
+                if callback is not None:
+                    self._report(callback, step, latents)
         result = self.backend.device.download(latents)
         record.total_ns = perf_counter_ns() - begin
+        if graphs is not None:
+            record.launched(run.launches)
         if request.check_finite:
-            _check_finite("the denoised latents", result)
-        return Denoised(result, record)
+            check_finite_values("the denoised latents", result)
+        view = getattr(self.backend.device, "view", None)
+        return Denoised(result, record, view(latents) if view is not None else None)
 
     @staticmethod
     def _step(
@@ -241,6 +262,13 @@ class Session:
 
     # -- preparation ---------------------------------------------------------------------------
 
+    def _loop_graphs(self, program: Program, request: Request) -> LoopGraphs | None:
+        """CUDA graphs of this request's shape and first step; None where launches stay single."""
+        if self._graphs is None:
+            return None
+        shape = (*request.sizes.values(), request.images, request.first, int(request.guided))
+        return LoopGraphs(self._graphs, shape, program.tensors)
+
     def _program(self, sizes: Sizes, images: int) -> Program:
         """The program of these sizes; bound on first use, kept for the session's life."""
         key = (*sizes.values(), images)
@@ -256,7 +284,7 @@ class Session:
             )
         return self._programs[key]
 
-    def _start(self, request: _Request, image_latents: np.ndarray | None) -> np.ndarray:
+    def _start(self, request: Request, image_latents: np.ndarray | None) -> np.ndarray:
         """The sample that the first executed step sees, in the solver's own space."""
         if image_latents is None:
             if request.first:
@@ -271,14 +299,14 @@ class Session:
         start: np.ndarray = signal * image_latents + noise * request.noise
         return start
 
-    def _set_latents(self, program: Program, request: _Request, start: np.ndarray) -> None:
+    def _set_latents(self, program: Program, request: Request, start: np.ndarray) -> None:
         device = self.backend.device
         device.upload(program.tensors["latents"], start)
         device.upload(program.tensors["history"], np.zeros_like(start))
         halves = [start * self._tables.input_scale[request.first]] * (2 if request.guided else 1)
         device.upload(program.tensors["sample"], np.concatenate(halves))
 
-    def _solver(self, program: Program, request: _Request, guidance_scale: float) -> StepFunction:
+    def _solver(self, program: Program, request: Request, guidance_scale: float) -> StepFunction:
         coefficients = self._tables.coefficients.copy()
         coefficients[request.first] = self._tables.first[request.first]
         tensors = program.tensors
@@ -292,99 +320,5 @@ class Session:
         )
 
 
-class _Request:
-    """The checked inputs of one call of ``denoise``."""
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        noise: np.ndarray,
-        guided: bool,
-        first: int,
-        steps: int,
-        check_finite: bool,
-    ) -> None:
-        model = bundle.model
-        self.check_finite = check_finite
-        self._specs = model.conditions
-        shape = np.shape(noise)
-        if len(shape) != 4 or shape[1] != model.channels or shape[0] < 1:
-            raise InputError(
-                f"noise: expected [N, {model.channels}, height, width], got {list(shape)}. "
-                f"session.noise(seeds) makes it."
-            )
-        if shape[2] % model.downsampling or shape[3] % model.downsampling:
-            raise InputError(
-                f"noise: expected a latent height and width divisible by {model.downsampling}, "
-                f"got {shape[2]} x {shape[3]}. Choose the next multiples."
-            )
-        if not 0 <= first < steps:
-            raise InputError(f"start_step: expected 0 to {steps - 1}, got {first}.")
-        self.images, self.guided, self.first = shape[0], guided, first
-        batch = self.images * (2 if guided else 1)
-        self.sizes = dict(model.sizes, batch=batch, height=shape[2], width=shape[3])
-        self.noise = self.check("noise", noise, shape)
-
-    def conditions(
-        self, positive: Mapping[str, np.ndarray], negative: Mapping[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """Engine inputs [batch, ...]: with guidance the unconditional half comes first."""
-        known = [spec.name for spec in self._specs]
-        for name in (*positive, *negative):
-            if name not in known:
-                raise InputError(
-                    f"{name}: this model takes the conditions {known} and no other. ControlNet "
-                    f"residuals and adapters are not supported."
-                )
-        tokens = np.shape(positive["encoder_hidden_states"])
-        if len(tokens) == 3:
-            self.sizes["tokens"] = tokens[1]
-        inputs = {}
-        for spec in self._specs:
-            halves = [self._condition(spec, positive, "")]
-            if self.guided:
-                defaults = positive if spec.name in SHARED_CONDITIONS else {}
-                halves.insert(0, self._condition(spec, {**defaults, **negative}, "negative "))
-            inputs[spec.name] = np.concatenate(halves)
-        return inputs
-
-    def _condition(
-        self, spec: TensorSpec, given: Mapping[str, np.ndarray], side: str
-    ) -> np.ndarray:
-        if spec.name not in given:
-            raise InputError(
-                f"{side}{spec.name}: expected a tensor, got none. Give it, or set "
-                f"guidance_scale=1 to run without guidance."
-                if side
-                else f"{spec.name}: this model needs it in conditions={{...}}, got none."
-            )
-        shape = spec.shape({**self.sizes, "batch": self.images})
-        values = given[spec.name]
-        if np.shape(values) == (1, *shape[1:]):
-            values = np.broadcast_to(values, shape)
-        return self.check(side + spec.name, values, shape, spec.dtype)
-
-    def check(
-        self, name: str, values: np.ndarray, shape: Sequence[int], dtype: str = "float32"
-    ) -> np.ndarray:
-        """The values, or InputError where shape, dtype or (if asked for) contents are wrong."""
-        wanted = np.dtype(np.int64 if dtype == "int64" else np.float32)
-        if not isinstance(values, np.ndarray) or values.dtype != wanted:
-            got = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
-            raise InputError(
-                f"{name}: expected a numpy array of {wanted}, got {got}. "
-                f"Convert it with .astype(np.{wanted})."
-            )
-        if values.shape != tuple(shape):
-            raise InputError(f"{name}: expected shape {list(shape)}, got {list(values.shape)}.")
-        if self.check_finite:
-            _check_finite(name, values)
-        return values
-
-
-def _check_finite(name: str, values: np.ndarray) -> None:
-    bad = int(values.size - np.isfinite(values).sum())
-    if bad:
-        raise InputError(
-            f"{name}: expected finite numbers, got NaN or infinity in {bad} of {values.size}."
-        )
+def _call(step: int, do_step: StepFunction) -> None:
+    do_step(step)

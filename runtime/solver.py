@@ -6,9 +6,8 @@ the step before. It goes from a noise level (α, σ) to the next (α', σ') by
     x' = (σ'/σ) x + (α' - α σ'/σ) ((1 + k) x0 - k h),      x0 linear in x and g.
 
 DDIM: k = 0 (Song et al. 2021, eq. 12, σ_t = 0). DPM-Solver++ 2M: k = half the ratio of this step
-to the last in log(α/σ) (Lu et al. 2022, alg. 2). Euler: k = 0 on x/α (Karras et al. 2022, alg. 1,
-no churn). The noise levels are those of diffusers to the last bit: it rounds 1 - beta to float32,
-which moves the levels near t = 0 by parts in ten thousand. All else is float64, tables float32.
+to the last in log(α/σ) (Lu et al. 2022, alg. 2). Euler: k = 0 on x/α (Karras et al. 2022, alg. 1).
+Noise levels are those of diffusers to the last bit (float32); all else is float64.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_tiny_model(kind: str) -> Any:
+def make_tiny_model(kind: str, precision: str = "float32") -> Any:
     """A randomly initialised U-Net of one of the kinds, as a SourceModel."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
@@ -77,6 +77,8 @@ def make_tiny_model(kind: str) -> Any:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(**TINY_CONFIGS[kind])
+    if precision != "float32":
+        unet = unet.to(getattr(torch, precision))
     return describe(unet, name=f"tiny-{kind}", tokens=7, scheduler=SCHEDULER)
 
 
@@ -115,11 +117,12 @@ def conditions_of() -> Any:
 
 @pytest.fixture(scope="session")
 def compiled(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``compiled(kind, outputs)`` gives (SourceModel, Bundle) with presets ddim-4 and dpm-20."""
-    made: dict[tuple[str, int], Any] = {}
+    """``compiled(kind, outputs, precision)`` gives (SourceModel, Bundle): ddim-4 and dpm-20."""
+    made: dict[tuple[str, int, str], Any] = {}
 
-    def get(kind: str = "sd", outputs: int = 1) -> Any:
-        if (kind, outputs) not in made:
+    def get(kind: str = "sd", outputs: int = 1, precision: str = "float32") -> Any:
+        key = (kind, outputs, precision)
+        if key not in made:
             from blockcache.export.pipeline import (
                 CompileOptions,
                 ExportOptions,
@@ -127,12 +130,14 @@ def compiled(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
                 compile_model,
             )
 
-            folder = tmp_path_factory.mktemp(f"{kind}-{outputs}") / "bundle"
+            folder = tmp_path_factory.mktemp(f"{kind}-{outputs}-{precision}") / "bundle"
             presets = tuple(PresetOptions.parse(text) for text in ("ddim:4", "dpm:20"))
-            options = CompileOptions(presets=presets, export=ExportOptions(outputs=outputs))
-            model = tiny_models(kind)
-            made[kind, outputs] = (model, compile_model(model, folder, options))
-        return made[kind, outputs]
+            export = ExportOptions(outputs=outputs, precision=precision)
+            options = CompileOptions(presets=presets, export=export)
+            single = precision == "float32"
+            model = tiny_models(kind) if single else make_tiny_model(kind, precision)
+            made[key] = (model, compile_model(model, folder, options))
+        return made[key]
 
     return get
 

@@ -25,7 +25,7 @@ def _app() -> Any:
         import typer
     except ImportError as error:
         raise MissingExtraError.of("typer", "export", "The command line") from error
-    from blockcache.tools.commands import bench, compile, demo, run, show
+    from blockcache.tools.commands import bench, build, check, compile, demo, run, show
 
     app = typer.Typer(
         name="blockcache",
@@ -38,6 +38,8 @@ def _app() -> Any:
     app.command("compile")(compile.compile_bundle)
     app.command("run")(run.run)
     app.command("show")(show.show)
+    app.command("build")(build.build)
+    app.command("check")(check.check)
     app.command("bench")(bench.bench)
     return app
 

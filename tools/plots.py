@@ -120,5 +120,5 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise MissingExtraError.of("pillow", "demo", "Writing pictures") from error
+        raise MissingExtraError.of("pillow", "export", "Writing pictures") from error
     return Image

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from blockcache import kernels
 from blockcache.kernels import _library
 

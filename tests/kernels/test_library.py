@@ -6,6 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
+
 from blockcache import kernels
 from blockcache.kernels import _library
 

@@ -3,9 +3,10 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from blockcache import kernels
 from hypothesis import given
 from hypothesis import strategies as st
+
+from blockcache import kernels
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 UNIT = 2.0**-24

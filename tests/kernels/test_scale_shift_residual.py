@@ -3,9 +3,10 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from blockcache import kernels
 from hypothesis import given
 from hypothesis import strategies as st
+
+from blockcache import kernels
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 HALF_ULP = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}

@@ -8,6 +8,9 @@ import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from blockcache.runtime import solver as module
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.solver import (
@@ -17,8 +20,6 @@ from blockcache.runtime.solver import (
     solver_step_numpy,
     solver_tables,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from blockcache.tools.commands.options import (
+    AsJson,
+    BackendName,
+    BundleFolder,
+    PresetName,
+    Threads,
+)
 
 if TYPE_CHECKING:
     from blockcache.tools.bench.latency import LatencyReport
 
 
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="A folder that 'blockcache compile' wrote.")],
-    preset: Annotated[str | None, typer.Option(help="Default: the first cached one.")] = None,
+    bundle: BundleFolder,
+    preset: PresetName = None,
     images: Annotated[int, typer.Option(help="Images in one call.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.")] = 7,
-    backend: Annotated[str, typer.Option(help="Engine library; auto takes the best.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine library.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    backend: BackendName = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time a bundle: the whole ONNX model, the split one uncached, and the cached preset.
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from blockcache.tools.commands.options import AsJson
+
+if TYPE_CHECKING:
+    from blockcache.export.pipeline import CompileOptions
+    from blockcache.runtime import Bundle
 
 
 def compile_bundle(
@@ -37,7 +43,7 @@ def compile_bundle(
     profile_prompts: Annotated[int, typer.Option(help="Prompts to profile with.")] = 32,
     profile_seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 2,
     images_at_once: Annotated[int, typer.Option(help="Batch size of the profile.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Profile a U-Net, derive schedules, and write a bundle.
 
@@ -47,11 +53,9 @@ def compile_bundle(
     Example: blockcache compile stabilityai/stable-diffusion-2-1 sd21 --preset dpm:20:0.5
     """
     from blockcache.export.change import ProfileOptions
-    from blockcache.export.pipeline import CompileOptions, PresetOptions, compile_model
+    from blockcache.export.pipeline import CompileOptions, PresetOptions
     from blockcache.export.to_onnx import ExportOptions
     from blockcache.tools.commands.show import print_bundle
-    from blockcache.tools.progress import StageProgress
-    from blockcache.tools.sources import calibration_for, load_source
 
     options = CompileOptions(
         presets=tuple(PresetOptions.parse(text) for text in preset or ["dpm:20:0.5", "dpm:20"]),
@@ -61,11 +65,23 @@ def compile_bundle(
         ),
         guidance_scale=guidance,
     )
+    bundle = _compile(model, out, options, calibration, prompts)
+    print_bundle(bundle, as_json=as_json)
+
+
+def _compile(
+    model: str, out: Path, options: CompileOptions, calibration: Path | None, prompts: Path | None
+) -> Bundle:
+    """Load, encode and compile under a progress bar."""
+    from blockcache.export.pipeline import compile_model
+    from blockcache.tools.progress import StageProgress
+    from blockcache.tools.sources import calibration_for, load_source
+
     with StageProgress() as progress:
         progress("load", 0, 1)
-        source = load_source(model, dtype=precision)
         measured = any(made.delta is not None for made in options.presets)
+        # Profiles are measured in float32; the export converts the weights afterwards.
+        source = load_source(model, dtype="float32" if measured else options.export.precision)
         encoded = calibration_for(model, calibration, prompts) if measured else None
         progress("load", 1, 1)
-        bundle = compile_model(source, out, options, encoded, progress)
-    print_bundle(bundle, as_json=as_json)
+        return compile_model(source, out, options, encoded, progress)

@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from blockcache.tools.commands.options import (
+    AsJson,
+    BackendName,
+    BundleFolder,
+    PresetName,
+    Threads,
+)
+
 if TYPE_CHECKING:
     import numpy as np
 
+    from blockcache.runtime import Bundle
+    from blockcache.tools.sources import Codec
+
 
 def run(
-    bundle: Annotated[Path, typer.Argument(help="A folder that 'blockcache compile' wrote.")],
+    bundle: BundleFolder,
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to draw; repeatable, one image each.")
     ] = None,
@@ -28,7 +39,7 @@ def run(
         Path | None,
         typer.Option(help="Encoded prompts instead (safetensors, as for compile --calibration)."),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Default: the first cached one.")] = None,
+    preset: PresetName = None,
     seed: Annotated[int, typer.Option(help="Image i uses SEED + i.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Default: the preset's.")] = None,
     height: Annotated[int | None, typer.Option(help="Latent height; default the model's.")] = None,
@@ -36,36 +47,27 @@ def run(
     out: Annotated[
         Path, typer.Option(help="FILE.png: a grid of pictures; FILE.npy: latents [N, C, H, W].")
     ] = Path("out.png"),
-    backend: Annotated[str, typer.Option(help="auto, ort or empty.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine library.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+    backend: BackendName = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Denoise prompts by a bundle's preset and write pictures.
 
-    Example: blockcache run demo-bundle --prompt "twitter emoji, red apple" --out apple.png
+    Example: blockcache run demo-out/bundle --prompt "twitter emoji, red apple" --out apple.png
     """
-    from blockcache.runtime import Bundle, ConfigError, Session
+    from blockcache.runtime import Bundle, Session
     from blockcache.tools.commands.show import default_preset
     from blockcache.tools.progress import StageProgress
-    from blockcache.tools.sources import DEMO, codec_for
 
     opened = Bundle.open(bundle)
     name = preset or default_preset(opened)
-    codec_name = model or (DEMO if opened.model.name == DEMO else None)
-    if out.suffix not in (".png", ".npy"):
-        raise ConfigError(f"Expected --out FILE.png or FILE.npy, got {out}.")
-    if codec_name is None and (embeddings is None or out.suffix == ".png"):
-        raise ConfigError(
-            "Expected --model FOLDER (for text encoder and VAE), or --embeddings FILE together "
-            "with --out FILE.npy; got neither."
-        )
-    positive, negative = _conditions(codec_name, embeddings, prompt)
+    codec = _codec(opened, model, embeddings, out)
+    positive, negative = _conditions(codec, embeddings, prompt)
+    session = Session.open(opened, preset=name, backend=backend, threads=threads, verify=False)
     images = max(len(values) for values in positive.values())
-    session = Session.open(opened, preset=name, backend=backend, threads=threads)
-    noise = session.noise(range(seed, seed + images), height, width)
     with StageProgress(quiet=as_json) as progress:
         result = session.denoise(
-            noise,
+            session.noise(range(seed, seed + images), height, width),
             positive.pop("encoder_hidden_states"),
             negative.pop("encoder_hidden_states", None),
             conditions=positive,
@@ -73,33 +75,50 @@ def run(
             guidance_scale=guidance,
             callback=lambda at: progress(f"denoise {name}", at.step + 1, at.steps),
         )
-    if out.suffix == ".npy":
-        import numpy as np
-
-        np.save(out, result.latents)
-    else:
-        from blockcache.tools.plots import save_pictures
-
-        assert codec_name is not None
-        save_pictures(codec_for(codec_name).decode(result.latents), out)
+    _write(result.latents, codec, out)
     facts = {"preset": name, "images": images, "out": str(out), **result.record.summary()}
     print(json.dumps(facts) if as_json else "  ".join(f"{k} {v}" for k, v in facts.items()))
 
 
+def _codec(bundle: Bundle, model: str | None, embeddings: Path | None, out: Path) -> Codec | None:
+    """Text encoder and VAE; None where the request needs neither."""
+    from blockcache.runtime import ConfigError
+    from blockcache.tools.sources import DEMO, codec_for
+
+    if out.suffix not in (".png", ".npy"):
+        raise ConfigError(f"Expected --out FILE.png or FILE.npy, got {out}.")
+    name = model or (DEMO if bundle.model.name == DEMO else None)
+    if name is None and (embeddings is None or out.suffix == ".png"):
+        raise ConfigError(
+            "Expected --model FOLDER (for text encoder and VAE), or --embeddings FILE together "
+            "with --out FILE.npy; got neither."
+        )
+    return None if name is None else codec_for(name)
+
+
 def _conditions(
-    codec_name: str | None, embeddings: Path | None, prompts: list[str] | None
+    codec: Codec | None, embeddings: Path | None, prompts: list[str] | None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Positive and negative conditions by name."""
     from blockcache.runtime import ConfigError
-    from blockcache.tools.sources import codec_for
 
     if embeddings is not None:
         from blockcache.export.calibration import read_calibration
 
         read = read_calibration(embeddings)
         return dict(read.positive), dict(read.negative)
-    if not prompts:
+    if not prompts or codec is None:
         raise ConfigError("Expected at least one --prompt or --embeddings FILE, got none.")
-    assert codec_name is not None
-    codec = codec_for(codec_name)
     return codec.encode(prompts), codec.encode([""])
+
+
+def _write(latents: np.ndarray, codec: Codec | None, out: Path) -> None:
+    """Pictures or latents, by the suffix of ``out``."""
+    if codec is not None and out.suffix == ".png":
+        from blockcache.tools.plots import save_pictures
+
+        save_pictures(codec.decode(latents), out)
+    else:
+        import numpy as np
+
+        np.save(out, latents)

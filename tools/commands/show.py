@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from blockcache.tools.commands.options import AsJson, BundleFolder, PresetName
+
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
@@ -16,15 +18,13 @@ if TYPE_CHECKING:
 
 
 def show(
-    bundle: Annotated[Path, typer.Argument(help="A folder that 'blockcache compile' wrote.")],
-    preset: Annotated[
-        str | None, typer.Option(help="Show this preset's schedule; default the first cached one.")
-    ] = None,
+    bundle: BundleFolder,
+    preset: PresetName = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write the schedule as a picture: FILE.png or FILE.svg.")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Check the sha256 of every file.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print a bundle: segments, presets, and a schedule as a picture (blocks by steps)."""
     from blockcache.runtime import Bundle

@@ -1,0 +1,277 @@
+"""Engines built without a GPU: TensorRT-RTX for named compute capabilities."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+from blockcache.export import build as build_module
+from blockcache.export.build import BuildOptions, ShapeOptions, build_engines
+from blockcache.export.build_report import report_table
+from blockcache.export.targets import Target
+from blockcache.runtime.bundle import Bundle, FileEntry, write_text
+from blockcache.runtime.engine_files import built_targets, check_engine, read_engines
+from blockcache.runtime.errors import ConfigError, ExportError
+
+pytest.importorskip("tensorrt_rtx")
+SM80 = Target.parse("sm80")
+
+
+@pytest.fixture(scope="session")
+def built(compiled, tmp_path_factory):
+    """``built(kind, outputs)``: (Bundle, BuildReport) of a bfloat16 bundle built for SM80."""
+    made = {}
+
+    def get(kind, outputs):
+        if kind not in made:
+            _, bundle = compiled(kind, outputs, "bfloat16")
+            folder = tmp_path_factory.mktemp("built") / kind
+            own = Bundle.open(shutil.copytree(bundle.folder, folder))
+            made[kind] = own, build_engines(own, SM80)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture
+def built_copy(built, tmp_path):
+    """A private copy of the tiny SD-like bundle with its engines."""
+    bundle, _ = built("sd", 1)
+    return Bundle.open(shutil.copytree(bundle.folder, tmp_path / "bundle"))
+
+
+def tiny_build(bundle, *names):
+    """The bundle with only the named segments: a build of a second."""
+    segments = tuple(s for s in bundle.segments if s.name in names)
+    return Bundle(bundle.folder, dataclasses.replace(bundle.manifest, segments=segments))
+
+
+# -- every segment, as bfloat16, for SM80, with dynamic batch -------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "outputs"), [("sd", 1), ("sdxl", 2)])
+def test_every_segment_builds(built, kind, outputs):
+    bundle, report = built(kind, outputs)
+    engines = read_engines(bundle, "sm80")
+    assert (engines.library, engines.capabilities) == ("tensorrt_rtx", ("8.0",))
+    assert str(engines.profiles[0]) == "batch 1..8, height 16, tokens 7, width 16"
+    wanted = [s for s in bundle.segments if s.role in ("prompt", "condition", "trunk", "block")]
+    assert [s.name for s in report.segments] == [s.name for s in wanted]
+    assert set(engines.engines) == {s.name for s in wanted}
+    for segment in wanted:
+        assert check_engine(bundle, engines, segment).stat().st_size > 100_000
+        assert engines.engines[segment.name].kernels > 0
+
+
+@pytest.mark.parametrize(("kind", "outputs"), [("sd", 1), ("sdxl", 2)])
+def test_attention_and_scale_shift_are_fused(built, kind, outputs):
+    bundle, report = built(kind, outputs)
+    blocks = [s for s in bundle.segments if s.role == "block"]
+    for segment in blocks:
+        facts = report.entries[segment.name].facts
+        assert facts["attentions"] >= 2
+        assert facts["attentions_fused"] == facts["attentions"], segment.name
+    assert report.total("scale_shifts") == len(blocks)
+    assert report.total("scale_shifts_fused") == len(blocks)
+
+
+def test_producer_and_consumers_agree_on_layouts(built):
+    _, report = built("sd", 1)
+    layouts = {}
+    for segment in report.segments:
+        for name, layout in report.entries[segment.name].formats.items():
+            layouts.setdefault(name, set()).add(layout)
+    assert all(len(found) == 1 for found in layouts.values())
+    assert layouts["sample"] == layouts["model_output"] == layouts["scale_0"] == {"linear"}
+    assert layouts["block_0"] == layouts["trunk_0_0"] == {"hwc8"}
+
+
+def test_the_report_is_plain_data_and_a_table(built):
+    _, report = built("sd", 1)
+    content = json.loads(json.dumps(report.to_json()))
+    assert content["step_kernels"] == sum(
+        row["kernels"] for row in content["engines"] if row["role"] in ("trunk", "block")
+    )
+    assert content["split_tax"] is None
+    assert report_table(report).row_count == len(report.segments)
+
+
+# -- rebuilt only when something changed ----------------------------------------------------------
+
+
+def test_a_second_build_keeps_everything(built_copy):
+    before = {p: p.stat().st_mtime_ns for p in built_copy.folder.glob("engines/sm80/*.plan")}
+    report = build_engines(built_copy, SM80)
+    assert report.reused == {segment.name for segment in report.segments}
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_damaged_plan_is_built_again_and_equal(built_copy):
+    plan = built_copy.folder / "engines/sm80/trunk_00.plan"
+    size = plan.stat().st_size
+    plan.write_bytes(plan.read_bytes()[:-1])
+    seen = []
+    report = build_engines(built_copy, SM80, observer=lambda *told: seen.append(told))
+    assert {s.name for s in report.segments} - report.reused == {"trunk_00"}
+    assert seen[-1] == ("trunk_00", len(report.segments), len(report.segments))
+    assert plan.stat().st_size == size
+
+
+def test_changed_weights_rebuild_only_the_segments_that_read_them(built_copy):
+    import onnx_ir as ir
+
+    graph = ir.load(built_copy.folder / "segments/trunk_00.onnx").graph
+    tensors = [value.const_value for value in graph.initializers.values()]
+    weight = next(t for t in tensors if isinstance(t, ir.ExternalTensor) and t.length > 1000)
+    weights = built_copy.folder / "segments/weights.bin"
+    with weights.open("r+b") as file:
+        file.seek(weight.offset)
+        file.write(b"\x01\x02")
+    manifest = built_copy.manifest
+    files = {**manifest.files, "segments/weights.bin": FileEntry.of(weights)}
+    write_text(
+        built_copy.folder / "manifest.json", dataclasses.replace(manifest, files=files).to_json()
+    )
+    report = build_engines(Bundle.open(built_copy.folder), SM80)
+    assert {s.name for s in report.segments} - report.reused == {"trunk_00"}
+
+
+def test_other_options_make_other_engines(built_copy):
+    few = tiny_build(built_copy, "trunk_07")
+    options = BuildOptions(shapes=ShapeOptions(max_batch=4))
+    assert build_engines(few, SM80, options).reused == frozenset()
+    assert build_engines(few, SM80, options).reused == {"trunk_07"}
+
+
+def test_several_capabilities_share_one_engine(built_copy):
+    few = tiny_build(built_copy, "trunk_07")
+    report = build_engines(few, Target.parse("a100+sm89"))
+    assert report.engines.capabilities == ("8.0", "8.9")
+    assert built_targets(built_copy) == ("sm80", "sm80+sm89")
+
+
+def test_the_split_tax_is_published(built_copy):
+    few = tiny_build(built_copy, "trunk_07", "whole")
+    report = build_engines(few, Target.parse("sm86"), BuildOptions(whole=True))
+    assert report.split_tax == pytest.approx(report.step_kernels / report.whole_kernels)
+    assert report.whole_kernels > 100
+    assert report.entries["whole"].facts["attentions_fused"] == 14
+
+
+# -- shapes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shapes", "described"),
+    [
+        (
+            ShapeOptions(resolutions=((16, 16), (16, 24))),
+            ["height 16, tokens 7, width 16", "width 24"],
+        ),
+        (
+            ShapeOptions(resolutions=((16, 16), (24, 32)), dynamic=True),
+            ["height 16..24, tokens 7, width 16..32"],
+        ),
+        (ShapeOptions(min_batch=2, max_batch=2), ["batch 2"]),
+    ],
+)
+def test_profiles(built_copy, shapes, described):
+    few = tiny_build(built_copy, "trunk_02")
+    report = build_engines(few, Target.parse("sm89"), BuildOptions(shapes=shapes))
+    assert len(report.engines.profiles) == len(described)
+    for profile, expected in zip(report.engines.profiles, described, strict=True):
+        assert expected in str(profile)
+
+
+def test_two_builds_in_parallel_processes(built_copy):
+    few = tiny_build(built_copy, "trunk_06", "trunk_07")
+    report = build_engines(few, Target.parse("sm86"), BuildOptions(jobs=2))
+    assert report.reused == frozenset()
+    assert set(report.entries) == {"trunk_06", "trunk_07"}
+
+
+# -- failures -------------------------------------------------------------------------------------
+
+
+def test_a_node_that_does_not_parse_is_named(built_copy):
+    import onnx_ir as ir
+
+    path = built_copy.folder / "segments/trunk_07.onnx"
+    model = ir.load(path)
+    node = next(node for node in model.graph if node.op_type == "Conv")
+    node.op_type, node.name = "NoSuchOperator", "the_odd_one"
+    ir.save(model, path)
+    with pytest.raises(ExportError, match=r"trunk_07.*NoSuchOperator.*the_odd_one.*Try"):
+        build_engines(tiny_build(built_copy, "trunk_07"), Target.parse("sm89"))
+
+
+def test_a_capability_that_the_library_lacks_is_refused(built_copy):
+    with pytest.raises(ConfigError, match=r"SM90.*'current'"):
+        build_engines(built_copy, Target.parse("h100"))
+
+
+def test_stripped_weights_without_a_driver_say_what_to_do(built_copy):
+    from blockcache.runtime.cuda import device_count
+    from blockcache.runtime.errors import EngineError
+
+    if device_count():
+        pytest.skip("there is a driver here")
+    few = tiny_build(built_copy, "trunk_07")
+    with pytest.raises(EngineError, match="need a CUDA driver"):
+        build_engines(few, Target.parse("sm89"), BuildOptions(weights="stripped"))
+
+
+# -- two builds at once, and a kill ---------------------------------------------------------------
+
+
+def test_a_second_build_of_the_same_target_is_refused(built_copy):
+    from filelock import FileLock
+
+    lock = FileLock(built_copy.folder / "engines/sm80/.lock")
+    with lock, pytest.raises(ConfigError, match="Another build"):
+        build_engines(built_copy, SM80)
+
+
+def _build_and_report(folder, started):
+    """In another process: build, and say when the first engine is done."""
+    bundle = tiny_build(Bundle.open(folder), "trunk_06", "trunk_07", "block_00", "block_01")
+    build_engines(bundle, Target.parse("sm86"), observer=lambda *told: started.put(told))
+
+
+def test_a_killed_build_resumes(built_copy):
+    context = multiprocessing.get_context("fork")
+    started = context.Queue()
+    process = context.Process(target=_build_and_report, args=(built_copy.folder, started))
+    process.start()
+    started.get(timeout=120)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    names = ("trunk_06", "trunk_07", "block_00", "block_01")
+    assert "sm86" not in built_targets(built_copy)
+    report = build_engines(tiny_build(built_copy, *names), Target.parse("sm86"))
+    assert 1 <= len(report.reused) < len(names)
+    assert set(read_engines(built_copy, "sm86").engines) == set(names)
+    assert not list(built_copy.folder.glob("engines/sm86/*.partial"))
+
+
+def test_engines_json_is_written_last(built_copy, monkeypatch):
+    (built_copy.folder / "engines/sm80/trunk_00.plan").unlink()
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_module, "run_jobs", fail)
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(built_copy, SM80)
+    assert built_targets(built_copy) == ()
+    monkeypatch.undo()
+    begin = time.perf_counter()
+    assert len(build_engines(built_copy, SM80).reused) == 15
+    assert time.perf_counter() - begin < 60

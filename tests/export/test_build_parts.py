@@ -1,0 +1,303 @@
+"""The parts of a build that need no TensorRT: library differences, layers, workers, targets."""
+
+from __future__ import annotations
+
+import enum
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from blockcache.export.bfloat16_resize import with_float32_resize
+from blockcache.export.build import BuildOptions, ShapeOptions
+from blockcache.export.build_engine import boundary_format, input_shape
+from blockcache.export.build_log import logged_layers, logged_scratch, parse_inspector
+from blockcache.export.build_report import fusion_facts
+from blockcache.export.build_workers import Job, next_job
+from blockcache.export.engine_cache import SegmentWeights, engine_key
+from blockcache.export.targets import Target
+from blockcache.runtime.engine_files import ShapeProfile
+from blockcache.runtime.errors import ConfigError, MissingExtraError
+from blockcache.runtime.plan import Dim, Segment, TensorSpec
+from blockcache.runtime.tensorrt_library import TensorRT, load_library
+
+
+def spec(name, dtype, *dims):
+    return TensorSpec(name, dtype, tuple(Dim.parse(dim) for dim in dims))
+
+
+IMAGE = spec("trunk_0_0", "bfloat16", "batch", 64, "height/2", "width/2")
+PROMPT = spec("prompt_0", "bfloat16", "batch", "tokens", 64)
+
+
+def profile(batch, height, width=16):
+    def sizes(index):
+        return {"batch": batch[index], "height": height[index], "width": width, "tokens": 7}
+
+    return ShapeProfile(sizes(0), sizes(1), sizes(2))
+
+
+# -- the libraries' differences, by the names that their wheels have -------------------------------
+
+Typed = enum.IntEnum("NetworkDefinitionCreationFlag", {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1})
+Untyped = enum.IntEnum("NetworkDefinitionCreationFlag", {"PREFER_AOT_PYTHON_PLUGINS": 3})
+OLD_FLAGS = {"FP16": 0, "BF16": 17, "REFIT": 2, "STRIP_PLAN": 18}
+NEW_FLAGS = {"REFIT": 2, "STRIP_PLAN": 18}
+RTX_FLAGS = {"REFIT": 2, "STRIP_PLAN": 18, "REQUIRE_USER_ALLOCATION": 24}
+Capability = enum.IntEnum("ComputeCapability", {"NONE": 0, "CURRENT": 1, "SM80": 80, "SM89": 89})
+
+
+def library(name, version, network_flags, builder_flags, **more):
+    flags = enum.IntEnum("BuilderFlag", builder_flags)
+    module = SimpleNamespace(
+        __version__=version, NetworkDefinitionCreationFlag=network_flags, BuilderFlag=flags, **more
+    )
+    return TensorRT(name, module, None)
+
+
+@pytest.mark.parametrize(
+    ("lib", "network_flags", "capabilities", "cache", "resize", "user_allocation"),
+    [
+        (library("tensorrt", "10.9.0", Typed, OLD_FLAGS), 2, (), True, False, False),
+        (library("tensorrt", "11.1.0", Untyped, NEW_FLAGS), 0, (), True, True, False),
+        (
+            library("tensorrt_rtx", "1.7.1", Typed, RTX_FLAGS, ComputeCapability=Capability),
+            0,
+            ("SM80", "SM89"),
+            False,
+            True,
+            True,
+        ),
+    ],
+)
+def test_differences(lib, network_flags, capabilities, cache, resize, user_allocation):
+    assert lib.network_flags == network_flags
+    assert lib.capabilities == capabilities
+    assert lib.has_timing_cache is cache
+    assert lib.resizes_bfloat16 is resize
+    assert lib.has_flag("REQUIRE_USER_ALLOCATION") is user_allocation
+    if not user_allocation:
+        with pytest.raises(ConfigError, match="REQUIRE_USER_ALLOCATION"):
+            lib.flag("REQUIRE_USER_ALLOCATION")
+
+
+def test_the_shipped_library_has_the_names_in_use():
+    trt = pytest.importorskip("tensorrt_rtx")
+    used = {
+        "IBuilderConfig": ["set_flag", "set_compute_capability", "add_optimization_profile"],
+        "OnnxParser": ["parse", "parse_from_file", "get_error"],
+        "ICudaEngine": ["create_runtime_config", "get_tensor_profile_shape",
+                        "get_device_memory_size_for_profile_v2", "create_engine_inspector"],
+        "IExecutionContext": ["set_tensor_address", "set_input_shape", "execute_async_v3",
+                              "set_device_memory", "set_optimization_profile_async"],
+        "IRuntimeConfig": ["create_runtime_cache", "set_runtime_cache",
+                           "set_execution_context_allocation_strategy"],
+        "IRuntimeCache": ["serialize", "deserialize"],
+        "OnnxParserRefitter": ["refit_from_file"],
+        "Refitter": ["refit_cuda_engine"],
+    }  # fmt: skip
+    missing = [f"{c}.{m}" for c, names in used.items() for m in names
+               if not hasattr(getattr(trt, c), m)]  # fmt: skip
+    assert missing == []
+    assert load_library("tensorrt_rtx").capabilities[:2] == ("SM75", "SM80")
+
+
+def test_a_missing_library_names_its_extra(monkeypatch):
+    import importlib
+
+    def absent(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(MissingExtraError, match=r"blockcache\[tensorrt\]"):
+        load_library.__wrapped__("tensorrt")
+    with pytest.raises(MissingExtraError, match=r"blockcache\[tensorrt-rtx\]"):
+        load_library.__wrapped__("auto")
+    with pytest.raises(ConfigError, match="'auto'"):
+        load_library.__wrapped__("tensorflow")
+
+
+# -- shapes and layouts ----------------------------------------------------------------------------
+
+
+def test_only_what_profiles_vary_is_left_open():
+    dynamic_batch = profile((1, 2, 8), (16, 16, 16))
+    assert input_shape(IMAGE, [dynamic_batch]) == (-1, 64, 8, 8)
+    assert input_shape(PROMPT, [dynamic_batch]) == (-1, 7, 64)
+    assert input_shape(IMAGE, [profile((2, 2, 2), (16, 16, 16))]) == (2, 64, 8, 8)
+    two = [dynamic_batch, profile((1, 2, 8), (32, 32, 32))]
+    assert input_shape(IMAGE, two) == (-1, 64, -1, 8)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "layout"),
+    [
+        (IMAGE, "hwc8"),
+        (spec("x", "float16", "batch", 8, "height", "width"), "hwc8"),
+        (spec("x", "bfloat16", "batch", 12, "height", "width"), "linear"),
+        (spec("x", "float32", "batch", 64, "height", "width"), "linear"),
+        (spec("sample", "bfloat16", "batch", 8, "height", "width"), "linear"),
+        (spec("model_output", "bfloat16", "batch", 8, "height", "width"), "linear"),
+        (spec("scale_0", "float32", 1, 64, 1, 1), "linear"),
+        (PROMPT, "linear"),
+    ],
+)
+def test_layouts(tensor, layout):
+    assert boundary_format(tensor) == layout
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ShapeOptions(min_batch=3),
+        lambda: ShapeOptions(dynamic=True),
+        lambda: BuildOptions(weights="some"),
+        lambda: BuildOptions(level=6),
+        lambda: BuildOptions(jobs=0),
+    ],
+)
+def test_options_that_cannot_work_are_refused(make):
+    with pytest.raises(ConfigError, match=r"Expected|Dynamic"):
+        make()
+
+
+# -- targets ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "dotted"),
+    [
+        ("sm80", "sm80", ("8.0",)),
+        ("A100", "sm80", ("8.0",)),
+        ("rtx-4090+sm120", "sm89+sm120", ("8.9", "12.0")),
+        ("current", "current", ()),
+    ],
+)
+def test_targets(text, name, dotted):
+    target = Target.parse(text)
+    assert (target.name, target.dotted) == (name, dotted)
+
+
+@pytest.mark.parametrize("text", ["", "sm", "a1000", "sm80+current", "../sm80", "sm80+"])
+def test_unknown_targets_are_refused(text):
+    with pytest.raises(ConfigError, match=r"current"):
+        Target.parse(text)
+
+
+# -- layers and fusions ----------------------------------------------------------------------------
+
+TENSOR = "{{ Name: {}, Dimensions: [1,2], Strides: [2,1], StrideOrder: [1,0], Datatype: {}, F: x }}"
+
+
+def log_line(name, kind, inputs, outputs, dtype="BFloat16"):
+    def listed(names):
+        return ", ".join(TENSOR.format(n, dtype) for n in names)
+
+    return (
+        f"Name: {name}, LayerType: {kind}, Inputs: [ {listed(inputs)}], Constants: [ "
+        f"{listed(['weight'])}], Outputs: [ {listed(outputs)}], TacticName: t, StreamId: 0"
+    )
+
+
+def test_layers_are_read_from_the_log():
+    text = "\n".join(
+        [
+            "Layers:",
+            log_line("_gemm_mha_v2_myl0_1", "kgen", ["q", "k"], ["o"]),
+            log_line("shape", "shape_call", [], []),
+            log_line("cast_hvar", "cast", ["n"], ["m"], "Int64"),
+            "Total Activation Memory: 8847360 bytes",
+        ]
+    )
+    layers = logged_layers(["[V] noise", text])
+    assert [(layer.name, layer.host) for layer in layers] == [
+        ("_gemm_mha_v2_myl0_1", False), ("shape", True), ("cast_hvar", True),
+    ]  # fmt: skip
+    assert (layers[0].inputs, layers[0].outputs) == (("q", "k"), ("o",))
+    assert logged_scratch(["Total Activation Memory: 12 bytes"]) == 12
+
+
+def test_layers_are_read_from_the_inspector():
+    text = json.dumps(
+        {"Layers": [{"Name": "a", "LayerType": "gemm", "Inputs": [{"Name": "x"}]}, "b"]}
+    )
+    first, second = parse_inspector(text)
+    assert (first.inputs, first.kind, second.name) == (("x",), "gemm", "b")
+
+
+@pytest.mark.parametrize(("split", "fused"), [(False, 1), (True, 0)])
+def test_scale_shift_counts_as_fused_in_one_kernel_only(split, fused):
+    scale = spec("scale_3", "float32", 1, 64, 1, 1)
+    segment = Segment("trunk_04", "trunk", "trunk_04.onnx", (IMAGE, scale), ())
+    inputs = ["block_3", "scale_3", "shift_3", "x"]
+    lines = [log_line("__myl_MulAddAdd_1", "kgen", inputs[: 2 if split else 4], ["y"])]
+    lines.append(log_line("__myl_TranMove_2", "kgen", ["trunk_0_0"], ["z"]))
+    kernels, facts = fusion_facts(segment, logged_layers(lines), attentions=0)
+    assert (kernels, facts["scale_shifts_fused"], facts["boundary_copies"]) == (2, fused, 1)
+
+
+# -- side by side within a memory budget -----------------------------------------------------------
+
+
+def job(gigabytes):
+    return Job(None, None, "", int(gigabytes * 1e9))
+
+
+def test_jobs_start_while_they_fit():
+    budget = int(12e9)
+    assert next_job([], [], 2, budget) is None
+    assert next_job([job(100)], [], 2, budget) == 0  # larger than all: alone
+    assert next_job([job(1), job(1)], [job(1)], 2, budget) == 0
+    assert next_job([job(3), job(0.1)], [job(2)], 2, budget) == 1
+    assert next_job([job(3)], [job(2)], 2, budget) is None
+    assert next_job([job(0.1)], [job(0.1), job(0.1)], 2, budget) is None
+
+
+# -- keys and the bfloat16 Resize ------------------------------------------------------------------
+
+
+def test_every_part_of_a_recipe_is_in_the_key():
+    import dataclasses
+    from pathlib import Path
+
+    from blockcache.export.build_engine import Recipe
+
+    segment = Segment("trunk_00", "trunk", "trunk_00.onnx", (IMAGE,), ())
+    recipe = Recipe(
+        segment=segment, onnx=Path("a.onnx"), library="tensorrt_rtx", capabilities=("SM80",),
+        profiles=(profile((1, 2, 8), (16, 16, 16)),), flags=(), level=3, threads=2,
+    )  # fmt: skip
+    weights = SegmentWeights(0, "w").sha256
+    key = engine_key(recipe, "1.7", "onnx", weights)
+    assert engine_key(dataclasses.replace(recipe, threads=4), "1.7", "onnx", weights) == key
+    changes = {
+        "library": "tensorrt", "capabilities": ("SM89",), "flags": ("REFIT",), "level": 4,
+        "profiles": (profile((1, 2, 4), (16, 16, 16)),),
+    }  # fmt: skip
+    others = {engine_key(dataclasses.replace(recipe, **{n: v}), "1.7", "onnx", weights)
+              for n, v in changes.items()}  # fmt: skip
+    others |= {engine_key(recipe, "1.8", "onnx", weights), engine_key(recipe, "1.7", "o", weights)}
+    others.add(engine_key(recipe, "1.7", "onnx", "other"))
+    assert len(others | {key}) == len(changes) + 4
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_resize_in_float32_between_casts(tmp_path, at_the_end):
+    ir = pytest.importorskip("onnx_ir")
+    import onnx
+
+    tail = "" if at_the_end else "y = Relu(z)"
+    name = "z" if at_the_end else "y"
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 22]>
+        g (bfloat16[1,1,2,2] x) => (bfloat16[1,1,4,4] {name})
+        <float[4] scales = {{1, 1, 2, 2}}>
+        {{ z = Resize <mode = "nearest"> (x, , scales) {tail} }}"""
+    )
+    path = tmp_path / "resize.onnx"
+    onnx.save(model, path)
+    made = ir.from_proto(onnx.load_from_string(with_float32_resize(path)))
+    types = [node.op_type for node in made.graph]
+    assert types == ["Cast", "Resize", "Cast"] + ([] if at_the_end else ["Relu"])
+    assert made.graph.outputs[0].name == name
+    onnx.checker.check_model(ir.to_proto(made), full_check=True)

@@ -1,0 +1,434 @@
+"""The order of the stages: resuming, staleness, refusals. Its two expensive steps are stand-ins."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from blockcache.runtime import Bundle, BundleError, BundleFormatError, ConfigError, bundle
+
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+from filelock import FileLock
+
+from blockcache.export import change, pipeline
+from blockcache.export.calibration import Calibration
+from blockcache.export.change import ProfileOptions, measure_change
+from blockcache.export.pipeline import CompileOptions, PresetOptions, compile_model
+from blockcache.export.to_onnx import ExportOptions
+from blockcache.runtime.solver import SolverConfig, solver_tables
+
+PROFILE = ProfileOptions(prompts=2, seeds=2, images_at_once=2)  # four images in two batches
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def test_a_preset_is_read_from_the_command_line():
+    assert PresetOptions.parse("dpm:20:0.5") == PresetOptions(
+        solver="dpm", steps=20, delta=0.5, name="dpm-20-d0.5"
+    )
+    assert PresetOptions.parse("ddim:4") == PresetOptions(solver="ddim", steps=4, name="ddim-4")
+
+
+@pytest.mark.parametrize("text", ["", "dpm", "dpm:x", "dpm:20:x", "dpm:20:0.5:1", "dpm:2.5"])
+def test_a_preset_that_cannot_be_read_shows_the_form(text):
+    with pytest.raises(ConfigError) as caught:
+        PresetOptions.parse(text)
+    assert str(caught.value) == (
+        f"Expected a preset SOLVER:STEPS[:DELTA] such as dpm:20:0.5, got {text!r}."
+    )
+
+
+@pytest.mark.parametrize("text", ["dpm:0", "dpm:-3", "dpm:20:-0.1", "dpm:20:nan"])
+def test_a_preset_out_of_range_is_refused(text):
+    with pytest.raises(ConfigError, match="Expected steps of 1 or more and a delta of 0 or more"):
+        PresetOptions.parse(text)
+
+
+def test_an_unknown_solver_is_refused_at_once():
+    with pytest.raises(ConfigError):
+        PresetOptions.parse("heun:20")
+
+
+def test_the_name_made_for_a_preset_is_a_name_that_presets_may_have():
+    assert "+" not in PresetOptions.parse("dpm:20:1e6").name
+
+
+@pytest.mark.parametrize("presets", [(), ("ddim:4", "ddim:4")])
+def test_presets_need_different_names(presets):
+    with pytest.raises(ConfigError, match="Expected presets with different names, got"):
+        CompileOptions(presets=tuple(PresetOptions.parse(text) for text in presets))
+
+
+def test_export_options_are_checked():
+    with pytest.raises(ConfigError, match=r"Expected a precision of .*, got 'int8'"):
+        ExportOptions(precision="int8")
+    with pytest.raises(ConfigError, match="A reuse combines 1 or 2 computed outputs; got 3"):
+        ExportOptions(outputs=3)
+
+
+# -- a compile without its expensive steps ---------------------------------------------------------
+
+
+@pytest.fixture
+def model(tiny_models):
+    return tiny_models("sd")
+
+
+@pytest.fixture
+def calibration(conditions_of, model):
+    return Calibration(conditions_of(model, 2), conditions_of(model, 1, seed=5))
+
+
+@pytest.fixture
+def calls(compiled, monkeypatch):
+    """Names of the expensive stages that ran; they copy segments and make changes up."""
+    _, source = compiled("sd")
+    made = []
+
+    def export(model, folder, options):
+        made.append("export")
+        shutil.copytree(source.folder / "segments", folder, dirs_exist_ok=True)
+        return source.segments
+
+    def profile(*args, **kwargs):
+        made.append("profile")
+        return measure_change(*args, **kwargs)
+
+    def measure(cached, tables, calibration, guidance_scale, jobs, accumulator):
+        for prompt, seed in jobs:
+            change = (1 + prompt + 10 * seed) / 32  # the mean is 0.203125
+            accumulator.sums[:, 1:] += np.array([change, change**2])[:, None, None]
+        accumulator.images += len(jobs)
+
+    monkeypatch.setattr(pipeline, "export_segments", export)
+    monkeypatch.setattr(pipeline, "measure_change", profile)
+    monkeypatch.setattr(change, "_measure_batch", measure)
+    return made
+
+
+def options(*presets, **changes):
+    parsed = tuple(PresetOptions.parse(text) for text in presets or ("ddim:2:0.1",))
+    return CompileOptions(presets=parsed, profile=PROFILE, **changes)
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.fixture
+def uninterrupted(model, calibration, calls, tmp_path):
+    """The manifest of a compile that nothing disturbed."""
+    compile_model(model, tmp_path / "whole", options(), calibration)
+    calls.clear()
+    return manifest(tmp_path / "whole")
+
+
+def test_a_compile_gives_a_bundle_that_verifies(model, calibration, calls, tmp_path):
+    heard = []
+    made = compile_model(
+        model, tmp_path / "b", options("ddim:2:0.1", "dpm:3"), calibration,
+        lambda *progress: heard.append(progress),
+    )  # fmt: skip
+    assert calls == ["profile", "export"]
+    assert Bundle.open(tmp_path / "b").manifest == made.manifest
+    assert made.manifest.presets["dpm-3"].computed_fraction == 1.0
+    assert made.preset("ddim-2-d0.1").policy == {"kind": "threshold", "delta": 0.1, "images": 4}
+    stages = [stage for stage, _, _ in heard]
+    assert list(dict.fromkeys(stages)) == ["profile ddim-2", "export", "presets"]
+    for stage in set(stages):
+        done = [(count, total) for name, count, total in heard if name == stage]
+        assert done == sorted(done)
+        assert done[-1][0] == done[-1][1]
+
+
+def test_an_unchanged_compile_redoes_nothing(model, calibration, calls, tmp_path):
+    compile_model(model, tmp_path / "b", options(), calibration)
+    before = manifest(tmp_path / "b")
+    calls.clear()
+    compile_model(model, tmp_path / "b", options(), calibration)
+    assert calls == []
+    assert manifest(tmp_path / "b") == before
+
+
+def test_another_delta_redoes_presets_only(model, calibration, calls, tmp_path):
+    compile_model(model, tmp_path / "b", options("ddim:2:0.1"), calibration)
+    calls.clear()
+    made = compile_model(model, tmp_path / "b", options("ddim:2:9"), calibration)
+    assert calls == []
+    assert list(made.preset_names) == ["ddim-2-d9"]
+    assert not made.preset("ddim-2-d9").schedule.recompute[1:].any()
+
+
+def test_presets_that_differ_in_delta_share_a_profile(model, calibration, calls, tmp_path):
+    compile_model(model, tmp_path / "b", options("ddim:2:0.1", "ddim:2:0.2"), calibration)
+    assert calls.count("profile") == 1
+
+
+def test_other_prompts_profile_again_but_export_once(model, calibration, calls, tmp_path):
+    compile_model(model, tmp_path / "b", options(), calibration)
+    other = {name: values + 1 for name, values in calibration.positive.items()}
+    compile_model(model, tmp_path / "b", options(), Calibration(other, calibration.negative))
+    assert calls == ["profile", "export", "profile"]
+
+
+def test_other_export_options_export_again(model, calls, tmp_path):
+    compile_model(model, tmp_path / "b", options("ddim:2"))
+    other = dataclasses.replace(options("ddim:2"), export=ExportOptions(hoist=False))
+    compile_model(model, tmp_path / "b", other)
+    assert calls == ["export", "export"]
+
+
+def test_a_damaged_file_is_made_again(model, calls, tmp_path):
+    compile_model(model, tmp_path / "b", options("ddim:2"))
+    path = tmp_path / "b" / "segments" / "trunk_00.onnx"
+    path.write_bytes(path.read_bytes()[:-1])
+    compile_model(model, tmp_path / "b", options("ddim:2"))
+    assert calls == ["export", "export"]
+    Bundle.open(tmp_path / "b")
+
+
+# -- interrupts ------------------------------------------------------------------------------------
+
+
+def interrupted(function, times=1, error=SystemExit):
+    """``function``, then an interrupt after the given number of calls have returned."""
+    count = []
+
+    def wrapped(*args, **kwargs):
+        result = function(*args, **kwargs)
+        count.append(None)
+        if len(count) == times:
+            raise error
+        return result
+
+    return wrapped
+
+
+STAGES = {
+    "after the profile": ("write_tensors", ["profile", "export"]),
+    "after the export": ("_model_facts", []),
+    "before the manifest": ("_preset_entry", []),
+}
+
+
+@pytest.mark.parametrize(("stage", "left"), STAGES.values(), ids=STAGES.keys())
+def test_an_interrupted_compile_is_no_bundle_and_resumes(
+    model, calibration, calls, uninterrupted, tmp_path, monkeypatch, stage, left
+):
+    folder = tmp_path / "b"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, stage, interrupted(getattr(pipeline, stage)))
+        with pytest.raises(SystemExit):
+            compile_model(model, folder, options(), calibration)
+    assert not (folder / "manifest.json").exists()
+    with pytest.raises(BundleFormatError, match="run blockcache compile again to resume it"):
+        Bundle.open(folder)
+    calls.clear()
+    compile_model(model, folder, options(), calibration)
+    assert calls == left
+    assert manifest(folder) == uninterrupted
+
+
+def test_an_interrupted_profile_goes_on_where_it_stopped(
+    model, calibration, calls, uninterrupted, tmp_path, monkeypatch
+):
+    folder, measured = tmp_path / "b", []
+    real = change._measure_batch  # the stand-in of ``calls``
+
+    def counted(*args, **kwargs):
+        measured.append(None)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(change._Accumulator, "save", interrupted(change._Accumulator.save))
+        with pytest.raises(SystemExit):
+            compile_model(model, folder, options(), calibration)
+    assert not (folder / "manifest.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(change, "_measure_batch", counted)
+        compile_model(model, folder, options(), calibration)
+    assert len(measured) == 1  # of two
+    assert manifest(folder) == uninterrupted
+    assert not list(folder.rglob("*.partial*"))
+
+
+def test_an_interrupted_export_leaves_no_old_manifest(model, calls, tmp_path, monkeypatch):
+    """The segments of the old manifest are gone: it must not be opened any more."""
+    folder = tmp_path / "b"
+    compile_model(model, folder, options("ddim:2"))
+    other = dataclasses.replace(options("ddim:2"), export=ExportOptions(hoist=False))
+
+    def killed(*args):
+        raise SystemExit
+
+    monkeypatch.setattr(pipeline, "export_segments", killed)
+    with pytest.raises(SystemExit):
+        compile_model(model, folder, other)
+    with pytest.raises(BundleFormatError):
+        Bundle.open(folder)
+
+
+def test_an_interrupted_preset_leaves_no_old_manifest(
+    model, calibration, calls, tmp_path, monkeypatch
+):
+    """The same preset name with other content: the old manifest promises the old file."""
+    folder = tmp_path / "b"
+    compile_model(model, folder, options("ddim:2:0.1"), calibration)
+    named = PresetOptions(solver="ddim", steps=2, delta=9.0, name="ddim-2-d0.1")
+    monkeypatch.setattr(pipeline, "write_preset", interrupted(pipeline.write_preset))
+    with pytest.raises(SystemExit):
+        compile_model(model, folder, dataclasses.replace(options(), presets=(named,)), calibration)
+    try:
+        opened = Bundle.open(folder, verify=False)
+    except BundleFormatError:
+        return
+    assert opened.preset("ddim-2-d0.1").schedule.recompute[1:].any(), "new tables, old manifest"
+
+
+def test_an_interrupted_first_call_may_be_followed_by_any_other(
+    model, calls, tmp_path, monkeypatch
+):
+    folder = tmp_path / "b"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "time_tables", interrupted(pipeline.time_tables))
+        with pytest.raises(SystemExit):
+            compile_model(model, folder, options("ddim:2"))
+    made = compile_model(model, folder, options("ddim:3"))
+    assert list(made.preset_names) == ["ddim-3"]
+    assert not any("ddim-2" in name for name in made.manifest.files)
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_something_else_is_refused(model, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError) as caught:
+        compile_model(model, tmp_path, options("ddim:2"))
+    assert str(caught.value) == (
+        f"Expected an empty folder or a bundle at {tmp_path}, it holds other files. "
+        f"Choose another folder."
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_second_compile_into_the_same_folder_is_refused(model, calls, tmp_path):
+    folder = tmp_path / "b"
+    compile_model(model, folder, options("ddim:2"))
+    with FileLock(folder / ".lock"), pytest.raises(ConfigError) as caught:
+        compile_model(model, folder, options("ddim:2"))
+    assert str(caught.value) == (
+        f"Another compile is writing to {folder}. Wait for it, or choose another folder."
+    )
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_reported_and_resumed(model, calls, tmp_path, monkeypatch, code):
+    folder = tmp_path / "b"
+
+    def full(*args):
+        raise OSError(code, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_preset", full)
+        with pytest.raises(BundleError) as caught:
+            compile_model(model, folder, options("ddim:2"))
+    text = str(caught.value)
+    assert text.startswith("The disk is full (")
+    assert f"GB free at {folder}). Free some space and run the same command again" in text
+    assert not (folder / "manifest.json").exists()
+    compile_model(model, folder, options("ddim:2"))
+    assert calls == ["export"]
+
+
+def test_a_disk_that_is_full_for_tensors_is_reported_too(model, calls, tmp_path, monkeypatch):
+    """Tensors are written by Python itself: safetensors would report in a class of its own."""
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(bundle.os, "fsync", full)
+    with pytest.raises(BundleError, match="The disk is full"):
+        compile_model(model, tmp_path / "b", options("ddim:2"))
+
+
+def test_another_operating_system_error_is_not_called_a_full_disk(
+    model, calls, tmp_path, monkeypatch
+):
+    def denied(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(pipeline, "write_preset", denied)
+    with pytest.raises(PermissionError):
+        compile_model(model, tmp_path / "b", options("ddim:2"))
+
+
+def test_a_delta_without_prompts_is_refused_before_any_work(model, calls, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        compile_model(model, tmp_path / "b", options("ddim:2:0.1"))
+    assert str(caught.value) == (
+        "Preset 'ddim-2-d0.1' derives its schedule from measurements and needs prompts to measure "
+        "with: give a calibration (--calibration FILE), or leave out the delta."
+    )
+    assert calls == []
+
+
+def without_scheduler(model):
+    return dataclasses.replace(model, scheduler={})
+
+
+def test_a_missing_scheduler_is_refused(model, calls, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        compile_model(without_scheduler(model), tmp_path / "b", options("ddim:2"))
+    assert str(caught.value) == (
+        "Expected scheduler/scheduler_config.json beside the U-Net of 'tiny-sd': the noise "
+        "schedule it was trained with is in no other place. Save the pipeline's scheduler there."
+    )
+
+
+@pytest.mark.parametrize("preset", ["ddim:2", "heun:2", "ddim:2000"])
+def test_a_solver_that_cannot_work_is_refused_before_the_export(model, calls, tmp_path, preset):
+    source = without_scheduler(model) if preset == "ddim:2" else model
+    with pytest.raises(ConfigError):
+        compile_model(source, tmp_path / "b", options(preset))
+    assert calls == []
+
+
+# -- profile ---------------------------------------------------------------------------------------
+
+
+def test_a_profile_is_the_same_in_any_batching_and_after_any_interrupt(
+    model, calibration, tmp_path, monkeypatch
+):
+    tables = solver_tables(SolverConfig.from_diffusers(model.scheduler, solver="ddim", steps=2))
+
+    def measured(images_at_once, checkpoint=None):
+        chosen = ProfileOptions(prompts=2, seeds=1, images_at_once=images_at_once)
+        return measure_change(model, tables, calibration, 3.0, chosen, checkpoint=checkpoint)
+
+    whole = measured(2)
+    path = tmp_path / "partial.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(change._Accumulator, "save", interrupted(change._Accumulator.save))
+        with pytest.raises(SystemExit):
+            measured(1, path)
+    resumed = measured(2, path)
+    assert whole.images == resumed.images == 2
+    assert not whole.mean[0].any()
+    assert (whole.mean[1:] > 0).all()
+    assert (whole.std[1:] > 0).all()
+    # A mean of float32 differences in another order: parts in 1e5 of the change.
+    np.testing.assert_allclose(resumed.mean, whole.mean, rtol=1e-4)
+    np.testing.assert_allclose(resumed.std, whole.std, rtol=1e-3, atol=1e-6)
+
+
+def test_profile_options_are_at_least_one():
+    with pytest.raises(ConfigError, match="Profile at least one prompt, seed and image at once"):
+        ProfileOptions(seeds=0)

@@ -1,0 +1,640 @@
+"""The session on a tiny bundle: requests, state, batches, threads, statistics, overhead."""
+
+from __future__ import annotations
+
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+
+from blockcache.runtime import (
+    Alignment,
+    Bundle,
+    Cancelled,
+    ConfigError,
+    EmptyBackend,
+    EngineError,
+    InputError,
+    MissingExtraError,
+    Schedule,
+    Session,
+    SolverConfig,
+    engine_ort,
+)
+from blockcache.runtime.device import HostDevice
+from blockcache.runtime.solver import solver_tables
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def bundle(compiled):
+    return compiled("sd")[1]
+
+
+@pytest.fixture(scope="module")
+def sdxl(compiled):
+    return compiled("sdxl")[1]
+
+
+def preset_of(bundle, recompute, base="ddim-4", **changes):
+    """A preset like ``base`` with another schedule; time rows are repeated where there are more."""
+    found = bundle.preset(base)
+    schedule = Schedule(np.asarray(recompute, bool))
+    rows = np.arange(schedule.steps) % found.schedule.steps
+    return replace(
+        found,
+        name="made",
+        solver={**found.solver, "steps": schedule.steps},
+        schedule=schedule,
+        alignment=Alignment.identity(schedule.steps, bundle.model.block_channels),
+        time_tables={name: table[rows] for name, table in found.time_tables.items()},
+        **changes,
+    )
+
+
+def random_schedule(bundle, steps=STEPS, seed=3):
+    table = np.random.default_rng(seed).random((steps, len(bundle.model.blocks))) < 0.5
+    table[0] = True
+    return table
+
+
+@pytest.fixture(scope="module")
+def session(bundle):
+    """Six DDIM steps of which about half the blocks are reused, on ONNX Runtime."""
+    return Session(bundle, preset_of(bundle, random_schedule(bundle)), engine_ort.OrtBackend())
+
+
+def fresh(session):
+    return Session(session.bundle, session.preset, engine_ort.OrtBackend())
+
+
+def prompts(count=1, seed=0):
+    return np.random.default_rng(seed).standard_normal((count, 7, 32)).astype(np.float32)
+
+
+def request(session, seeds=(0,), **changes):
+    """Keyword arguments of a valid guided request."""
+    values = {
+        "noise": session.noise(list(seeds)),
+        "prompt_embeds": prompts(len(seeds)),
+        "negative_prompt_embeds": prompts(1, seed=99),
+    }
+    return {**values, **changes}
+
+
+def relative(a, b):
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+# -- refused requests ------------------------------------------------------------------------------
+
+
+def refusal(session, **changes):
+    with pytest.raises(InputError) as caught:
+        session.denoise(**request(session, **changes))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 16), (1, 3, 16, 16), (0, 4, 16, 16), ()])
+def test_noise_of_a_wrong_shape_is_refused(session, shape):
+    assert refusal(session, noise=np.zeros(shape, np.float32)) == (
+        f"noise: expected [N, 4, height, width], got {list(shape)}. session.noise(seeds) makes it."
+    )
+
+
+def test_noise_of_a_wrong_dtype_is_refused(session):
+    assert refusal(session, noise=np.zeros((1, 4, 16, 16))) == (
+        "noise: expected a numpy array of float32, got float64. "
+        "Convert it with .astype(np.float32)."
+    )
+    assert "got list" in refusal(session, noise=np.zeros((1, 4, 16, 16), np.float32).tolist())
+
+
+@pytest.mark.parametrize(("height", "width"), [(14, 16), (16, 18)])
+def test_noise_of_an_indivisible_size_is_refused(session, height, width):
+    assert refusal(session, noise=session.noise([0], height, width)) == (
+        f"noise: expected a latent height and width divisible by 4, got {height} x {width}. "
+        f"Choose the next multiples."
+    )
+
+
+def test_noise_without_pixels_is_refused(bundle):
+    opened = Session.open(bundle, preset="ddim-4", backend="empty")
+    assert "noise: expected" in refusal(opened, noise=np.zeros((1, 4, 0, 16), np.float32))
+
+
+def test_a_missing_prompt_is_refused(session):
+    assert refusal(session, prompt_embeds=None) == (
+        "encoder_hidden_states: expected a numpy array of float32, got NoneType. "
+        "Convert it with .astype(np.float32)."
+    )
+
+
+def test_a_prompt_of_a_wrong_shape_is_refused(session):
+    assert refusal(session, prompt_embeds=np.zeros((1, 7, 31), np.float32)) == (
+        "encoder_hidden_states: expected shape [1, 7, 32], got [1, 7, 31]."
+    )
+    assert "expected shape [1, 7, 32], got [7, 32]" in refusal(
+        session, prompt_embeds=np.zeros((7, 32), np.float32)
+    )
+    assert "expected shape [1, 7, 32], got [2, 7, 32]" in refusal(session, prompt_embeds=prompts(2))
+
+
+def test_a_negative_prompt_of_another_length_is_refused(session):
+    assert refusal(session, negative_prompt_embeds=np.zeros((1, 9, 32), np.float32)) == (
+        "negative encoder_hidden_states: expected shape [1, 7, 32], got [1, 9, 32]."
+    )
+
+
+def test_a_prompt_of_a_wrong_dtype_is_refused(session):
+    text = refusal(session, prompt_embeds=prompts().astype(np.float16))
+    assert text.startswith("encoder_hidden_states: expected a numpy array of float32, got float16.")
+
+
+def test_guidance_without_a_negative_prompt_is_refused(session):
+    assert refusal(session, negative_prompt_embeds=None) == (
+        "negative encoder_hidden_states: expected a tensor, got none. Give it, or set "
+        "guidance_scale=1 to run without guidance."
+    )
+
+
+@pytest.mark.parametrize("side", ["conditions", "negative_conditions"])
+def test_a_controlnet_residual_is_refused_by_name(session, side):
+    residual = {"down_block_additional_residuals": np.zeros((1, 32, 16, 16), np.float32)}
+    text = refusal(session, **{side: residual})
+    assert text.startswith("down_block_additional_residuals: this model takes the conditions")
+    assert "['encoder_hidden_states'] and no other" in text
+    assert "ControlNet residuals and adapters are not supported" in text
+
+
+def test_a_missing_added_condition_is_refused(sdxl):
+    opened = Session.open(sdxl, preset="ddim-4", backend="empty")
+    assert refusal(opened) == ("text_embeds: this model needs it in conditions={...}, got none.")
+
+
+def test_added_conditions_of_the_negative_side_default_only_where_they_may(sdxl):
+    opened = Session.open(sdxl, preset="ddim-4", backend="empty")
+    shapes = {c.name: c.shape({**sdxl.model.sizes, "batch": 1}) for c in sdxl.model.conditions}
+    added = {
+        name: np.zeros(shape, np.float32)
+        for name, shape in shapes.items()
+        if name != "encoder_hidden_states"
+    }
+    text = refusal(opened, conditions=added)
+    assert text.startswith("negative text_embeds: expected a tensor, got none.")
+    negative = {"text_embeds": added["text_embeds"]}
+    opened.denoise(**request(opened, conditions=added, negative_conditions=negative))
+
+
+@pytest.mark.parametrize("start", [-1, STEPS, 100])
+def test_a_start_step_out_of_range_is_refused(session, start):
+    image = session.noise([1])
+    text = refusal(session, start_step=start, image_latents=image)
+    assert text == f"start_step: expected 0 to {STEPS - 1}, got {start}."
+
+
+def test_a_late_start_without_an_image_is_refused(session):
+    assert refusal(session, start_step=2) == (
+        "start_step=2 continues from an image: expected image_latents, got none. Give them, or "
+        "start at step 0."
+    )
+
+
+def test_image_latents_of_another_shape_are_refused(session):
+    text = refusal(session, start_step=2, image_latents=session.noise([1, 2]))
+    assert text == "image_latents: expected shape [1, 4, 16, 16], got [2, 4, 16, 16]."
+
+
+@pytest.mark.parametrize("name", ["noise", "prompt_embeds", "negative_prompt_embeds"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused_where_asked(session, name, value):
+    values = request(session)[name].copy()
+    values.flat[5] = value
+    text = refusal(session, **{name: values}, check_finite=True)
+    assert f"expected finite numbers, got NaN or infinity in 1 of {values.size}" in text
+
+
+def test_a_result_that_is_not_finite_is_refused_where_asked(session):
+    huge = np.full((1, 7, 32), 3e38, np.float32)
+    text = refusal(session, prompt_embeds=huge, check_finite=True)
+    assert text.startswith("the denoised latents: expected finite numbers")
+
+
+# -- state -----------------------------------------------------------------------------------------
+
+
+def test_denoising_twice_gives_the_same_bits(session):
+    first = session.denoise(**request(session)).latents
+    np.testing.assert_array_equal(session.denoise(**request(session)).latents, first)
+
+
+def test_a_result_is_not_overwritten_by_the_next_request(session):
+    first = session.denoise(**request(session)).latents
+    kept = first.copy()
+    session.denoise(**request(session, seeds=[5]))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_a_cancelled_request_leaves_nothing_behind(session):
+    asked = []
+
+    def cancelled():
+        asked.append(None)
+        return len(asked) == 4
+
+    with pytest.raises(Cancelled, match=rf"Cancelled before step 3 of {STEPS}\."):
+        session.denoise(**request(session, seeds=[8]), cancelled=cancelled)
+    after = session.denoise(**request(session)).latents
+    np.testing.assert_array_equal(after, fresh(session).denoise(**request(session)).latents)
+
+
+def test_a_request_full_of_nan_leaves_nothing_behind(session):
+    nan = np.full_like(session.noise([0]), np.nan)
+    assert np.isnan(session.denoise(**request(session, noise=nan)).latents).all()
+    after = session.denoise(**request(session)).latents
+    np.testing.assert_array_equal(after, fresh(session).denoise(**request(session)).latents)
+
+
+def test_a_multistep_solver_forgets_its_history_too(bundle):
+    """DPM-Solver++ carries a tensor from step to step: a poisoned one must not survive."""
+    opened = Session.open(bundle, preset="dpm-20")
+    expected = opened.denoise(**request(opened)).latents
+    nan = np.full_like(opened.noise([0]), np.nan)
+    opened.denoise(**request(opened, noise=nan))
+    np.testing.assert_array_equal(opened.denoise(**request(opened)).latents, expected)
+
+
+def test_a_callback_that_raises_does_not_lock_the_session(session):
+    def fail(progress):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        session.denoise(**request(session), callback=fail)
+    assert np.isfinite(session.denoise(**request(session)).latents).all()
+
+
+def test_a_session_of_many_shapes_keeps_them_apart(session):
+    expected = session.denoise(**request(session)).latents
+    session.denoise(**request(session, noise=session.noise([3], 24, 40)))
+    session.denoise(**request(session, seeds=[1, 2]))
+    session.denoise(**request(session, negative_prompt_embeds=None, guidance_scale=1))
+    np.testing.assert_array_equal(session.denoise(**request(session)).latents, expected)
+
+
+# -- callback, seeds, batches ----------------------------------------------------------------------
+
+
+def test_the_callback_hears_every_step_in_order(session):
+    heard = []
+    result = session.denoise(
+        **request(session), callback=lambda p: heard.append((p, p.latents.copy()))
+    )
+    timesteps = solver_tables(SolverConfig.from_json(session.preset.solver)).timesteps
+    assert [p.step for p, _ in heard] == list(range(STEPS))
+    assert {p.steps for p, _ in heard} == {STEPS}
+    assert [p.timestep for p, _ in heard] == timesteps.tolist()
+    np.testing.assert_array_equal(heard[-1][1], result.latents)
+    assert not np.array_equal(heard[0][1], heard[1][1])
+
+
+def test_cancellation_is_asked_once_before_every_step(session):
+    order = []
+    session.denoise(
+        **request(session),
+        callback=lambda p: order.append(p.step),
+        cancelled=lambda: bool(order.append("asked")),
+    )
+    assert order == [item for step in range(STEPS) for item in ("asked", step)]
+
+
+def test_a_seed_gives_the_same_noise_in_any_batch(session):
+    both = session.noise([7, 8])
+    assert both.dtype == np.float32
+    np.testing.assert_array_equal(both[1:], session.noise([8]))
+    assert not np.array_equal(both[0], both[1])
+    assert abs(float(session.noise([0], 64, 64).std()) - 1) < 0.05  # 16384 samples: 5 sigma is 0.03
+
+
+def test_an_image_is_the_same_alone_and_in_a_batch(session):
+    """Only the order of sums inside one operator may differ: a few float32 roundings a step."""
+    batch = session.denoise(**request(session, seeds=[0, 1, 2])).latents
+    for index, seed in enumerate([0, 1, 2]):
+        text = prompts(3)[index : index + 1]
+        alone = session.denoise(**request(session, seeds=[seed], prompt_embeds=text)).latents
+        assert relative(batch[index], alone[0]) < 1e-5
+
+
+def test_one_prompt_serves_a_whole_batch(session):
+    once = session.denoise(**request(session, seeds=[0, 1], prompt_embeds=prompts(1))).latents
+    twice = np.repeat(prompts(1), 2, axis=0)
+    each = session.denoise(**request(session, seeds=[0, 1], prompt_embeds=twice)).latents
+    np.testing.assert_array_equal(once, each)
+
+
+def test_without_guidance_the_negative_prompt_does_not_matter(session):
+    plain = {"guidance_scale": 1.0}
+    a = session.denoise(**request(session), **plain).latents
+    b = session.denoise(**request(session, negative_prompt_embeds=None), **plain).latents
+    np.testing.assert_array_equal(a, b)
+    guided = session.denoise(**request(session)).latents
+    assert relative(guided, a) > 1e-3
+
+
+def test_guidance_between_equal_prompts_is_no_guidance(session):
+    """u + s (c - u) with c = u: only rounding, times the scale, remains."""
+    same = session.denoise(**request(session, negative_prompt_embeds=prompts(1))).latents
+    plain = session.denoise(**request(session), guidance_scale=1.0).latents
+    assert relative(same, plain) < 1e-4
+
+
+def test_guidance_of_the_preset_is_the_default(session):
+    default = session.denoise(**request(session)).latents
+    given = session.denoise(**request(session), guidance_scale=session.preset.guidance_scale)
+    np.testing.assert_array_equal(default, given.latents)
+
+
+def test_two_sessions_in_two_threads_work_as_alone(session):
+    others = [fresh(session), fresh(session)]
+    expected = [session.denoise(**request(session, seeds=[seed])).latents for seed in (0, 1)]
+
+    def work(index):
+        made = others[index]
+        return [made.denoise(**request(made, seeds=[index])).latents for _ in range(3)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for index, results in enumerate(pool.map(work, (0, 1))):
+            for latents in results:
+                np.testing.assert_array_equal(latents, expected[index])
+
+
+def test_one_session_may_be_called_from_two_threads(session):
+    expected = {seed: session.denoise(**request(session, seeds=[seed])).latents for seed in (0, 1)}
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [0, 1, 0, 1]
+        made = pool.map(lambda seed: session.denoise(**request(session, seeds=[seed])), jobs)
+        for seed, result in zip(jobs, made, strict=True):
+            np.testing.assert_array_equal(result.latents, expected[seed])
+
+
+# -- engines: counted, shared, skipped -------------------------------------------------------------
+
+
+@dataclass
+class CountingEngine:
+    """Wraps an engine and writes down every launch."""
+
+    inner: object
+    name: str
+    launched: list
+
+    __hash__ = object.__hash__
+
+    def bind(self, tensors):
+        launch = self.inner.bind(tensors)
+
+        def counted():
+            self.launched.append(self.name)
+            launch()
+
+        return counted
+
+
+@dataclass
+class CountingBackend:
+    """Wraps a backend; ``name`` keeps its engines apart from those of other tests."""
+
+    inner: object
+    name: str
+    loaded: list = field(default_factory=list)
+    launched: list = field(default_factory=list)
+
+    @property
+    def device(self):
+        return self.inner.device
+
+    def load(self, bundle, segment):
+        self.loaded.append(segment.name)
+        return CountingEngine(self.inner.load(bundle, segment), segment.name, self.launched)
+
+
+def test_sessions_share_engines_and_free_them(bundle):
+    backend = CountingBackend(EmptyBackend(), "sharing")
+    first = Session.open(bundle, preset="ddim-4", backend=backend)
+    loaded = list(backend.loaded)
+    assert len(loaded) == len(set(loaded))
+    second = Session.open(bundle, preset="dpm-20", backend=backend)
+    assert backend.loaded == loaded
+    del first, second
+    Session.open(bundle, preset="ddim-4", backend=backend)
+    assert backend.loaded == 2 * loaded
+
+
+def test_only_engines_of_the_loop_and_the_prompt_are_loaded(bundle):
+    backend = CountingBackend(EmptyBackend(), "roles")
+    Session.open(bundle, preset="ddim-4", backend=backend)
+    roles = {segment.name: segment.role for segment in bundle.segments}
+    assert {roles[name] for name in backend.loaded} == {"prompt", "trunk", "block"}
+
+
+def test_a_reused_block_is_never_launched(bundle):
+    table = random_schedule(bundle)
+    table[1:, 0] = False  # computed once, reused ever after
+    backend = CountingBackend(EmptyBackend(), "launches")
+    made = Session(bundle, preset_of(bundle, table), backend)
+    made.denoise(**request(made))
+    for segment in bundle.segments:
+        expected = {"prompt": 1, "trunk": STEPS, "time": 0, "whole": 0}.get(segment.role)
+        if segment.block is not None:
+            expected = int(table[:, segment.block].sum())
+        assert backend.launched.count(segment.name) == expected, segment.name
+
+
+def test_the_record_says_what_was_launched(session):
+    result = session.denoise(**request(session))
+    record, table = result.record, session.preset.schedule.recompute
+    for index, segment in enumerate(record.segments):
+        expected = np.ones(STEPS, bool) if segment.block is None else table[:, segment.block]
+        np.testing.assert_array_equal(record.ran[:, index], expected, segment.name)
+    assert ((record.segment_ns > 0) == record.ran).all()
+    assert record.total_ns >= record.segment_ns.sum()
+    flops = np.array([s.flops for s in record.segments if s.role == "block"])
+    assert record.computed_fraction == pytest.approx(
+        session.preset.schedule.computed_fraction(flops), rel=1e-12
+    )
+    summary = record.summary()
+    assert summary["steps"] == STEPS
+    assert summary["launches"] == int(record.ran.sum())
+    assert set(record.mean_ms()) == {segment.name for segment in record.segments}
+
+
+def test_segments_stand_in_the_record_in_running_order(session):
+    names = [s.name for s in session.denoise(**request(session)).record.segments]
+    in_loop = [s.name for s in session.bundle.segments if s.role in ("condition", "trunk", "block")]
+    assert names == in_loop
+
+
+# -- late start ------------------------------------------------------------------------------------
+
+
+def test_a_late_start_recomputes_all_at_its_first_step(session):
+    start = 2
+    table = session.preset.schedule.recompute
+    assert not table[start].all()  # else the test shows nothing
+    result = session.denoise(**request(session, image_latents=session.noise([9]), start_step=start))
+    record = result.record
+    assert record.steps == range(start, STEPS)
+    assert not record.ran[:start].any()
+    assert record.ran[start].all()
+    blocks = [index for index, s in enumerate(record.segments) if s.role == "block"]
+    np.testing.assert_array_equal(record.ran[start + 1 :, blocks], table[start + 1 :])
+    assert record.summary()["steps"] == STEPS - start
+
+
+def test_a_late_start_does_not_read_an_earlier_request(session):
+    late = {"image_latents": session.noise([9]), "start_step": 2}
+    expected = fresh(session).denoise(**request(session), **late).latents
+    session.denoise(**request(session, noise=np.full_like(session.noise([0]), np.nan)))
+    np.testing.assert_array_equal(session.denoise(**request(session), **late).latents, expected)
+
+
+def test_the_callback_of_a_late_start_counts_from_there(session):
+    heard = []
+    late = {"image_latents": session.noise([9]), "start_step": 4}
+    session.denoise(**request(session), **late, callback=lambda p: heard.append(p.step))
+    assert heard == [4, 5]
+
+
+def test_a_start_at_the_last_step_stays_near_the_image(session):
+    """One DDIM step from the lowest noise level: the image is most of the sample."""
+    image = session.noise([9])
+    signal, noise = solver_tables(SolverConfig.from_json(session.preset.solver)).noising[-1]
+    assert signal > 0.99 > noise
+    late = {"image_latents": image, "start_step": STEPS - 1}
+    result = session.denoise(**request(session), **late, guidance_scale=1.0).latents
+    assert np.corrcoef(result.ravel(), image.ravel())[0, 1] > 0.9
+
+
+# -- the loop allocates nothing --------------------------------------------------------------------
+
+IMAGES, MANY = 16, 100
+LATENTS_BYTES = IMAGES * 4 * 16 * 16 * 4
+LOOP_BYTES = 8192
+"""Bound on what 100 steps may add at their peak. The loop makes small objects that die at once:
+two views of the record's rows, clock integers, one Progress; the record keeps nothing per step.
+Measured at about 1 kB. The smallest tensor of this request, the latents, has 65536 bytes, so one
+that is allocated anywhere in a step breaks the bound eightfold."""
+
+
+def peak_growth(bundle, backend):
+    """Most traced bytes that steps 1 to 99 hold above what was held after step 0."""
+    schedule = np.ones((MANY, len(bundle.model.blocks)), bool)
+    made = Session(bundle, preset_of(bundle, schedule), backend)
+    values = request(made, seeds=range(IMAGES))
+    made.denoise(**values)
+    held = []
+
+    def watch(progress):
+        if progress.step == 0:
+            tracemalloc.reset_peak()
+            held.append(tracemalloc.get_traced_memory()[0])
+        if progress.step == MANY - 1:
+            held.append(tracemalloc.get_traced_memory()[1])
+
+    tracemalloc.start()
+    try:
+        made.denoise(**values, callback=watch)
+    finally:
+        tracemalloc.stop()
+    return held[1] - held[0]
+
+
+def test_a_hundred_steps_allocate_no_tensor(bundle):
+    assert peak_growth(bundle, EmptyBackend()) < LOOP_BYTES
+
+
+class WastefulEngine:
+    """Allocates one latent-sized array a launch: what the guard above must see."""
+
+    def bind(self, tensors):
+        return lambda: np.zeros(LATENTS_BYTES, np.uint8)[0]
+
+
+@dataclass
+class WastefulBackend:
+    name: str = "wasteful"
+    device: HostDevice = field(default_factory=HostDevice)
+
+    def load(self, bundle, segment):
+        return WastefulEngine()
+
+
+def test_the_allocation_guard_fires(bundle):
+    assert peak_growth(bundle, WastefulBackend()) >= LATENTS_BYTES > LOOP_BYTES
+
+
+def test_empty_engines_run_a_whole_request(bundle):
+    made = Session.open(bundle, preset="dpm-20", backend="empty")
+    result = made.denoise(**request(made))
+    assert result.latents.shape == (1, 4, 16, 16)
+    assert result.record.ran.all()
+
+
+# -- backends --------------------------------------------------------------------------------------
+
+
+def test_an_unknown_backend_lists_the_known_ones(bundle):
+    with pytest.raises(ConfigError, match=r"Expected a backend of .*'ort'.*, got 'tvm'\."):
+        Session.open(bundle, backend="tvm")
+
+
+@pytest.mark.parametrize("name", ["ort", "auto"])
+def test_a_missing_onnxruntime_is_named_with_the_pip_command(bundle, monkeypatch, name):
+    monkeypatch.setattr(engine_ort, "ort", None)
+    with pytest.raises(MissingExtraError) as caught:
+        Session.open(bundle, backend=name)
+    assert str(caught.value) == (
+        "Running a bundle on the CPU needs the package onnxruntime, which is not installed. "
+        "Install it with: pip install 'blockcache[cpu]'"
+    )
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_half_precision_bundle_is_refused_on_the_cpu(bundle, precision):
+    model = replace(bundle.model, precision=precision)
+    half = Bundle(bundle.folder, replace(bundle.manifest, model=model))
+    backend = engine_ort.OrtBackend(threads=1)
+    backend.name = f"half-{precision}"  # engines are shared by name: these must be loaded anew
+    with pytest.raises(EngineError) as caught:
+        Session.open(half, preset="ddim-4", backend=backend)
+    assert str(caught.value) == (
+        f"ONNX Runtime's CPU provider runs float32 bundles; this one is {precision}. Compile with "
+        f"--precision float32, or use TensorRT."
+    )
+
+
+def test_a_broken_graph_is_refused_by_its_segment(bundle_copy):
+    path = bundle_copy / "segments" / "trunk_00.onnx"
+    size = path.stat().st_size
+    path.write_bytes(b"\xff" * size)
+    with pytest.raises(EngineError, match="cannot load segment 'trunk_00': "):
+        Session.open(bundle_copy, preset="ddim-4", backend="ort", verify=False)
+
+
+def test_an_engine_that_fails_in_the_loop_names_its_segment(bundle):
+    segment = bundle.segments[0]
+
+    class Broken:
+        def run_with_iobinding(self, binding):
+            raise RuntimeError("out of memory")
+
+    engine = engine_ort.OrtEngine(segment, Broken())
+    with pytest.raises(EngineError) as caught:
+        engine._launch(None)
+    assert str(caught.value) == (f"ONNX Runtime failed in segment {segment.name!r}: out of memory")
+
+
+def test_the_default_preset_is_the_first(bundle):
+    assert Session.open(bundle, backend="empty").preset.name == bundle.preset_names[0]

@@ -1,0 +1,435 @@
+"""Direction, doors, caps and layout, held by reading the sources. Every guard is seen to fire."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("runtime", "export", "kernels", "tools")
+
+
+class Import(NamedTuple):
+    """One import as it stands in a file."""
+
+    file: str  # "export/model.py"
+    module: str  # absolute: "blockcache.runtime.plan"
+    names: tuple[str, ...]  # of ``from module import names``; () for ``import module``
+    eager: bool  # runs whenever the file is imported and fails if the module is missing
+
+    @property
+    def top(self):
+        """The package: "torch" of "torch.nn"."""
+        return self.module.split(".")[0]
+
+    @property
+    def blockcache_modules(self):
+        """What it reaches of blockcache, as ("runtime", "plan"); () for other packages."""
+        if self.top != "blockcache":
+            return ()
+        paths = [f"{self.module}.{name}" for name in self.names] or [self.module]
+        return tuple(tuple(path.split(".")[1:3]) for path in paths)
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def catches_import_error(node):
+    return isinstance(node, ast.Try) and any(
+        handler.type is not None and "ImportError" in ast.unparse(handler.type)
+        for handler in node.handlers
+    )
+
+
+def imports_of(root, path):
+    """Every import of a file, wherever it stands; relative ones are made absolute."""
+    file = path.relative_to(root).as_posix()
+    package = ["blockcache", *path.relative_to(root).parts[:-1]]
+    found = []
+
+    def visit(node, eager):
+        if isinstance(node, ast.Import):
+            found.extend(Import(file, alias.name, (), eager) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found.append(Import(file, module, tuple(alias.name for alias in node.names), eager))
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        guarded = is_type_checking(node) or catches_import_error(node)
+        for child in ast.iter_child_nodes(node):
+            visit(child, eager and not lazy and not guarded)
+
+    visit(ast.parse(path.read_text()), True)
+    return found
+
+
+def sources(root, *rooms):
+    return [path for room in rooms for path in sorted((root / room).rglob("*.py"))]
+
+
+def all_imports(root, *rooms):
+    return [found for path in sources(root, *rooms) for found in imports_of(root, path)]
+
+
+def plant(root, file, text):
+    """A source file in a made-up checkout."""
+    path = root / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return root
+
+
+# -- direction: tools -> export -> runtime -> kernels ----------------------------------------------
+
+BELOW = {
+    "tools": ("tools", "export", "runtime", "kernels"),
+    "export": ("export", "runtime"),
+    "runtime": ("runtime", "kernels"),
+    "kernels": ("kernels",),
+}
+EXPORT_MAY_USE = ("plan", "bundle", "errors", "solver", "engine_files")
+"""Plain data types and errors."""
+
+BUILD_MAY_USE = (*EXPORT_MAY_USE, "tensorrt_library", "cuda")
+"""``export/build*.py`` goes through the runtime's doors to TensorRT and the GPU, so that there is
+one of each."""
+
+
+def wrong_arrows(root):
+    """Imports of blockcache against the direction."""
+    found = []
+    for item in all_imports(root, *ROOMS):
+        room = item.file.split("/")[0]
+        allowed = BUILD_MAY_USE if item.file.startswith("export/build") else EXPORT_MAY_USE
+        if item.top in ROOMS:
+            found.append(f"{item.file}: bare {item.module}")
+        for reached in item.blockcache_modules:
+            inside = reached[1:] in [(name,) for name in allowed]
+            if reached[0] not in BELOW[room]:
+                found.append(f"{item.file}: {item.module}")
+            elif room == "export" and reached[0] == "runtime" and not inside:
+                found.append(f"{item.file}: {item.module} {item.names}")
+    return found
+
+
+def test_imports_go_one_way():
+    assert wrong_arrows(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("runtime/a.py", "from blockcache.export.model import load_model"),
+        ("runtime/a.py", "def f():\n    import blockcache.tools.cli"),
+        ("runtime/a.py", "from blockcache import export"),
+        ("runtime/a.py", "from ..export import model"),
+        ("kernels/a.py", "from blockcache.runtime import plan"),
+        ("export/a.py", "from blockcache.tools import cli"),
+        ("export/a.py", "from blockcache.kernels import check"),
+        ("export/a.py", "from blockcache.runtime.session import Session"),
+        ("export/a.py", "from blockcache.runtime import Session"),
+        ("export/a.py", "from blockcache.runtime.cuda import device_capability"),
+        ("export/passes/a.py", "import blockcache.runtime"),
+        ("export/passes/a.py", "from ...runtime import session"),
+        ("tools/a.py", "import runtime.plan"),
+    ],
+)
+def test_a_wrong_arrow_is_seen(tmp_path, file, text):
+    assert len(wrong_arrows(plant(tmp_path, file, text))) == 1
+
+
+def test_right_arrows_pass(tmp_path):
+    plant(tmp_path, "export/a.py", "from blockcache.runtime import plan\nfrom .passes import b")
+    plant(tmp_path, "export/passes/b.py", "from blockcache.runtime.errors import ConfigError")
+    plant(tmp_path, "export/build_engine.py", "from blockcache.runtime import tensorrt_library")
+    plant(tmp_path, "runtime/a.py", "from blockcache import kernels\nfrom .plan import Dim")
+    plant(tmp_path, "tools/a.py", "from blockcache.runtime import Session")
+    assert wrong_arrows(tmp_path) == []
+
+
+# -- export is a star: stages do not import each other, only the order does ------------------------
+
+
+def test_only_the_pipeline_imports_the_pipeline():
+    inside = all_imports(ROOT, "export")
+    users = {i.file for i in inside if ("export", "pipeline") in i.blockcache_modules}
+    assert users <= {"export/pipeline.py", "export/__init__.py"}
+
+
+def test_graph_passes_do_not_reach_out_of_their_folder():
+    for item in all_imports(ROOT, "export"):
+        if item.file.startswith("export/passes/"):
+            for reached in item.blockcache_modules:
+                assert reached[0] == "runtime" or reached[1:] == ("passes",), item
+
+
+# -- what the runtime is made of -------------------------------------------------------------------
+
+RUNTIME_NEEDS = {"numpy", "safetensors", "blockcache", "__future__"}
+
+
+def heavy_runtime_imports(root):
+    """Eager imports of the runtime and the kernels beyond the standard library and numpy."""
+    return [
+        f"{item.file}: {item.module}"
+        for item in all_imports(root, "runtime", "kernels")
+        if item.eager and item.top not in RUNTIME_NEEDS | set(sys.stdlib_module_names)
+    ]
+
+
+def test_the_runtime_imports_numpy_and_little_else():
+    assert heavy_runtime_imports(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["import torch", "if True:\n    import onnxruntime", "class A:\n    import cuda"]
+)
+def test_a_heavy_import_is_seen(tmp_path, text):
+    assert len(heavy_runtime_imports(plant(tmp_path, "runtime/a.py", text))) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f():\n    import onnxruntime",
+        "try:\n    import onnxruntime\nexcept ImportError:\n    onnxruntime = None",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import tensorrt",
+    ],
+)
+def test_a_lazy_import_passes(tmp_path, text):
+    assert heavy_runtime_imports(plant(tmp_path, "runtime/a.py", text)) == []
+
+
+FORBIDDEN = (
+    "torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime",
+    "tensorrt", "tensorrt_rtx", "cuda", "typer", "rich", "matplotlib",
+)  # fmt: skip
+GUARD = f"""
+import sys
+class Guard:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {FORBIDDEN!r}:
+            raise SystemExit("imported " + name)  # not ImportError: nothing may swallow it
+sys.meta_path.insert(0, Guard())
+"""
+
+
+def import_in_a_guarded_process(tmp_path, statement):
+    return subprocess.run(
+        [sys.executable, "-c", GUARD + statement], cwd=tmp_path, env=dict(os.environ),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_the_runtime_is_imported_without_any_framework(tmp_path):
+    made = import_in_a_guarded_process(tmp_path, "import blockcache.runtime")
+    assert (made.returncode, made.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("statement", ["import torch", "import blockcache.export.model"])
+def test_the_guarded_process_sees_a_framework(tmp_path, statement):
+    made = import_in_a_guarded_process(tmp_path, statement)
+    assert made.returncode == 1
+    assert made.stderr.startswith("imported ")
+
+
+# -- one door per foreign library ------------------------------------------------------------------
+
+DOORS = {
+    "diffusers": ("export/model.py", "tools/demo/", "tools/bench/"),
+    "transformers": ("tools/demo/", "export/calibration.py"),
+    "huggingface_hub": ("export/model.py",),
+    "torch": ("export/", "tools/"),
+    "onnx": ("export/", "tools/"),
+    "onnx_ir": ("export/",),
+    "onnxruntime": (
+        "runtime/engine_ort", "export/time_tables.py", "export/check.py", "tools/",
+    ),
+    **dict.fromkeys(
+        ("tensorrt", "tensorrt_rtx"),
+        ("runtime/engine_trt", "runtime/tensorrt_library.py", "export/build", "export/check.py",
+         "tools/bench/"),
+    ),
+    "cuda": ("runtime/cuda", "runtime/device.py", "tools/bench/"),
+    "polygraphy": ("export/check.py", "tools/bench/"),
+    "filelock": ("export/",),
+    "typer": ("tools/",),
+    "rich": ("tools/", "export/build_report.py"),
+    "matplotlib": ("tools/",),
+    "PIL": ("tools/",),
+    "safetensors": ("runtime/bundle.py", "tools/"),
+}  # fmt: skip
+
+
+@functools.cache
+def side_doors(root):
+    """Imports of a foreign library in a file that is not its door."""
+    return sorted(
+        {
+            f"{item.file}: {item.top}"
+            for item in all_imports(root, *ROOMS)
+            if not item.file.startswith(DOORS.get(item.top, ("",)))
+        }
+    )
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_foreign_library_enters_by_its_door(library):
+    assert [found for found in side_doors(ROOT) if found.endswith(f": {library}")] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("export/change.py", "def f():\n    from diffusers import UNet2DConditionModel"),
+        ("runtime/session.py", "try:\n    import onnxruntime\nexcept ImportError:\n    pass"),
+        ("tools/cli.py", "import tensorrt_rtx"),
+        ("runtime/session.py", "from cuda.bindings import runtime"),
+        ("export/pipeline.py", "import rich.progress"),
+    ],
+)
+def test_a_side_door_is_seen(tmp_path, file, text):
+    assert len(side_doors(plant(tmp_path, file, text))) == 1
+
+
+# -- caps ------------------------------------------------------------------------------------------
+
+FILE_LINES, FUNCTION_LINES = 400, 60
+
+
+def too_long(root, path):
+    """Files and functions of a file that are over the caps."""
+    text = path.read_text()
+    name, lines = path.relative_to(root).as_posix(), text.count("\n")
+    found = [f"{name}: {lines} lines"] if lines > FILE_LINES else []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            if length > FUNCTION_LINES:
+                found.append(f"{name}: {node.name} has {length} lines")
+    return found
+
+
+@pytest.mark.parametrize("path", sources(ROOT, *ROOMS), ids=str)
+def test_files_and_functions_keep_to_the_caps(path):
+    assert too_long(ROOT, path) == []
+
+
+def test_the_caps_are_seen_to_bind(tmp_path):
+    plant(tmp_path, "export/a.py", "x = 1\n" * 401)
+    plant(tmp_path, "export/b.py", "def f():\n" + "    x = 1\n" * 60)
+    plant(tmp_path, "export/c.py", "x = 1\n" * 340 + "def f():\n" + "    x = 1\n" * 59)
+    assert [too_long(tmp_path, path) for path in sources(tmp_path, "export")] == [
+        ["export/a.py: 401 lines"], ["export/b.py: f has 61 lines"], [],
+    ]  # fmt: skip
+
+
+# -- layout ----------------------------------------------------------------------------------------
+
+FOLDERS = {"export", "runtime", "kernels", "tools", "tests"}
+FILES = {"README.md", "LICENSE", "CMakeLists.txt", "pyproject.toml"}
+MADE_HERE = {"build", "dist", "demo-out", "__pycache__"}  # ignored by git
+
+
+def strangers(root):
+    """Entries of the top level that are not in the design; hidden ones do not count."""
+    return sorted(
+        entry.name
+        for entry in root.iterdir()
+        if not entry.name.startswith(".")
+        and not entry.name.endswith(".egg-info")
+        and entry.name not in (FOLDERS | MADE_HERE if entry.is_dir() else FILES)
+    )
+
+
+def test_the_top_level_holds_what_the_design_names():
+    assert strangers(ROOT) == []
+
+
+def test_a_stranger_at_the_top_level_is_seen(tmp_path):
+    plant(tmp_path, "export/a.py", "")
+    plant(tmp_path, "README.md", "")
+    assert strangers(tmp_path) == []
+    plant(tmp_path, "utils/a.py", "")
+    plant(tmp_path, "notes.txt", "")
+    assert strangers(tmp_path) == ["notes.txt", "utils"]
+
+
+def test_ignored_folders_are_the_ones_that_git_ignores():
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert all({f"/{name}/", f"{name}/"} & set(ignored) for name in MADE_HERE)
+
+
+VAGUE = {"utils", "util", "helpers", "common", "core", "misc"}
+
+
+def vague_names(root):
+    return [path.name for path in sources(root, *ROOMS) if path.stem in VAGUE]
+
+
+def test_no_file_is_called_utils():
+    """A file's name excludes every other file's content."""
+    assert vague_names(ROOT) == []
+
+
+def test_a_vague_name_is_seen(tmp_path):
+    assert vague_names(plant(tmp_path, "export/passes/utils.py", "")) == ["utils.py"]
+
+
+def test_no_file_hides_a_module_of_the_standard_library():
+    """Run from its own folder, such a file would be imported instead."""
+    hidden = {"profile", "inspect", "types", "select", "trace", "logging", "queue", "copy", "code",
+              "platform", "statistics"}  # fmt: skip
+    assert not {path.stem for path in sources(ROOT, *ROOMS)} & hidden
+
+
+# -- nothing is pickled ----------------------------------------------------------------------------
+
+
+def pickles(root):
+    """Calls and imports that write or run pickled code."""
+    found = []
+    for path in sources(root, *ROOMS):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                pickled = any(
+                    word.arg == "allow_pickle" and ast.unparse(word.value) != "False"
+                    for word in node.keywords
+                )
+                if called in ("torch.save", "torch.load", "eval", "exec") or pickled:
+                    found.append(f"{path.relative_to(root)}: {called}")
+    for item in all_imports(root, *ROOMS):
+        if item.top in ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"):
+            found.append(f"{item.file}: {item.module}")
+    return found
+
+
+def test_nothing_is_pickled():
+    assert pickles(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["import pickle", "def f(torch, x):\n    torch.save(x, 'f')", "torch.load('f')",
+     "np.load('f', allow_pickle=True)", "eval('1')"],
+)  # fmt: skip
+def test_a_pickle_is_seen(tmp_path, text):
+    assert len(pickles(plant(tmp_path, "tools/a.py", text))) == 1
+
+
+# -- no test is dead -------------------------------------------------------------------------------
+
+
+def test_tests_mirror_the_rooms():
+    """A folder of tests is named after a room, or is one of the two others."""
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
+    assert folders - {"__pycache__"} <= {*ROOMS, "golden", "end_to_end"}

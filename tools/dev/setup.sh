@@ -1,0 +1,17 @@
+# Sourced by demo.sh and test.sh: a virtual environment in .venv with blockcache installed.
+# The pin keeps set-up quick and reproducible; pyproject.toml accepts any recent torch.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+setup() {
+  local extras=$1
+  if [ ! -x .venv/bin/python ]; then
+    "${PYTHON:-python3}" -m venv .venv || {
+      echo "error: python3 -m venv failed; on Debian: apt-get install python3-venv" >&2
+      exit 1
+    }
+  fi
+  .venv/bin/python -m pip install --quiet --upgrade pip
+  .venv/bin/python -m pip install --quiet "torch==2.13.0"
+  .venv/bin/python -m pip install --quiet --editable ".[$extras]"
+}

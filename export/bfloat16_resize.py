@@ -22,9 +22,7 @@ def with_float32_resize(onnx: Path) -> bytes:
         node.replace_input_with(0, up.outputs[0])
         model.graph.insert_before(node, [up])
         down = _cast(result, dtype, f"{result.name}_back")
-        ir.convenience.replace_all_uses_with(
-            result, down.outputs[0], replace_graph_outputs=True
-        )
+        ir.convenience.replace_all_uses_with(result, down.outputs[0], replace_graph_outputs=True)
         down.replace_input_with(0, result)
         if down.outputs[0].is_graph_output():  # a boundary tensor keeps its name
             down.outputs[0].name, result.name = result.name, f"{result.name}_wide_out"

@@ -13,6 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -79,11 +80,9 @@ def widened_graph(onnx: Path, *, rounded: bool) -> bytes:
     """A segment's graph in float32, weights inside; ``rounded`` rounds every result to half."""
     model = ir.load(onnx)
     half = {
-        value: value.dtype
-        for node in model.graph
-        for value in node.outputs
-        if value.dtype in _HALF
+        value: value.dtype for node in model.graph for value in node.outputs if value.dtype in _HALF
     }
+    given = {value: value.dtype for value in model.graph.inputs if value.dtype in _HALF}
     for value in (*model.graph.initializers.values(), *model.graph.inputs, *half):
         _widen(value)
     for node in list(model.graph):
@@ -91,7 +90,9 @@ def widened_graph(onnx: Path, *, rounded: bool) -> bytes:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
         for value in node.outputs if rounded else ():
             if value in half:
-                _round_result(model.graph, node, value, half[value])
+                _round_value(model.graph, node, value, half[value])
+    for value, dtype in given.items() if rounded else ():
+        _round_value(model.graph, None, value, dtype)
     return bytes(ir.to_proto(model).SerializeToString())
 
 
@@ -105,8 +106,8 @@ def _widen(value: ir.Value) -> None:
         value.type = ir.TensorType(ir.DataType.FLOAT)
 
 
-def _round_result(graph: ir.Graph, node: ir.Node, value: ir.Value, half: ir.DataType) -> None:
-    """Put two casts behind a result: to half precision and back."""
+def _round_value(graph: ir.Graph, node: ir.Node | None, value: ir.Value, half: ir.DataType) -> None:
+    """Put two casts behind a result, or behind an input: to half precision and back."""
     down = ir.Node("", "Cast", [value], [ir.AttrInt64("to", half.value)])
     down.outputs[0].name = f"{value.name}_half"
     up = ir.Node("", "Cast", [down.outputs[0]], [ir.AttrInt64("to", ir.DataType.FLOAT.value)])
@@ -117,18 +118,27 @@ def _round_result(graph: ir.Graph, node: ir.Node, value: ir.Value, half: ir.Data
     down.replace_input_with(0, value)
     if result.is_graph_output():
         result.name, value.name = value.name, f"{value.name}_exact"
-    graph.insert_after(node, [down, up])
+    if node is None:
+        graph.insert_before(graph[0], [down, up])
+    else:
+        graph.insert_after(node, [down, up])
 
 
 def random_inputs(segment: Segment, sizes: dict[str, int], seed: int = 0) -> dict[str, np.ndarray]:
-    """Standard normal float32 inputs by name; scales are near 1, integers small."""
+    """Standard normal float32 inputs by name, as the segment's dtypes hold them; scales near 1."""
     rng = np.random.default_rng(seed)
-    made = {}
+    made: dict[str, np.ndarray] = {}
     for spec in segment.inputs:
         shape = spec.shape(sizes)
         if spec.dtype == "int64":
             made[spec.name] = rng.integers(0, 5, shape)
             continue
         values = rng.standard_normal(shape, np.float32)
-        made[spec.name] = values * 0.1 + 1 if spec.name.startswith("scale_") else values
+        if spec.name.startswith("scale_"):
+            values = values * np.float32(0.1) + np.float32(1)
+        if spec.dtype == "bfloat16":
+            values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
+        elif spec.dtype == "float16":
+            values = values.astype(np.float16).astype(np.float32)
+        made[spec.name] = values
     return made

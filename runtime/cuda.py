@@ -174,17 +174,11 @@ class CudaDevice:
         return Tensor(memory.pointer + offset, tuple(shape), dtype, memory)
 
     def upload(self, target: Tensor, values: np.ndarray) -> None:
-        """Convert on the host, then copy on the stream; ``values`` may change on return."""
+        """Convert on the host, then copy; done on return (uploads come before the loop)."""
         content = encode(np.ascontiguousarray(values).reshape(1, -1), target.dtype)
-        kind = self._kinds.cudaMemcpyHostToDevice
-        call(
-            "cudaMemcpyAsync",
-            target.pointer,
-            content.ctypes.data,
-            content.nbytes,
-            kind,
-            self.stream,
-        )
+        kind, count = self._kinds.cudaMemcpyHostToDevice, content.nbytes
+        call("cudaMemcpyAsync", target.pointer, content.ctypes.data, count, kind, self.stream)
+        self.synchronize()
 
     def download(self, source: Tensor) -> np.ndarray:
         """A host copy, float32 for floating dtypes; waits for the stream."""

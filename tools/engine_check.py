@@ -14,7 +14,7 @@ from blockcache.export.check import (
     widened_graph,
 )
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.device import Device
+from blockcache.runtime.device import Device, Tensor
 from blockcache.runtime.engine import Backend
 from blockcache.runtime.engine_ort import OrtBackend, OrtEngine
 from blockcache.runtime.plan import LOOP_ROLES, Segment, TensorSpec
@@ -64,16 +64,17 @@ def run_segment(
 
 def _download(
     device: Device,
-    tensor: object,
+    tensor: Tensor,
     spec: TensorSpec,
     sizes: Mapping[str, int],
     layouts: Layouts,
 ) -> np.ndarray:
-    values = device.download(tensor)  # type: ignore[arg-type]
+    values: np.ndarray = device.download(tensor)
     if layouts.get(spec.name) != "hwc8":
         return values
     n, c, h, w = spec.shape(sizes)
-    return values.reshape(n, h, w, c).transpose(0, 3, 1, 2)
+    planar: np.ndarray = values.reshape(n, h, w, c).transpose(0, 3, 1, 2)
+    return planar
 
 
 def check_segments(
@@ -117,9 +118,7 @@ def check_loop(
             spec.name: (
                 rng.integers(0, 5, spec.shape({**bundle.model.sizes, "batch": 1}))
                 if spec.dtype == "int64"
-                else rng.standard_normal(
-                    spec.shape({**bundle.model.sizes, "batch": 1}), np.float32
-                )
+                else rng.standard_normal(spec.shape({**bundle.model.sizes, "batch": 1}), np.float32)
             )
             for spec in bundle.model.conditions
         }

@@ -28,7 +28,6 @@ from blockcache.runtime import (
     Schedule,
     Session,
 )
-from blockcache.runtime.plan import BlockFacts
 
 WHOLE, SPLIT, CACHED = "whole", "split", "cached"
 
@@ -125,11 +124,11 @@ def measure_latency(
 
 
 def whole_bundle(bundle: Bundle) -> Bundle:
-    """The bundle as if it held the uncut model only: one trunk segment, one idle block."""
+    """The bundle as if it held the uncut model only: one trunk segment and no block."""
     uncut = [segment for segment in bundle.segments if segment.role == "whole"]
     if not uncut:
         raise ConfigError("This bundle holds no whole model to compare with. Compile it again.")
-    model = dataclasses.replace(bundle.model, blocks=(BlockFacts("none", 1),), outputs=1)
+    model = dataclasses.replace(bundle.model, blocks=(), outputs=1)
     manifest = dataclasses.replace(
         bundle.manifest, model=model, segments=(dataclasses.replace(uncut[0], role="trunk"),)
     )

@@ -1,0 +1,135 @@
+"""On a GPU: open, run, compare and time engines, all by ``pytest -m gpu tests/gpu -s``."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from blockcache.export.build import build_engines
+from blockcache.export.targets import Target
+from blockcache.runtime import Session
+from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.cuda import device_capability, device_count
+from blockcache.runtime.engine_files import read_engines
+from blockcache.tools.engine_check import check_loop, check_segments
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(device_count() == 0, reason="no CUDA device"),
+]
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def bundle(request, compiled, tmp_path_factory):
+    """A tiny bfloat16 bundle with engines built on this machine for this GPU."""
+    pytest.importorskip("tensorrt_rtx")
+    _, made = compiled(request.param, 2 if request.param == "sdxl" else 1, "bfloat16")
+    folder = tmp_path_factory.mktemp("gpu") / request.param
+    own = Bundle.open(shutil.copytree(made.folder, folder))
+    build_engines(own, Target.parse("current"))
+    return own
+
+
+@pytest.fixture
+def backend():
+    from blockcache.runtime.engine_trt import TrtBackend
+
+    return TrtBackend(target="current", graphs="check")
+
+
+def request_of(session, conditions_of, images=1):
+    """Arguments of ``denoise`` with random prompts."""
+    model = session.bundle.model
+    rng = np.random.default_rng(0)
+
+    def side():
+        sizes = {**model.sizes, "batch": images}
+        return {s.name: rng.standard_normal(s.shape(sizes), np.float32) for s in model.conditions}
+
+    positive, negative = side(), side()
+    return {
+        "noise": session.noise(list(range(images))),
+        "prompt_embeds": positive.pop("encoder_hidden_states"),
+        "negative_prompt_embeds": negative.pop("encoder_hidden_states"),
+        "conditions": positive,
+        "negative_conditions": negative,
+    }
+
+
+def test_an_sm80_plan_opens_here(compiled):
+    """Says whether this GPU runs plans for SM80; fails with the library's own words if not."""
+    pytest.importorskip("tensorrt_rtx")
+    from blockcache.runtime.tensorrt_library import errors_of, load_library
+
+    _, made = compiled("sd", 1, "bfloat16")
+    report = build_engines(made, Target.parse("sm80"))
+    plan = made.folder / "engines/sm80" / report.entries["trunk_00"].file
+    library = load_library("tensorrt_rtx")
+    with library.log() as log:
+        runtime = library.module.Runtime(library.logger)
+        engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+    assert engine is not None, f"{device_capability()}: {errors_of(log)}"
+
+
+def test_every_segment_is_within_twice_the_plain_error(bundle, backend):
+    layouts = {}
+    for entry in read_engines(bundle, "current").engines.values():
+        layouts.update(entry.formats)
+    found = check_segments(bundle, backend, layouts)
+    for comparison in found:
+        print(comparison, f"ratio {comparison.ratio:.2f}")
+    assert all(comparison.passed for comparison in found)
+
+
+@pytest.mark.parametrize("preset", ["ddim-4", "dpm-20"])
+def test_the_loop_is_within_twice_the_plain_error(bundle, backend, preset):
+    comparison = check_loop(bundle, backend, preset)
+    print(comparison, f"ratio {comparison.ratio:.2f}")
+    assert comparison.passed
+
+
+def test_graphs_replay_the_same_latents(bundle, backend, conditions_of):
+    session = Session.open(bundle, preset="dpm-20", backend=backend)
+    request = request_of(session, conditions_of)
+    first, second, third = (session.denoise(**request).latents for _ in range(3))
+    assert session._graphs.why_not == ""
+    assert len(session._graphs) == 1
+    assert (first == second).all()
+    assert (second == third).all()
+    watched = []
+    stepped = session.denoise(**request, callback=lambda p: watched.append(p.step)).latents
+    assert (stepped == first).all()
+    assert watched == list(range(20))
+
+
+def test_two_images_are_the_same_alone_and_together(bundle, backend, conditions_of):
+    session = Session.open(bundle, preset="ddim-4", backend=backend)
+    request = request_of(session, conditions_of, images=2)
+    both = session.denoise(**request).latents
+    assert np.isfinite(both).all()
+    assert np.abs(both[0] - both[1]).max() > 0
+
+
+def test_time_of_the_loop(bundle, backend, conditions_of):
+    """Prints the latency with and without CUDA graphs."""
+    session = Session.open(bundle, preset="dpm-20", backend=backend)
+    request = request_of(session, conditions_of)
+    for _ in range(3):
+        session.denoise(**request)
+    times = sorted(session.denoise(**request).record.total_ms for _ in range(20))
+    print(f"{device_capability()}: graph {times[10]:.2f} ms for 20 steps")
+    assert times[0] > 0
+
+
+def test_the_onnxruntime_cuda_engine(compiled, conditions_of):
+    ort = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("onnxruntime without CUDA")
+    _, made = compiled("sd")
+    cpu = Session.open(made, preset="ddim-4", backend="ort")
+    gpu = Session.open(made, preset="ddim-4", backend="ort-cuda")
+    request = request_of(cpu, conditions_of)
+    expected, got = cpu.denoise(**request).latents, gpu.denoise(**request).latents
+    assert np.abs(got - expected).max() / np.abs(expected).max() < 1e-2  # TF32 convolutions

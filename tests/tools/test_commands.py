@@ -1,0 +1,131 @@
+"""The command line: the main job through the same door as a user, errors in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("diffusers")
+
+from safetensors.numpy import save_file  # noqa: E402
+
+from blockcache.tools import cli  # noqa: E402
+
+
+@pytest.fixture
+def blockcache(monkeypatch, capsys):
+    """``blockcache(*arguments)`` gives (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["blockcache", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def source(tiny_models, conditions_of, tmp_path_factory):
+    """A diffusers folder of a tiny model, with a calibration file beside it."""
+    model = tiny_models("sd")
+    folder = tmp_path_factory.mktemp("source")
+    model.unet.save_pretrained(folder / "unet")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(model.scheduler))
+    positive, negative = conditions_of(model, 2), conditions_of(model, 1, seed=1)
+    tensors = positive | {f"negative.{name}": values for name, values in negative.items()}
+    save_file(tensors, folder / "calibration.safetensors")
+    return folder
+
+
+def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
+    bundle, calibration = tmp_path / "bundle", source / "calibration.safetensors"
+    arguments = ["--calibration", calibration, "--profile-prompts", 2, "--profile-seeds", 1]
+    presets = ["--preset", "ddim:4:0.2", "--preset", "ddim:4"]
+    code, out, _ = blockcache("compile", source, bundle, *arguments, *presets, "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert set(facts["presets"]) == {"ddim-4-d0.2", "ddim-4"}
+    assert len(facts["blocks"]) == 7
+
+    code, out, _ = blockcache("show", bundle, "--plot", tmp_path / "schedule.svg")
+    assert code == 0
+    assert "█" in out
+    assert (tmp_path / "schedule.svg").read_text().lstrip().startswith("<?xml")
+
+    latents = tmp_path / "latents.npy"
+    run = ["run", bundle, "--embeddings", calibration, "--out", latents, "--json"]
+    code, out, _ = blockcache(*run, "--seed", 3)
+    assert code == 0
+    assert json.loads(out)["steps"] == 4
+    first = np.load(latents)
+    assert first.shape == (2, 4, 16, 16)
+    assert np.isfinite(first).all()
+    blockcache(*run, "--seed", 3)
+    np.testing.assert_array_equal(np.load(latents), first)
+
+    code, out, _ = blockcache("bench", bundle, "--rounds", 1, "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert set(report["seconds"]) == {"whole", "split", "cached"}
+    assert report["host_us_per_launch"] > 0
+
+
+def test_the_whole_model_runs_in_the_same_loop_and_agrees(compiled, conditions_of):
+    from blockcache.runtime import Session
+    from blockcache.tools.bench.latency import _whole_preset, whole_bundle
+
+    model, bundle = compiled("sd")
+    split = Session.open(bundle, preset="ddim-4", verify=False)
+    whole = Session(whole_bundle(bundle), _whole_preset(split.preset), split.backend)
+    embeddings = [conditions_of(model, 1, seed)["encoder_hidden_states"] for seed in (0, 1)]
+    ours = split.denoise(split.noise([0]), *embeddings, guidance_scale=2.0).latents
+    theirs = whole.denoise(whole.noise([0]), *embeddings, guidance_scale=2.0).latents
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "nowhere"], "error: Expected a bundle with manifest.json at nowhere, found none"),
+        (["compile", "nowhere", "out"], "error: Expected a diffusers folder or a hub id"),
+        (
+            ["compile", "demo", "out", "--preset", "dpm"],
+            "error: Expected a preset SOLVER:STEPS[:DELTA] such as dpm:20:0.5, got 'dpm'.",
+        ),
+        (["compile", "demo", "out", "--preset", "heun:9"], "error: Expected a solver of"),
+        (["compile", "demo", "out", "--precision", "int8"], "error: Expected a precision of"),
+    ],
+)
+def test_expected_errors_are_one_line_and_exit_code_1(blockcache, arguments, message, tmp_path):
+    code, out, err = blockcache(*arguments)
+    assert code == 1
+    assert out == ""
+    *progress, last = err.strip().splitlines()
+    assert last.startswith(message)
+    assert not any("error" in line for line in progress)
+    assert "Traceback" not in err
+
+
+def test_help_names_every_command(blockcache):
+    code, out, _ = blockcache("--help")
+    assert code == 0
+    for command in ("demo", "compile", "run", "show", "build", "check", "bench"):
+        assert f" {command} " in out
+
+
+def test_a_run_without_text_encoder_says_what_to_give(blockcache, compiled):
+    _, bundle = compiled("sd")
+    code, _, err = blockcache("run", bundle.folder, "--prompt", "a cat")
+    assert code == 1
+    assert "Expected --model FOLDER (for text encoder and VAE), or --embeddings FILE" in err

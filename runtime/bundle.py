@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -213,7 +214,7 @@ class Bundle:
         }
         widths |= {name: int(table[0].size) for name, table in preset.time_tables.items()}
         for spec in row_specs(self.model, self.segments):
-            wanted = int(np.prod([d.coefficient for d in spec.dims]))  # batch axes broadcast
+            wanted = int(math.prod(d.coefficient for d in spec.dims))  # batch axes broadcast
             if widths.get(spec.name) != wanted and preset.alignment.outputs == self.model.outputs:
                 raise BundleFormatError(
                     f"Preset {preset.name!r}: expected {wanted} numbers a step for "

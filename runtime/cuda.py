@@ -1,6 +1,6 @@
 """CUDA without a framework: memory, one stream, graphs. The only door to cuda-bindings.
 
-cuda-bindings is NVIDIA's own thin binding (Apache-2.0 since 13.0, an ordinary wheel of a few MB); a
+cuda-bindings is NVIDIA's own thin binding (Apache-2.0 by the wheel of 13.5, a few MB); a
 tensor framework would be a thousand times that. Everything here imports without a GPU; the first
 call that needs one raises a single EngineError.
 """

@@ -27,7 +27,7 @@ from blockcache.runtime.errors import (
     WrongGpuError,
     WrongLibraryError,
 )
-from blockcache.runtime.plan import Segment, Sizes
+from blockcache.runtime.plan import AXES, Segment, Sizes
 
 FORMAT = "blockcache-engines"
 VERSION = 1
@@ -52,7 +52,7 @@ class ShapeProfile:
             low, high = self.minimum[axis], self.maximum[axis]
             return str(low) if low == high else f"{low}..{high}"
 
-        return ", ".join(f"{axis} {extent(axis)}" for axis in self.minimum)
+        return ", ".join(f"{axis} {extent(axis)}" for axis in AXES)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ reset by construction: the first executed step recomputes every block.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
@@ -25,7 +26,7 @@ import numpy as np
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.device import StepFunction, Tensor
 from blockcache.runtime.engine import Backend, load_shared, make_backend
-from blockcache.runtime.errors import BundleFormatError, Cancelled, InputError
+from blockcache.runtime.errors import BundleFormatError, Cancelled, ConfigError, InputError
 from blockcache.runtime.graphs import LoopGraphs, player_for
 from blockcache.runtime.interop import DeviceView, host_array, host_arrays
 from blockcache.runtime.plan import LOOP_ROLES, Preset, Sizes
@@ -75,7 +76,8 @@ class Session:
         self._engines = {s.name: load_shared(backend, bundle, s) for s in needed}
         self._tables = solver_tables(SolverConfig.from_json(preset.solver))
         self._programs: dict[tuple[int, ...], Program] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._running = False
         self._graphs = player_for(backend)
 
     @classmethod
@@ -187,11 +189,26 @@ class Session:
             negative["encoder_hidden_states"] = negative_prompt_embeds
         inputs = request.conditions(host_arrays(positive), host_arrays(negative))
         start = self._start(request, host_array(image_latents))
-        with self._lock:
+        with self._exclusive():
             program = self._program(request.sizes, request.images)
             for name, values in inputs.items():
                 self.backend.device.upload(program.tensors[name], values)
             return self._run(program, request, start, scale, callback, cancelled)
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One request at a time; a callback cannot start another on the same buffers."""
+        with self._lock:
+            if self._running:
+                raise ConfigError(
+                    "denoise was called from a callback of the same session, whose buffers are in "
+                    "use. Open a second session; engines are shared."
+                )
+            self._running = True
+            try:
+                yield
+            finally:
+                self._running = False
 
     # -- the loop ------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ def test_every_segment_builds(built, kind, outputs):
     bundle, report = built(kind, outputs)
     engines = read_engines(bundle, "sm80")
     assert (engines.library, engines.capabilities) == ("tensorrt_rtx", ("8.0",))
-    assert str(engines.profiles[0]) == "batch 1..8, height 16, tokens 7, width 16"
+    assert str(engines.profiles[0]) == "batch 1..8, height 16, width 16, tokens 7"
     wanted = [s for s in bundle.segments if s.role in ("prompt", "condition", "trunk", "block")]
     assert [s.name for s in report.segments] == [s.name for s in wanted]
     assert set(engines.engines) == {s.name for s in wanted}
@@ -173,13 +173,13 @@ def test_the_split_tax_is_published(built_copy):
     [
         (
             ShapeOptions(resolutions=((16, 16), (16, 24))),
-            ["height 16, tokens 7, width 16", "width 24"],
+            ["height 16, width 16", "height 16, width 24"],
         ),
         (
             ShapeOptions(resolutions=((16, 16), (24, 32)), dynamic=True),
-            ["height 16..24, tokens 7, width 16..32"],
+            ["height 16..24, width 16..32"],
         ),
-        (ShapeOptions(min_batch=2, max_batch=2), ["batch 2"]),
+        (ShapeOptions(min_batch=2, max_batch=2), ["batch 2,"]),
     ],
 )
 def test_profiles(built_copy, shapes, described):
@@ -187,7 +187,7 @@ def test_profiles(built_copy, shapes, described):
     report = build_engines(few, Target.parse("sm89"), BuildOptions(shapes=shapes))
     assert len(report.engines.profiles) == len(described)
     for profile, expected in zip(report.engines.profiles, described, strict=True):
-        assert expected in str(profile)
+        assert expected in str(profile), str(profile)
 
 
 def test_two_builds_in_parallel_processes(built_copy):

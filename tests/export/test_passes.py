@@ -365,9 +365,7 @@ def test_alignment_inputs_are_read_by_exactly_one_trunk(tiny):
     _, bundle = tiny
     for k in range(len(bundle.model.blocks)):
         for name in (*coefficient_names(k, 1), block_output_name(k)):
-            readers = [
-                s.role for s in bundle.segments if name in {t.name for t in s.inputs}
-            ]
+            readers = [s.role for s in bundle.segments if name in {t.name for t in s.inputs}]
             assert readers == ["trunk"], name
 
 

@@ -284,6 +284,12 @@ def test_a_session_of_many_shapes_keeps_them_apart(session):
     np.testing.assert_array_equal(session.denoise(**request(session)).latents, expected)
 
 
+def test_a_callback_cannot_start_another_request_on_the_same_buffers(session):
+    with pytest.raises(ConfigError, match="called from a callback of the same session"):
+        session.denoise(**request(session), callback=lambda at: session.denoise(**request(session)))
+    session.denoise(**request(session))
+
+
 # -- callback, seeds, batches ----------------------------------------------------------------------
 
 

@@ -12,9 +12,9 @@ pytest.importorskip("typer")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("diffusers")
 
-from safetensors.numpy import save_file  # noqa: E402
+from safetensors.numpy import save_file
 
-from blockcache.tools import cli  # noqa: E402
+from blockcache.tools import cli
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""The demo model: a small latent diffusion model that draws colour emoji, and its training."""

@@ -1,0 +1,166 @@
+"""Make, look at and measure the demo model: `python -m blockcache.tools.demo COMMAND`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockcache.tools.demo.config import PRESETS, Preset
+from blockcache.tools.demo.model import MODEL_DIR
+
+RESULTS_DIR = Path(__file__).parent / "results"
+SHEET_SEEDS = (1, 2)
+
+app = typer.Typer(
+    help="Train, export, draw with and evaluate the demo model: a small text-to-image latent "
+    "diffusion model of colour emoji. Run `all` for everything; every stage can be run again.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Work = Annotated[Path, typer.Option(help="Where data and checkpoints go (needs about 1 GB).")]
+PresetName = Annotated[
+    str, typer.Option("--preset", help="cpu: 3 sets at 64 px; gpu: 6 sets at 128 px.")
+]
+Minutes = Annotated[
+    float, typer.Option(help="Wall-clock budget of the training; 0: the preset's own.")
+]
+Device = Annotated[str, typer.Option(help="Torch device: cpu or cuda.")]
+Target = Annotated[Path, typer.Option(help="The model folder in diffusers format.")]
+Results = Annotated[Path, typer.Option(help="Where tables and pictures go.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Guidance = Annotated[float, typer.Option(help="Weight of classifier-free guidance; 1 is none.")]
+
+DEFAULT_WORK = Path("~/.cache/blockcache/demo")
+
+
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise typer.BadParameter(f"expected one of {', '.join(PRESETS)}, got {name}")
+    return PRESETS[name]
+
+
+def _folder(work: Path, preset: Preset) -> Path:
+    return work.expanduser() / preset.name
+
+
+@app.command()
+def data(work: Work = DEFAULT_WORK, preset: PresetName = "cpu") -> None:
+    """Fetch the npm packages, render the pictures, encode the captions."""
+    from blockcache.tools.demo import contexts
+    from blockcache.tools.demo import data as pictures
+
+    chosen = _preset(preset)
+    folder = _folder(work, chosen)
+    dataset = pictures.build(chosen.data, folder)
+    contexts.build(dataset, folder)
+    held_out = sum(p.held_out for p in dataset.pictures)
+    typer.echo(f"{len(dataset.pictures)} pictures, {held_out} of them held out, in {folder}")
+
+
+@app.command()
+def autoencoder(
+    work: Work = DEFAULT_WORK,
+    preset: PresetName = "cpu",
+    minutes: Minutes = 0.0,
+    device: Device = "cpu",
+) -> None:
+    """Train the autoencoder and encode all pictures."""
+    from blockcache.tools.demo import data as pictures
+    from blockcache.tools.demo import fit_autoencoder
+
+    chosen = _preset(preset)
+    folder = _folder(work, chosen)
+    config = chosen.autoencoder
+    config = replace(config, minutes=minutes or config.minutes)
+    fit_autoencoder.fit(pictures.load(folder), config, folder, device)
+    typer.echo((folder / "autoencoder.txt").read_text().strip())
+
+
+@app.command()
+def unet(
+    work: Work = DEFAULT_WORK,
+    preset: PresetName = "cpu",
+    minutes: Minutes = 0.0,
+    device: Device = "cpu",
+) -> None:
+    """Train the U-Net, or go on where a checkpoint stands."""
+    from blockcache.tools.demo import train
+
+    chosen = _preset(preset)
+    chosen = replace(chosen, train=replace(chosen.train, minutes=minutes or chosen.train.minutes))
+    folder = _folder(work, chosen)
+    trainer = train.Trainer(chosen, folder / train.FOLDER, device)
+    train.run(trainer, train.load_source(folder))
+    typer.echo(f"{trainer.step} steps in {trainer.budget.spent_s / 60:.1f} minutes")
+
+
+@app.command()
+def export(work: Work = DEFAULT_WORK, preset: PresetName = "cpu", out: Target = MODEL_DIR) -> None:
+    """Write the averaged weights as a diffusers-format folder in 16 bits."""
+    from blockcache.tools.demo import export as writer
+
+    chosen = _preset(preset)
+    writer.export(chosen, _folder(work, chosen), out)
+    typer.echo(f"model in {out}")
+
+
+@app.command()
+def samples(
+    model: Target = MODEL_DIR,
+    results: Results = RESULTS_DIR,
+    steps: Steps = 20,
+    guidance: Guidance = 3.0,
+) -> None:
+    """Draw the contact sheet."""
+    from blockcache.tools.demo import sheet
+    from blockcache.tools.demo.prompts import SHEET_CONCEPTS, STYLES
+    from blockcache.tools.demo.sample import SampleOptions
+
+    options = SampleOptions(steps=steps, guidance=guidance)
+    path = results / "samples.png"
+    sheet.write(model, path, SHEET_CONCEPTS, STYLES, SHEET_SEEDS, options)
+    typer.echo(f"contact sheet in {path}")
+
+
+@app.command()
+def evaluate(
+    work: Work = DEFAULT_WORK,
+    preset: PresetName = "cpu",
+    model: Target = MODEL_DIR,
+    results: Results = RESULTS_DIR,
+    baseline: Annotated[
+        Path | None, typer.Option(help="A second model folder, drawn from the same noise.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=2, help="Pictures drawn per model.")] = 2048,
+    steps: Steps = 20,
+    guidance: Guidance = 3.0,
+) -> None:
+    """Fréchet distance, KID and caption score, with the real-against-real floor."""
+    from blockcache.tools.demo import evaluate as evaluation
+    from blockcache.tools.demo.sample import SampleOptions
+
+    folder = _folder(work, _preset(preset))
+    options = SampleOptions(steps=steps, guidance=guidance)
+    report = evaluation.evaluate(folder, model, results, baseline, options, count)
+    typer.echo(evaluation.markdown(report))
+
+
+@app.command("all")
+def everything(
+    work: Work = DEFAULT_WORK, preset: PresetName = "cpu", device: Device = "cpu"
+) -> None:
+    """Data, autoencoder, U-Net, export, contact sheet and evaluation, in this order."""
+    data(work, preset)
+    autoencoder(work, preset, 0.0, device)
+    unet(work, preset, 0.0, device)
+    export(work, preset, MODEL_DIR)
+    samples(MODEL_DIR, RESULTS_DIR)
+    evaluate(work, preset, MODEL_DIR, RESULTS_DIR)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,208 @@
+"""The quality of the demo model beside a baseline and the floor, all in one run."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from blockcache.tools.demo import contender, contexts, data, features, metrics
+from blockcache.tools.demo.contender import Contender
+from blockcache.tools.demo.data import Dataset
+from blockcache.tools.demo.files import write_atomic
+from blockcache.tools.demo.metrics import CaptionProbe, CaptionScore, Labelled, Statistics
+from blockcache.tools.demo.progress import bar
+from blockcache.tools.demo.sample import SampleOptions, initial_noise, sample
+
+KID_UNIT = 1000  # KID is reported in thousandths
+PART = 128  # pictures drawn and stored at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One row of the table."""
+
+    name: str
+    pictures: int
+    frechet: float
+    kid: float  # times 1000
+    caption: CaptionScore
+    parameters: int = 0  # of the U-Net; 0 for real pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `evaluate` found."""
+
+    options: SampleOptions
+    reference_pictures: int
+    reference_digest: str
+    scores: list[Score]
+
+
+class Evaluation:
+    """The reference, its features and the captions every contender draws."""
+
+    def __init__(self, work: Path, options: SampleOptions, count: int, workers: int = 2) -> None:
+        self.work = work
+        self.options = options
+        self.workers = workers
+        self.dataset: Dataset = data.load(work)
+        count = min(count, len(self.dataset.images))
+        random = np.random.default_rng(options.seed)
+        self.order = random.permutation(len(self.dataset.images))
+        self.chosen = self.order[:count]
+        self.contexts = contexts.load(work)
+        real = self._features(self.dataset.images, "reference features")
+        self.real = self._labelled(real, np.arange(len(real)))
+        self.reference = Statistics.of(real)
+        self.probe = CaptionProbe(self.real)
+
+    def floor(self) -> Score:
+        """Real against real: one random half of the reference against the other."""
+        half = len(self.order) // 2
+        first, second = (self.real.features[i] for i in (self.order[:half], self.order[half:]))
+        return Score(
+            name="real pictures (half against half)",
+            pictures=half,
+            frechet=metrics.frechet_distance(Statistics.of(first), Statistics.of(second)),
+            kid=KID_UNIT * metrics.kernel_distance(first, second),
+            caption=self.probe.score(self.real),
+        )
+
+    def score(self, subject: Contender) -> Score:
+        """Draw the chosen captions and compare with the reference."""
+        images = self._draw(subject)
+        drawn = self._features(images, f"{subject.name}: features")
+        return Score(
+            name=subject.name,
+            pictures=len(images),
+            frechet=metrics.frechet_distance(Statistics.of(drawn), self.reference),
+            kid=KID_UNIT * metrics.kernel_distance(drawn, self.real.features),
+            caption=self.probe.score(self._labelled(drawn, self.chosen)),
+            parameters=subject.parameters(),
+        )
+
+    def _labelled(self, found: np.ndarray, index: np.ndarray) -> Labelled:
+        pictures = [self.dataset.pictures[i] for i in index]
+        return Labelled(
+            features=found,
+            styles=np.array([p.style for p in pictures]),
+            concepts=np.array([p.words for p in pictures]),
+        )
+
+    def _features(self, images: np.ndarray, title: str) -> np.ndarray:
+        with _counting(title, len(images)) as done:
+            return features.cached(images, self.work / "features", features.Extractor, done)
+
+    def _draw(self, subject: Contender) -> np.ndarray:
+        """Pictures uint8 [N, 3, H, W]; every part is drawn once per weights and options."""
+        folder = self.work / "drawn" / _key(subject, self.options)
+        starts = range(0, len(self.chosen), PART)
+        with (
+            _counting(f"{subject.name}: sampling", len(starts)) as done,
+            ThreadPoolExecutor(
+                self.workers, initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool,
+        ):
+            parts = []
+            for part in pool.map(lambda start: self._part(subject, folder, start), starts):
+                parts.append(part)
+                done(len(parts))
+        return np.concatenate(parts)
+
+    def _part(self, subject: Contender, folder: Path, start: int) -> np.ndarray:
+        """The pictures from `start` on, at most PART of them."""
+        index = self.chosen[start : start + PART]
+        path = folder / f"{start:05d}-{len(index):03d}.npy"
+        if path.exists():
+            return np.load(path, allow_pickle=False)
+        size = subject.unet.config["sample_size"]
+        noise = initial_noise(len(index), size, self.options.seed + start)
+        latents = sample(
+            subject.unet,
+            subject.scheduler,
+            self.contexts[torch.from_numpy(index)],
+            self.contexts[-1].float(),
+            noise,
+            self.options,
+        )
+        images = subject.decode(latents)
+        buffer = io.BytesIO()
+        np.save(buffer, images, allow_pickle=False)
+        write_atomic(path, buffer.getvalue())
+        return images
+
+
+def _key(subject: Contender, options: SampleOptions) -> str:
+    digest = hashlib.sha256(f"{options} {PART}".encode())
+    for parameter in subject.unet.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    return f"{subject.name.replace(' ', '-')}-{digest.hexdigest()[:12]}"
+
+
+@contextmanager
+def _counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    with bar() as progress:
+        task = progress.add_task(title, total=total, note="")
+        yield lambda count: progress.update(task, completed=count, note=f"{count}/{total}")
+
+
+def evaluate(
+    work: Path,
+    model_dir: Path,
+    results: Path,
+    baseline: Path | None,
+    options: SampleOptions,
+    count: int,
+) -> Report:
+    """Score floor, model and baseline; writes quality.json and quality.md into `results`."""
+    evaluation = Evaluation(work, options, count)
+    scores = [evaluation.floor()]
+    subjects = {"demo model": model_dir} | ({"baseline": baseline} if baseline else {})
+    for name, folder in subjects.items():
+        scores.append(evaluation.score(contender.load(folder, name)))
+        report = Report(
+            options=options,
+            reference_pictures=len(evaluation.dataset.images),
+            reference_digest=features.digest(evaluation.dataset.images),
+            scores=list(scores),
+        )
+        write_atomic(results / "quality.json", json.dumps(asdict(report), indent=2).encode())
+        write_atomic(results / "quality.md", markdown(report).encode())
+    return report
+
+
+def markdown(report: Report) -> str:
+    """The report as a table."""
+    options = report.options
+    lines = [
+        "# Quality of the demo model",
+        "",
+        f"{options.steps} steps of DPM-Solver++ (2M), guidance {options.guidance}, seed "
+        f"{options.seed}; reference: {report.reference_pictures} real pictures of the same styles "
+        f"(features `{report.reference_digest}`). Fréchet distance and KID in EfficientNet-Lite0 "
+        "features, lower is better. Caption score: the picture is recognised, among all concepts, "
+        "from how the *other* styles draw them; higher is better, the first row is the ceiling.",
+        "",
+        "| | pictures | Fréchet distance | KID × 1000 | caption top-1 | top-5 | candidates |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [_row(score) for score in report.scores]
+    return "\n".join(lines) + "\n"
+
+
+def _row(score: Score) -> str:
+    caption = score.caption
+    return (
+        f"| {score.name} | {score.pictures} | {score.frechet:.1f} | {score.kid:.2f} "
+        f"| {caption.top1:.1%} | {caption.top5:.1%} | {caption.candidates} |"
+    )

@@ -42,6 +42,7 @@ class Profile:
     mean: np.ndarray  # float32 [S, K]; row 0 is 0
     std: np.ndarray  # float32 [S, K], over images
     images: int
+    file: str = ""  # inside the bundle, once it is written
 
 
 class _Accumulator:

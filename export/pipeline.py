@@ -241,9 +241,10 @@ def _profile_stage(
         guidance=options.guidance_scale,
         calibration=_hash_calibration(calibration),
     )
-    stage, name = f"profile-{key[:12]}", f"profiles/{preset.solver}-{preset.steps}-{key[:8]}"
+    stage = f"profile-{key[:12]}"
+    name = f"profiles/{preset.solver}-{preset.steps}-{key[:8]}.safetensors"
     facts = store.reuse(stage, key)
-    path = store.folder / f"{name}.safetensors"
+    path = store.folder / name
     if facts is None:
         profile = measure_change(
             model,
@@ -257,11 +258,11 @@ def _profile_stage(
             checkpoint=store.scratch(stage),
         )
         write_tensors(path, {"mean": profile.mean, "std": profile.std})
-        store.commit(stage, key, [f"{name}.safetensors"], {"images": profile.images})
+        store.commit(stage, key, [name], {"images": profile.images})
         store.scratch(stage).unlink(missing_ok=True)
-        return profile
+        return dataclasses.replace(profile, file=name)
     tensors = read_tensors(path)
-    return Profile(tensors["mean"], tensors["std"], int(facts["images"]))
+    return Profile(tensors["mean"], tensors["std"], int(facts["images"]), name)
 
 
 def _make_preset(
@@ -281,7 +282,12 @@ def _make_preset(
         policy: dict[str, object] = {"kind": "uncached"}
     else:
         schedule = threshold(profile.mean, preset.delta)
-        policy = {"kind": "threshold", "delta": preset.delta, "images": profile.images}
+        policy = {
+            "kind": "threshold",
+            "delta": preset.delta,
+            "images": profile.images,
+            "profile": profile.file,
+        }
     return Preset(
         name=preset.name,
         solver=config.to_json(),

@@ -35,8 +35,10 @@ def time_tables(
         raise MissingExtraError.of("onnxruntime", "cpu", "Evaluating time tables") from error
     model = ir.load(folder / found[0].file)
     _to_float32(model.graph)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # small work: idle threads would only spin
     session = onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     names = [spec.name for spec in found[0].outputs]
     rows = session.run(names, {"timestep": timesteps.astype(np.float32)})

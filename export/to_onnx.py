@@ -60,7 +60,8 @@ def export_segments(
     model's weights are converted in place where ``options.precision`` is another than theirs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model.unet.to(TORCH_DTYPES[options.precision])
+    # The plain Module.to: diffusers' own warns of modules to keep in float32 where none are.
+    torch.nn.Module.to(model.unet, TORCH_DTYPES[options.precision])
     code = _code_for(model)
     traced = folder / "traced.onnx"
     _trace(model, code, traced)

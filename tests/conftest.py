@@ -74,7 +74,7 @@ def make_tiny_model(kind: str, precision: str = "float32") -> Any:
     diffusers = pytest.importorskip("diffusers")
     from blockcache.export.model import describe
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tiny operations: a second thread only waits
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(**TINY_CONFIGS[kind])
     if precision != "float32":

@@ -22,6 +22,13 @@ from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
 SHAPES = [(1, 16, 16), (2, 8, 8), (3, 24, 40)]
 
 
+def open_segment(bundle, segment):
+    """One thread: idle threads of many sessions would spin."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(str(bundle.segment_path(segment)), options)
+
+
 def relative(ours, reference):
     return float(np.abs(ours - reference).max() / np.abs(reference).max())
 
@@ -40,7 +47,7 @@ def run_segments(bundle, inputs, sizes):
             feeds[spec.name] = tensors[spec.name]
         if segment.role == "time":
             feeds["timestep"] = feeds["timestep"][:1]
-        session = ort.InferenceSession(str(bundle.segment_path(segment)))
+        session = open_segment(bundle, segment)
         names = [spec.name for spec in segment.outputs]
         tensors.update(zip(names, session.run(names, feeds), strict=True))
     return tensors["model_output"]
@@ -61,7 +68,7 @@ def test_segments_equal_the_whole_pytorch_unet(compiled, conditions_of, kind):
         sizes = dict(zip(AXES, (batch, height, width, model.tokens), strict=True))
         assert relative(run_segments(bundle, inputs, sizes), reference) <= 1e-5
         whole = next(s for s in bundle.segments if s.role == "whole")
-        session = ort.InferenceSession(str(bundle.segment_path(whole)))
+        session = open_segment(bundle, whole)
         assert relative(session.run(None, inputs)[0], reference) <= 1e-5
 
 
@@ -84,7 +91,7 @@ def random_preset(preset, seed, outputs):
 
 @pytest.mark.parametrize(("kind", "outputs"), [("sd", 1), ("sdxl", 2)])
 @settings(
-    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_loop_equals_the_reference_under_any_schedule(

@@ -58,10 +58,13 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
     assert set(facts["presets"]) == {"ddim-4-d0.2", "ddim-4"}
     assert len(facts["blocks"]) == 7
 
-    code, out, _ = blockcache("show", bundle, "--plot", tmp_path / "schedule.svg")
+    drawn = ["--plot", tmp_path / "schedule.svg", "--plot-change", tmp_path / "change.svg"]
+    code, out, _ = blockcache("show", bundle, *drawn)
     assert code == 0
     assert "█" in out
     assert (tmp_path / "schedule.svg").read_text().lstrip().startswith("<?xml")
+
+    assert "<path" in (tmp_path / "change.svg").read_text()
 
     latents = tmp_path / "latents.npy"
     run = ["run", bundle, "--embeddings", calibration, "--out", latents, "--json"]

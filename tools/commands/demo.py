@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from blockcache.tools.progress import StageProgress
 
 PROMPTS = (
-    "twitter emoji, red heart",
-    "noto emoji, strawberry",
-    "flat emoji, grinning face",
-    "twitter emoji, red apple",
-    "noto emoji, christmas tree",
-    "flat emoji, panda",
+    "noto emoji, red heart",
+    "twitter emoji, grinning face",
+    "flat emoji, deciduous tree",
+    "noto emoji, red apple",
+    "twitter emoji, blue book",
+    "flat emoji, basketball",
 )
 """Default prompts, all among those whose embeddings ship with the model."""
 

@@ -23,6 +23,10 @@ def show(
     plot: Annotated[
         Path | None, typer.Option(help="Write the schedule as a picture: FILE.png or FILE.svg.")
     ] = None,
+    plot_change: Annotated[
+        Path | None,
+        typer.Option(help="Write the measured change per block and step: FILE.png or FILE.svg."),
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Check the sha256 of every file.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -31,11 +35,32 @@ def show(
 
     opened = Bundle.open(bundle, verify=verify)
     print_bundle(opened, preset=preset, as_json=as_json)
+    name = preset or default_preset(opened)
     if plot is not None:
         from blockcache.tools.plots import plot_schedule
 
-        chosen = opened.preset(preset or default_preset(opened))
-        plot_schedule(chosen.schedule, [block.path for block in opened.model.blocks], plot)
+        paths = [block.path for block in opened.model.blocks]
+        plot_schedule(opened.preset(name).schedule, paths, plot)
+    if plot_change is not None:
+        _plot_change(opened, name, plot_change)
+
+
+def _plot_change(bundle: Bundle, preset: str, file: Path) -> None:
+    """The profile behind a preset's schedule, as the paper's Fig. 2b."""
+    from blockcache.runtime import ConfigError
+    from blockcache.runtime.bundle import read_tensors
+    from blockcache.tools import plots
+
+    policy = bundle.manifest.presets[preset].policy
+    if "profile" not in policy:
+        raise ConfigError(
+            f"Preset {preset!r} was made without measurements, so there is no change to plot. "
+            f"Choose one with a delta: --preset NAME."
+        )
+    tensors = read_tensors(bundle.path(str(policy["profile"])))
+    paths = [block.path for block in bundle.model.blocks]
+    title = f"{preset}: mean and standard deviation over {policy['images']} images"
+    plots.plot_change(tensors["mean"], tensors["std"], paths, file, title)
 
 
 def default_preset(bundle: Bundle) -> str:
@@ -122,7 +147,8 @@ def _presets_table(bundle: Bundle) -> Table:
     for column in ("steps", "blocks computed", "guidance"):
         table.add_column(column, justify="right")
     for name, entry in bundle.manifest.presets.items():
-        policy = " ".join(f"{key}={value}" for key, value in entry.policy.items() if key != "kind")
+        shown = ("delta", "images")
+        policy = " ".join(f"{k}={v}" for k, v in entry.policy.items() if k in shown)
         table.add_row(
             name,
             str(entry.solver["solver"]),

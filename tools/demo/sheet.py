@@ -87,5 +87,5 @@ def write(
 def write_png(image: Image.Image, path: Path) -> None:
     """Store a picture as a small PNG."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.quantize(256).save(buffer, "PNG", optimize=True)
     write_atomic(path, buffer.getvalue())

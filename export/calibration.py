@@ -99,6 +99,6 @@ def read_calibration(path: Path) -> Calibration:
     return Calibration(positive, negative)
 
 
-def encode_prompts(folder: Path, prompts: Sequence[str] = PROMPTS) -> Calibration:
-    """Encode prompts with the text encoders of a diffusers pipeline folder (SD 1.x, 2.x, XL)."""
-    return Calibration(*encode_text(folder, prompts))
+def encode_prompts(source: str | Path, prompts: Sequence[str] = PROMPTS) -> Calibration:
+    """Encode prompts with the text encoders of a diffusers pipeline (SD 1.x, 2.x, XL)."""
+    return Calibration(*encode_text(source, prompts))

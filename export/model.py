@@ -329,20 +329,29 @@ def decode_latents(folder: Path, latents: np.ndarray) -> np.ndarray:
 
 
 def encode_text(
-    folder: Path, prompts: Sequence[str]
+    source: str | Path, prompts: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Conditions of prompts and of the empty prompt, by the folder's own text encoders.
+    """Conditions of prompts and of the empty prompt, by the source's own text encoders.
 
     Returns float32 arrays by name: [P or 1, ...] for the prompts, [1, ...] for the empty one.
     """
     from diffusers import DiffusionPipeline
 
-    if not (folder / "text_encoder").is_dir() or not (folder / "model_index.json").is_file():
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "text_encoder").is_dir():
         raise ConfigError(
-            f"Expected text_encoder/ and model_index.json in {folder}: the profile needs prompts. "
-            f"Give a pipeline folder, or --calibration FILE with encoded prompts."
+            f"Expected text_encoder/ in {folder}: the profile needs prompts. Give a pipeline "
+            f"folder, or --calibration FILE with encoded prompts."
         )
-    pipeline = DiffusionPipeline.from_pretrained(folder, unet=None, vae=None)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(source), unet=None, vae=None, safety_checker=None
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"Expected a pipeline with text encoders at {source}, got: {error}. Give a pipeline "
+            f"folder, or --calibration FILE with encoded prompts."
+        ) from error
     with torch.no_grad():
         positive, negative, *pooled = pipeline.encode_prompt(
             list(prompts),

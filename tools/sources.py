@@ -90,10 +90,20 @@ def calibration_for(model: str, file: Path | None, prompts: Path | None) -> Cali
 
     if file is not None:
         return calibration.read_calibration(file)
-    texts = prompts.read_text().splitlines() if prompts is not None else None
+    texts = _lines(prompts) if prompts is not None else None
     if model == DEMO:
         from blockcache.tools.demo.model import default_prompts
 
         codec = DemoCodec()
         return calibration.Calibration(codec.encode(texts or default_prompts()), codec.encode([""]))
-    return calibration.encode_prompts(Path(model), texts or calibration.PROMPTS)
+    return calibration.encode_prompts(model, texts or calibration.PROMPTS)
+
+
+def _lines(file: Path) -> list[str]:
+    """The prompts of a file, one a line, empty lines left out."""
+    if not file.is_file():
+        raise ConfigError(f"Expected a file of prompts at {file}, found none.")
+    lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"Expected one prompt a line in {file}, it has none.")
+    return lines

@@ -25,7 +25,7 @@ def _app() -> Any:
         import typer
     except ImportError as error:
         raise MissingExtraError.of("typer", "export", "The command line") from error
-    from blockcache.tools.commands import bench, build, check, compile, demo, run, show
+    from blockcache.tools.commands import bench, build, check, compile, demo, estimate, run, show
 
     app = typer.Typer(
         name="blockcache",
@@ -41,6 +41,7 @@ def _app() -> Any:
     app.command("build")(build.build)
     app.command("check")(check.check)
     app.command("bench")(bench.bench)
+    app.command("estimate")(estimate.estimate)
     return app
 
 

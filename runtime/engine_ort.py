@@ -1,10 +1,10 @@
 """Engines of ONNX Runtime on the CPU, bound with IO binding to preallocated buffers.
 
 Three settings are a must for many sessions in one process. Idle threads must not spin: they would
-take the cores from the session that runs. All sessions draw on one memory arena of the process: with
-an arena each they would keep every segment's peak, and without any the pages of large tensors would
-be mapped anew at every launch (SD1.5's attention takes two to three times as long then). Memory
-patterns are off: they would lay a second copy of each segment's peak into that arena.
+take the cores from the session that runs. All sessions draw on one memory arena of the process:
+with an arena each they would keep every segment's peak, and without any the pages of large tensors
+would be mapped anew at every launch (SD1.5's attention takes two to three times as long then).
+Memory patterns are off: they would lay a second copy of each segment's peak into that arena.
 """
 
 from __future__ import annotations
@@ -64,14 +64,12 @@ class OrtBackend:
 
 @functools.cache
 def _register_arena() -> None:
-    """The arena of all sessions; it grows by what is asked for and stays for the process's life."""
+    """The arena of all sessions; it grows as needed and stays for the process's life."""
     memory = ort.OrtMemoryInfo(
         "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
     )
-    as_requested = 1  # not the next power of two
-    ort.create_and_register_allocator(
-        memory, ort.OrtArenaCfg({"arena_extend_strategy": as_requested})
-    )
+    options = {"arena_extend_strategy": 1}  # by what is asked for, not the next power of two
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg(options))
 
 
 class OrtEngine:

@@ -83,6 +83,9 @@ def estimate_facts(made: Estimate) -> dict[str, Any]:
 
 def estimate_text(made: Estimate) -> str:
     """The figures as Markdown."""
+    from blockcache.tools.bench.estimate import mean_error
+    from blockcache.tools.bench.report import markdown_table
+
     processor, share, measured = made.processor, made.processor.efficiency, made.measured
     batch, height, width, tokens = made.sizes.values()
     blocks, whole = f"{made.block_share:.0%}", made.whole_ms
@@ -96,21 +99,21 @@ def estimate_text(made: Estimate) -> str:
         f"{processor.gb_per_s:.4g} GB/s of which {share.memory:.0%}, "
         f"{share.launch_us:g} µs a launch.",
         "",
-        *_table(columns, [_segment_cells(row, measured is not None) for row in made.rows]),
+        markdown_table(columns, [_segment_cells(row, measured is not None) for row in made.rows]),
         "",
         f"Step with every block: {made.step_ms:.3f} ms, of which the blocks {blocks}"
         + (f"; the uncut graph, nothing hoisted: {whole:.3f} ms." if whole else "."),
     ]
     if measured is not None and made.step_error is not None:
-        from blockcache.tools.bench.estimate import mean_error
-
         lines.append(
             f"Measured on {measured.device}, {measured.backend}: a step {made.step_error:+.0%} "
             f"off, segments {mean_error(made.rows):.0%} on average."
         )
     columns = ["preset", "steps", "block time", "ms an image", "images/s", "speed-up"]
     columns += ["measured ms", "error"] if measured else []
-    return "\n".join([*lines, "", *_table(columns, [_preset_cells(r) for r in made.presets()])])
+    return "\n".join(
+        [*lines, "", markdown_table(columns, [_preset_cells(r) for r in made.presets()])]
+    )
 
 
 def _segment_cells(row: SegmentRow, measured: bool) -> list[str]:
@@ -138,9 +141,3 @@ def _preset_cells(row: PresetRow) -> list[str]:
     if row.measured_ms is None:
         return cells
     return [*cells, f"{row.measured_ms:.2f}", f"{row.image_ms / row.measured_ms - 1:+.0%}"]
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table, the first column to the left and figures to the right."""
-    rule = ["---", *["---:"] * (len(columns) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows)]

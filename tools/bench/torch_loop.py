@@ -185,10 +185,20 @@ def torch_contestants(
 
 
 def open_loop(model: str, precision: str, images: int, threads: int | None) -> TorchLoop:
-    """The loop on a model as ``blockcache compile`` takes it, on the GPU where there is one."""
+    """The loop on the GPU where there is one.
+
+    Args:
+        model: as ``blockcache compile`` takes it, or a name of ``scale``, with random weights.
+        precision: of the bundle; the CPU runs float32.
+        images: in one call.
+        threads: of PyTorch on the CPU.
+    """
+    from blockcache.tools.bench.full_size import CONFIGS
+    from blockcache.tools.bench.scale import random_source
     from blockcache.tools.sources import load_source
 
     if threads:
         torch.set_num_threads(threads)
     dtype = precision if torch.cuda.is_available() else "float32"
-    return TorchLoop(load_source(model, dtype=dtype), precision, images)
+    source = random_source(model, dtype) if model in CONFIGS else load_source(model, dtype=dtype)
+    return TorchLoop(source, precision, images)

@@ -26,7 +26,7 @@ def bench(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="The bundle's source ('demo', folder, hub id), for the torch ones.")
+        str, typer.Option(help="Its source (demo, sd15, folder, hub id), for the torch ones.")
     ] = "",
     images: Annotated[int, typer.Option(help="Images in one call.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.")] = 7,

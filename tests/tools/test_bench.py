@@ -247,6 +247,21 @@ def test_the_report_has_every_figure(made, report):
     assert report.machine["cpu"]
 
 
+def test_another_bundle_takes_its_turns_beside(made, tmp_path):
+    folder = tmp_path / "other"
+    folder.symlink_to(made.folder)
+    other = MadeBundle(made, *made.made.values())
+    object.__setattr__(other, "folder", folder)
+    options = BenchOptions(engines=("ort",), presets=("ddim-5-cached",), rounds=1, threads=1)
+    report = measure_latency(made, options, against=other)
+    lines = [(row.engine, row.kind) for row in report.rows]
+    kinds = ("whole", "split", "cached")
+    assert lines == [(engine, kind) for engine in ("ort", "ort @other") for kind in kinds]
+    (ratio,) = [p for p in report.promises if p.name == "split / split @other"]
+    assert ratio.goal is None
+    assert report.timings.keys() == {"ort", "ort @other"}
+
+
 def test_the_report_reads_as_markdown(report):
     text = report_text(report)
     assert "| ort cached ddim-5-cached | 5 |" in text

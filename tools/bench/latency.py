@@ -67,13 +67,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Promise:
-    """One ratio that DESIGN promises."""
+    """One ratio that DESIGN promises, or that was asked for."""
 
     engine: str
-    name: str  # "split / whole", "cached / segments it ran"
+    name: str  # "split / whole", "cached / segments it ran", "split / split @folder"
     preset: str
     ratio: Spread
-    goal: float
+    goal: float | None
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,16 @@ def measure_latency(
     bundle: Bundle,
     options: BenchOptions,
     observer: Observer = lambda stage, done, total: None,
+    against: Bundle | None = None,
 ) -> LatencyReport:
     """Time a bundle's presets, the uncut model and the peers on random prompts, interleaved.
+
+    Args:
+        bundle: as compiled.
+        options: what to time.
+        observer: progress.
+        against: another bundle of the model with presets of the same names, compiled in another
+            way; its engines carry its folder's name.
 
     Raises:
         ConfigError: none of the wanted engines is there; the message has the reasons.
@@ -106,6 +114,9 @@ def measure_latency(
     """
     presets = [bundle.preset(name) for name in options.presets or bundle.preset_names]
     lineup = assemble(bundle, presets, options)
+    if against is not None:
+        same = [against.preset(preset.name) for preset in presets]
+        admit_bundle(lineup, against, same, options, f" @{against.folder.name}")
     if not lineup.contestants:
         reasons = "; ".join(f"{who}: {why}" for who, why in lineup.absent.items())
         raise ConfigError(f"Expected at least one engine to time, there is none. {reasons}")
@@ -113,7 +124,7 @@ def measure_latency(
     take_turns(lineup.contestants, options.rounds, steadiness.sample, observer)
     steadiness.sample()
     timings = {
-        made.engine: _timings(made, bundle)
+        made.engine: _timings(made)
         for made in lineup.contestants
         if made.kind == "split" and made.session is not None
     }
@@ -135,15 +146,8 @@ def measure_latency(
 def assemble(bundle: Bundle, presets: Sequence[Preset], options: BenchOptions) -> Lineup:
     """Open everything that is to be timed and can be."""
     lineup = Lineup()
-    wanted = options.engines or (*RUNTIME_ENGINES, *PEER_ENGINES)
-    for engine in (e for e in RUNTIME_ENGINES if e in wanted):
-
-        def from_bundle(engine: str = engine) -> Iterator[Contestant]:
-            backend = make_backend(engine, threads=options.threads)
-            return bundle_contestants(bundle, presets, backend, engine, options.images)
-
-        lineup.admit(engine, from_bundle)
-    peers = [engine for engine in PEER_ENGINES if engine in wanted]
+    admit_bundle(lineup, bundle, presets, options)
+    peers = [engine for engine in PEER_ENGINES if engine in (options.engines or PEER_ENGINES)]
     if peers and not options.model:
         lineup.absent[", ".join(peers)] = "no PyTorch model given (--model)"
     elif peers:
@@ -154,6 +158,25 @@ def assemble(bundle: Bundle, presets: Sequence[Preset], options: BenchOptions) -
         for engine in peers:
             lineup.admit(engine, functools.partial(torch_contestants, loop, engine, bases))
     return lineup
+
+
+def admit_bundle(
+    lineup: Lineup,
+    bundle: Bundle,
+    presets: Sequence[Preset],
+    options: BenchOptions,
+    label: str = "",
+) -> None:
+    """Add a bundle's contestants on every engine of the runtime; ``label`` ends their names."""
+    for engine in RUNTIME_ENGINES:
+        if engine in (options.engines or RUNTIME_ENGINES):
+
+            def contestants(engine: str = engine) -> Iterator[Contestant]:
+                backend = make_backend(engine, threads=options.threads)
+                name, images = engine + label, options.images
+                return bundle_contestants(bundle, presets, backend, name, images)
+
+            lineup.admit(engine + label, contestants)
 
 
 def _row(made: Contestant, everyone: Sequence[Contestant]) -> Row:
@@ -176,7 +199,7 @@ def _row(made: Contestant, everyone: Sequence[Contestant]) -> Row:
 
 
 def _promises(everyone: Sequence[Contestant], timings: Mapping[str, Timings]) -> list[Promise]:
-    """Split is free, and caching pays what it should."""
+    """Split is free, caching pays what it should; and how another bundle's split compares."""
     found = []
     by_key = {(o.engine, o.kind, o.base): o for o in everyone if o.kind != "cached"}
     for made in everyone:
@@ -187,6 +210,11 @@ def _promises(everyone: Sequence[Contestant], timings: Mapping[str, Timings]) ->
         if made is split:
             ratio = Spread.of_ratio(split.seconds, whole.seconds)
             found.append(Promise(made.engine, "split / whole", made.base, ratio, 1.02))
+            engine, _, folder = made.engine.partition(" @")
+            mine = by_key.get((engine, "split", made.base))
+            if folder and mine is not None:
+                ratio = Spread.of_ratio(mine.seconds, made.seconds)
+                found.append(Promise(engine, f"split / split @{folder}", made.base, ratio, None))
         if made.kind == "cached":
             ran = _ran_seconds(split.records, made.records, timings[made.engine])
             ratio = Spread.of_ratio([record.total_ns / 1e9 for record in made.records], ran)
@@ -207,11 +235,11 @@ def _ran_seconds(
     return sums
 
 
-def _timings(split: Contestant, bundle: Bundle) -> Timings:
+def _timings(split: Contestant) -> Timings:
     """Median time of every segment: on the host's clock in the rounds, on a GPU by its own."""
     session = split.session
     assert session is not None
-    device = session.backend.device
+    bundle, device = session.bundle, session.backend.device
     record = split.records[0]
     sizes = dict(bundle.model.sizes, batch=2 * split.images)
     time_ms: Callable[[Callable[[], None]], float] | None = getattr(device, "time_ms", None)

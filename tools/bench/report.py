@@ -61,7 +61,7 @@ def _table1(rows: Sequence[Row]) -> str:
 
 def _promise_table(report: LatencyReport) -> str:
     cells = [
-        [f"{p.name}, {p.engine} {p.preset}", str(p.ratio), f"<= {p.goal:g}"]
+        [f"{p.name}, {p.engine} {p.preset}", str(p.ratio), f"<= {p.goal:g}" if p.goal else ""]
         for p in report.promises
     ]
     host = f"{report.host_us_per_launch:.2f} µs"

@@ -31,6 +31,9 @@ def bench(
     images: Annotated[int, typer.Option(help="Images in one call.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.")] = 7,
     threads: Threads = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another bundle of the model, with the same presets.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.md, report.json and latency.svg.")
     ] = None,
@@ -62,8 +65,9 @@ def bench(
         rounds=rounds,
         threads=threads,
     )
+    other = Bundle.open(against) if against is not None else None
     with StageProgress(quiet=as_json) as progress:
-        report = measure_latency(Bundle.open(bundle), options, progress)
+        report = measure_latency(Bundle.open(bundle), options, progress, other)
     _write(report, out, timings, history)
     print(report_json(report) if as_json else report_text(report))
 

@@ -7,7 +7,9 @@ schedule, same alignment, same noise, same latents.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,11 +18,16 @@ from blockcache.export.model import SourceModel, UNetCall
 from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solver import SolverTables
 
+OnReuse: TypeAlias = Callable[[int, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
+"""Called where block k is reused, with what it would compute, C [B, C, H, W], and the outputs that
+it computed last; returns the coefficients to reuse them with, [2 or 3, C]."""
+
 
 class CacheableBlock(torch.nn.Module):
     """Stands in for a spatial transformer: ``y = x + C``, where C may be an earlier output.
 
     ``history`` holds the computed outputs C, the last one first; at most ``outputs`` of them.
+    ``on_reuse`` is asked for the coefficients of a reuse where it is set.
     """
 
     def __init__(self, inner: torch.nn.Module, outputs: int) -> None:
@@ -30,14 +37,19 @@ class CacheableBlock(torch.nn.Module):
         self.recompute = True
         self.coefficients: torch.Tensor | None = None  # [2 or 3, C_k], used where reused
         self.history: list[torch.Tensor] = []
+        self.on_reuse: Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor] | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The transformer itself at a recompute step, the aligned sum at a reuse step."""
+        if not self.recompute and self.on_reuse is None:
+            return (hidden_states + self.reused(),)
+        result = self.inner(hidden_states, *args, **kwargs)
+        fresh = (result[0] if isinstance(result, tuple) else result.sample) - hidden_states
         if self.recompute:
-            result = self.inner(hidden_states, *args, **kwargs)
-            output = result[0] if isinstance(result, tuple) else result.sample
-            self.history = [output - hidden_states, *self.history][: self.outputs]
+            self.history = [fresh, *self.history][: self.outputs]
             return result
+        assert self.on_reuse is not None
+        self.coefficients = self.on_reuse(fresh, self.history)
         return (hidden_states + self.reused(),)
 
     def reused(self) -> torch.Tensor:
@@ -65,6 +77,7 @@ class CachedUNet:
         self.model = model
         self.call = UNetCall(model.unet, [condition.name for condition in model.conditions])
         self.blocks: list[CacheableBlock] = []
+        self.on_reuse: OnReuse | None = None
         self._outputs = outputs
 
     def __enter__(self) -> CachedUNet:
@@ -94,7 +107,7 @@ class CachedUNet:
         timestep: float,
         conditions: Sequence[torch.Tensor],
         recompute: np.ndarray | None = None,
-        coefficients: Sequence[np.ndarray] | None = None,
+        coefficients: Sequence[np.ndarray | torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """One step: sample [B, C, H, W] to model output [B, C, H, W].
 
@@ -107,10 +120,101 @@ class CachedUNet:
         """
         for k, block in enumerate(self.blocks):
             block.recompute = recompute is None or bool(recompute[k])
-            block.coefficients = None if coefficients is None else torch.from_numpy(coefficients[k])
+            block.coefficients = None if coefficients is None else torch.as_tensor(coefficients[k])
+            block.on_reuse = None if self.on_reuse is None else partial(self.on_reuse, k)
         timesteps = torch.full((sample.shape[0],), timestep, device=sample.device)
         output: torch.Tensor = self.call(sample, timesteps, *conditions)
         return output
+
+
+@dataclass(frozen=True)
+class State:
+    """What a step hands to the next; a difference of states is the error between them."""
+
+    latents: torch.Tensor  # [N, C, H, W]
+    history: torch.Tensor  # [N, C, H, W], the solver's
+
+    def __add__(self, other: State) -> State:
+        return State(self.latents + other.latents, self.history + other.history)
+
+    def __sub__(self, other: State) -> State:
+        return State(self.latents - other.latents, self.history - other.history)
+
+
+class Denoiser:
+    """The denoising loop in PyTorch, by the same tables as the runtime, a step at a time.
+
+    Args:
+        cached: the entered CachedUNet.
+        tables: the solver's coefficients.
+        conditions: by name, [2N, ...] with the unconditional half first, or [N, ...] where
+            ``guidance_scale`` is 1.
+        guidance_scale: 1 turns guidance off.
+    """
+
+    def __init__(
+        self,
+        cached: CachedUNet,
+        tables: SolverTables,
+        conditions: Mapping[str, torch.Tensor],
+        guidance_scale: float,
+    ) -> None:
+        self.cached = cached
+        self.tables = tables
+        self._conditions = [conditions[c.name] for c in cached.model.conditions]
+        self._guidance_scale = guidance_scale
+
+    def start(self, noise: torch.Tensor) -> State:
+        """The state that step 0 sees; forgets every computed output."""
+        self.cached.reset()
+        latents = noise * self.tables.initial_scale
+        return State(latents, torch.zeros_like(latents))
+
+    def output(
+        self,
+        state: State,
+        step: int,
+        recompute: np.ndarray | None = None,
+        coefficients: Sequence[np.ndarray | torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The guided model output [N, C, H, W] at a step; arguments as of ``CachedUNet``."""
+        sample = state.latents * float(self.tables.input_scale[step])
+        guided = self._guidance_scale != 1.0
+        output = self.cached(
+            torch.cat([sample, sample]) if guided else sample,
+            float(self.tables.timesteps[step]),
+            self._conditions,
+            recompute,
+            coefficients,
+        )
+        if not guided:
+            return output
+        unconditional, conditional = output.chunk(2)
+        return unconditional + self._guidance_scale * (conditional - unconditional)
+
+    def advance(self, state: State, output: torch.Tensor, step: int) -> State:
+        """The solver's step: linear in latents, output and history."""
+        row = (self.tables.first if step == 0 else self.tables.coefficients)[step]
+        a, b, c, _, d, e = (float(value) for value in row[:6])
+        latents, history = state.latents, state.history
+        return State(a * latents + b * output + c * history, d * latents + e * output)
+
+    def step(
+        self,
+        state: State,
+        step: int,
+        recompute: np.ndarray | None = None,
+        coefficients: Sequence[np.ndarray | torch.Tensor] | None = None,
+    ) -> State:
+        """One denoising step."""
+        return self.advance(state, self.output(state, step, recompute, coefficients), step)
+
+    def trajectory(self, noise: torch.Tensor) -> list[State]:
+        """The uncached run: the states before each of the S steps, and the final one."""
+        states = [self.start(noise)]
+        for step in range(len(self.tables.timesteps)):
+            states.append(self.step(states[-1], step))
+        return states
 
 
 @torch.no_grad()
@@ -124,42 +228,23 @@ def denoise(
     guidance_scale: float,
     after_step: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """The whole loop in PyTorch, by the same tables as the runtime.
+    """The whole loop: final latents [N, C, H, W].
 
     Args:
-        cached: the entered CachedUNet.
-        tables: the solver's coefficients.
+        cached: as of ``Denoiser``.
+        tables: as of ``Denoiser``.
         schedule: which block is recomputed when.
         alignment: coefficients of reused outputs; None: reuse as it is.
         noise: [N, C, H, W], standard normal.
-        conditions: by name, [2N, ...] with the unconditional half first, or [N, ...] where
-            ``guidance_scale`` is 1.
-        guidance_scale: 1 turns guidance off.
+        conditions: as of ``Denoiser``.
+        guidance_scale: as of ``Denoiser``.
         after_step: called with the step number; the blocks' ``history`` may be read there.
-
-    Returns:
-        The denoised latents [N, C, H, W].
     """
-    cached.reset()
-    inputs = [conditions[condition.name] for condition in cached.model.conditions]
-    guided = guidance_scale != 1.0
-    sample = noise * tables.initial_scale
-    history = torch.zeros_like(sample)
+    run = Denoiser(cached, tables, conditions, guidance_scale)
+    state = run.start(noise)
     for step in range(schedule.steps):
-        scaled = sample * float(tables.input_scale[step])
-        output = cached(
-            torch.cat([scaled, scaled]) if guided else scaled,
-            float(tables.timesteps[step]),
-            inputs,
-            schedule.recompute[step],
-            None if alignment is None else [table[step] for table in alignment.tables],
-        )
-        if guided:
-            unconditional, conditional = output.chunk(2)
-            output = unconditional + guidance_scale * (conditional - unconditional)
-        row = tables.first[step] if step == 0 else tables.coefficients[step]
-        a, b, c, _, d, e = (float(value) for value in row[:6])
-        sample, history = a * sample + b * output + c * history, d * sample + e * output
+        rows = None if alignment is None else [table[step] for table in alignment.tables]
+        state = run.step(state, step, schedule.recompute[step], rows)
         if after_step is not None:
             after_step(step)
-    return sample
+    return state.latents

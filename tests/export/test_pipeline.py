@@ -16,10 +16,13 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 from filelock import FileLock
 
-from blockcache.export import change, pipeline
+from blockcache.export import calibrated_stages, change, pipeline
+from blockcache.export.calibrated_stages import CalibrationOptions
 from blockcache.export.calibration import Calibration
 from blockcache.export.change import ProfileOptions, measure_change
-from blockcache.export.pipeline import CompileOptions, PresetOptions, compile_model
+from blockcache.export.pipeline import CompileOptions, compile_model
+from blockcache.export.policies import Policy
+from blockcache.export.preset_options import PresetOptions
 from blockcache.export.to_onnx import ExportOptions
 from blockcache.runtime.solver import SolverConfig, solver_tables
 
@@ -31,7 +34,7 @@ PROFILE = ProfileOptions(prompts=2, seeds=2, images_at_once=2)  # four images in
 
 def test_a_preset_is_read_from_the_command_line():
     assert PresetOptions.parse("dpm:20:0.5") == PresetOptions(
-        solver="dpm", steps=20, delta=0.5, name="dpm-20-d0.5"
+        solver="dpm", steps=20, policy=Policy("threshold", 0.5), name="dpm-20-d0.5"
     )
     assert PresetOptions.parse("ddim:4") == PresetOptions(solver="ddim", steps=4, name="ddim-4")
 
@@ -108,14 +111,15 @@ def calls(compiled, monkeypatch):
         accumulator.images += len(jobs)
 
     monkeypatch.setattr(pipeline, "export_segments", export)
-    monkeypatch.setattr(pipeline, "measure_change", profile)
+    monkeypatch.setattr(calibrated_stages, "measure_change", profile)
     monkeypatch.setattr(change, "_measure_batch", measure)
     return made
 
 
 def options(*presets, **changes):
     parsed = tuple(PresetOptions.parse(text) for text in presets or ("ddim:2:0.1",))
-    return CompileOptions(presets=parsed, profile=PROFILE, **changes)
+    calibrated = CalibrationOptions(profile=PROFILE)
+    return CompileOptions(presets=parsed, calibration=calibrated, **changes)
 
 
 def manifest(folder):
@@ -141,7 +145,7 @@ def test_a_compile_gives_a_bundle_that_verifies(model, calibration, calls, tmp_p
     assert made.manifest.presets["dpm-3"].computed_fraction == 1.0
     policy = dict(made.preset("ddim-2-d0.1").policy)
     assert policy.pop("profile") in made.manifest.files
-    assert policy == {"kind": "threshold", "delta": 0.1, "images": 4}
+    assert policy == {"kind": "threshold", "value": 0.1, "images": 4}
     stages = [stage for stage, _, _ in heard]
     assert list(dict.fromkeys(stages)) == ["profile ddim-2", "export", "presets"]
     for stage in set(stages):
@@ -283,7 +287,9 @@ def test_an_interrupted_preset_leaves_no_old_manifest(
     """The same preset name with other content: the old manifest promises the old file."""
     folder = tmp_path / "b"
     compile_model(model, folder, options("ddim:2:0.1"), calibration)
-    named = PresetOptions(solver="ddim", steps=2, delta=9.0, name="ddim-2-d0.1")
+    named = PresetOptions(
+        solver="ddim", steps=2, policy=Policy("threshold", 9.0), name="ddim-2-d0.1"
+    )
     monkeypatch.setattr(pipeline, "write_preset", interrupted(pipeline.write_preset))
     with pytest.raises(SystemExit):
         compile_model(model, folder, dataclasses.replace(options(), presets=(named,)), calibration)

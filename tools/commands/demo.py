@@ -83,17 +83,21 @@ def compile_demo(
     folder: Path, steps: int, delta: float, guidance: float, progress: StageProgress
 ) -> tuple[Bundle, list[str]]:
     """The demo bundle and the names of its presets: uncached, cached, equal compute."""
+    from blockcache.export.calibrated_stages import CalibrationOptions
     from blockcache.export.change import ProfileOptions
-    from blockcache.export.pipeline import CompileOptions, PresetOptions, compile_model
+    from blockcache.export.pipeline import CompileOptions, compile_model
+    from blockcache.export.policies import Policy
+    from blockcache.export.preset_options import PresetOptions
     from blockcache.tools.sources import DEMO, calibration_for, load_source
 
     progress("load", 0, 1)
     source, calibration = load_source(DEMO), calibration_for(DEMO, None, None)
     progress("load", 1, 1)
     uncached = PresetOptions(solver="dpm", steps=steps)
-    cached = PresetOptions(solver="dpm", steps=steps, delta=delta)
+    cached = PresetOptions(solver="dpm", steps=steps, policy=Policy("threshold", delta))
     profile = ProfileOptions(prompts=PROFILE_PROMPTS, seeds=1)
-    options = CompileOptions(presets=(uncached, cached), guidance_scale=guidance, profile=profile)
+    calibrated = CalibrationOptions(guidance_scale=guidance, profile=profile)
+    options = CompileOptions(presets=(uncached, cached), calibration=calibrated)
     bundle = compile_model(source, folder, options, calibration, progress)
     share = flops_of(bundle, cached.name) / flops_of(bundle, uncached.name)
     fewer = PresetOptions(solver="dpm", steps=max(1, round(steps * share)))

@@ -72,15 +72,54 @@ def fit_alignment(
         options: how much to fit on.
         progress: called with (steps done, steps in all).
     """
+    return _sweep(
+        lambda k, step, sums: solve(sums, options.ridge),
+        model, tables, schedule, calibration, guidance_scale, outputs, options, progress,
+    )  # fmt: skip
+
+
+def judge_alignment(
+    model: SourceModel,
+    tables: SolverTables,
+    schedule: Schedule,
+    alignment: Alignment,
+    calibration: Calibration,
+    guidance_scale: float,
+    options: AlignmentOptions,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> AlignmentFit:
+    """What coefficients made elsewhere repair, on the images that ``fit_alignment`` takes.
+
+    Arguments as there.
+    """
+    return _sweep(
+        lambda k, step, sums: judge(sums, alignment.tables[k][step]),
+        model, tables, schedule, calibration, guidance_scale, alignment.outputs, options, progress,
+    )  # fmt: skip
+
+
+def _sweep(
+    choose: Callable[[int, int, np.ndarray], Solved],
+    model: SourceModel,
+    tables: SolverTables,
+    schedule: Schedule,
+    calibration: Calibration,
+    guidance_scale: float,
+    outputs: int,
+    options: AlignmentOptions,
+    progress: Callable[[int, int], None] | None,
+) -> AlignmentFit:
+    """One run of the student, which goes on with what ``choose`` gives for (k, step, moments)."""
     channels = tuple(block.channels for block in model.blocks)
     made = [t.copy() for t in Alignment.identity(schedule.steps, channels, outputs).tables]
     before, after = np.zeros((2, *schedule.recompute.shape), np.float32)
     step = 0
 
-    def fit(k: int, fresh: torch.Tensor, computed: Sequence[torch.Tensor]) -> torch.Tensor:
-        found = solve(moments(fresh, computed[:outputs], outputs), options.ridge)
-        made[k][step] = found.coefficients
-        before[step, k], after[step, k] = found.before, found.after
+    def on_reuse(k: int, fresh: torch.Tensor, computed: Sequence[torch.Tensor]) -> torch.Tensor:
+        chosen = choose(k, step, moments(fresh, computed, outputs))
+        made[k][step] = chosen.coefficients
+        before[step, k], after[step, k] = chosen.before, chosen.after
         return torch.from_numpy(made[k][step])
 
     def after_step(done: int) -> None:
@@ -93,7 +132,7 @@ def fit_alignment(
     conditions = calibration.pick([prompt for prompt, _ in jobs], guidance_scale != 1.0)
     noise = calibration_noise(model, jobs)
     with CachedUNet(model, outputs) as cached:
-        cached.on_reuse = fit
+        cached.on_reuse = on_reuse
         denoise(cached, tables, schedule, None, noise, conditions, guidance_scale, after_step)
     return AlignmentFit(Alignment(tuple(made)), before, after)
 
@@ -152,16 +191,17 @@ def solve(sums: np.ndarray, ridge: float) -> Solved:
     weights = np.linalg.solve(system, target[..., None])[..., 0]
     shift = mean[:, -1] - mean[:, 0] - np.einsum("cp,cp->c", weights, mean[:, :-1])
     # C is estimated as shift + (1 + w_0) C_last + w_1 (C_last - C_before).
-    scale = 1 + weights.sum(1)
-    estimate = np.concatenate([shift[:, None], 1 + weights[:, :1], weights[:, 1:]], axis=1)
+    rows = np.stack([1 + weights.sum(axis=1), *(-weights[:, 1:].T), shift])
+    return judge(sums, rows.astype(np.float32))
+
+
+def judge(sums: np.ndarray, coefficients: np.ndarray) -> Solved:
+    """The errors of given coefficients: sums as of ``moments``, float32 [2 or 3, C]."""
+    scale, *before, shift = coefficients.astype(np.float64)
+    estimate = np.stack([shift, scale + sum(before), *(-row for row in before)], axis=1)
     plain = np.zeros_like(estimate)
     plain[:, 1] = 1.0
-    rows = [scale, *(-weights[:, 1:].T), shift]
-    return Solved(
-        np.stack(rows).astype(np.float32),
-        _relative_error(sums, plain),
-        _relative_error(sums, estimate),
-    )
+    return Solved(coefficients, _relative_error(sums, plain), _relative_error(sums, estimate))
 
 
 def _relative_error(sums: np.ndarray, estimate: np.ndarray) -> float:

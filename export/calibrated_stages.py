@@ -15,7 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from blockcache.export.alignment import AlignmentFit, AlignmentOptions, fit_alignment
+from blockcache.export.alignment import (
+    AlignmentFit,
+    AlignmentOptions,
+    fit_alignment,
+    judge_alignment,
+)
 from blockcache.export.calibration import Calibration
 from blockcache.export.change import Profile, ProfileOptions, measure_change
 from blockcache.export.distillation import DistillationOptions, distil
@@ -158,7 +163,9 @@ class CalibratedStages:
             self._options.distillation,
             progress=self._progress("distil", preset),
         )
-        return dataclasses.replace(fit, alignment=alignment)
+        return judge_alignment(
+            model, tables, schedule, alignment, calibration, guidance_scale, self._options.alignment
+        )
 
     # -- what all of them share ----------------------------------------------------------------
 

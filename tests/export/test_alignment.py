@@ -15,6 +15,7 @@ from blockcache.export import alignment as alignment_module  # noqa: E402
 from blockcache.export.alignment import (  # noqa: E402
     AlignmentOptions,
     fit_alignment,
+    judge_alignment,
     moments,
     solve,
 )
@@ -291,6 +292,15 @@ def test_the_reported_errors_are_those_of_the_aligned_run(fitted, model, tables,
         denoise(cached, tables, schedule, None, *student, SCALE, after_step)
     np.testing.assert_allclose(fit.before, before, rtol=1e-4)
     np.testing.assert_allclose(fit.after, after, rtol=1e-4)
+
+
+def test_coefficients_made_elsewhere_are_judged_alike(fitted, model, tables, schedule, calibration):
+    _, fit, _, _ = fitted
+    judged = judge_alignment(model, tables, schedule, fit.alignment, calibration, SCALE, OPTIONS)
+    for ours, theirs in zip(judged.alignment.tables, fit.alignment.tables, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(judged.before, fit.before)
+    np.testing.assert_array_equal(judged.after, fit.after)
 
 
 def test_a_fit_leaves_the_model_as_it_was(fitted, model):

@@ -25,6 +25,7 @@ from blockcache.export.calibration import Calibration
 from blockcache.export.change import Profile, ProfileOptions, measure_change
 from blockcache.export.distillation import DistillationOptions, distil
 from blockcache.export.model import SourceModel
+from blockcache.export.peers import read_table
 from blockcache.export.preset_options import PresetOptions
 from blockcache.export.sensitivity import SensitivityOptions, measure_sensitivity
 from blockcache.export.stages import StageStore, stage_key
@@ -70,7 +71,9 @@ class CalibratedStages:
         self._observer = observer
 
     def check(self, preset: PresetOptions) -> None:
-        """Raise ConfigError where a preset needs prompts and there are none."""
+        """Raise ConfigError where a preset's own table does not fit, or prompts are missing."""
+        if preset.policy.file is not None:
+            read_table(preset.policy.file, preset.steps, len(self.model.blocks))
         if preset.calibrated and self._calibration is None:
             raise ConfigError(
                 f"Preset {preset.name!r} is made from measurements and needs prompts to measure "

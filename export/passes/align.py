@@ -1,10 +1,10 @@
 """Pass: every block's residual Add becomes ``x + scale * C + shift`` (section 3.4).
 
 On a diffusers U-Net each spatial transformer's module path owns exactly one top-level Add, whose
-inputs are (C_i, x). So does each ResBlock's, x being what its ``conv_shortcut`` gives, if any. ``scale`` and ``shift`` become graph inputs, float32 [1, C_k, 1, 1], so that
-the step's row of the alignment table is all that changes between steps. With two outputs
-(history) a third input brings the output computed before the last one:
-``y = x + scale * C_last + before * C_before + shift``.
+inputs are (C_i, x). So does each ResBlock's, x being what its ``conv_shortcut`` gives, if any.
+``scale`` and ``shift`` become graph inputs, float32 [1, C_k, 1, 1], so that the step's row of the
+alignment table is all that changes between steps. With two outputs (history) a third input brings
+the output computed before the last one: ``y = x + scale * C_last + before * C_before + shift``.
 
 In half-precision graphs the sum is formed in float32 and rounded once: engines fuse it into one
 kernel either way, and a scale of 1.003 survives.

@@ -145,8 +145,9 @@ def solve(sums: np.ndarray, ridge: float) -> Solved:
     covariance = sums[:, 1:, 1:] / count[:, None, None] - mean[:, :, None] * mean[:, None, :]
     predictors, target = covariance[:, :-1, :-1], covariance[:, :-1, -1] - covariance[:, :-1, 0]
     variance = np.einsum("cpp->cp", predictors)
-    # A predictor that does not vary gets no weight; the tiny number keeps its row solvable.
-    penalty = ridge * variance + 1e-12 * (1 + variance.max())
+    # What varies less than float32 resolves is rounding and gets no weight; nor does what is 0.
+    size = np.einsum("cpp->cp", sums)[:, 1:-1] / count[:, None]
+    penalty = ridge * variance + 1e-10 * size + np.finfo(np.float64).tiny
     system = predictors + penalty[:, :, None] * np.eye(predictors.shape[1])
     weights = np.linalg.solve(system, target[..., None])[..., 0]
     shift = mean[:, -1] - mean[:, 0] - np.einsum("cp,cp->c", weights, mean[:, :-1])

@@ -25,16 +25,20 @@ def fixed_interval(steps: int, blocks: int, interval: int) -> Schedule:
 def deepcache(steps: int, paths: Sequence[str], interval: int) -> Schedule:
     """DeepCache (Ma et al., CVPR 2024), branch 0: deep blocks at every ``interval``-th step.
 
-    The blocks at the highest resolution, first down and last up stage, always run.
+    The blocks at the highest resolution, first down and last up stage, always run. Down and up
+    stages are taken to mirror each other, as in every Stable Diffusion: where the first down stage
+    has no block (SDXL), the last up stage has none either.
 
     Args:
         steps: S.
         paths: module path of every block, such as "down_blocks.0.attentions.1".
         interval: its cache interval N.
     """
-    stages = [tuple(path.split(".")[:2]) for path in paths]
-    last = max((int(stage[1]) for stage in stages if stage[0] == "up_blocks"), default=-1)
-    shallow = [stage in (("down_blocks", "0"), ("up_blocks", str(last))) for stage in stages]
+    stages = [path.split(".")[:2] for path in paths]
+    down = [int(stage[1]) for stage in stages if stage[0] == "down_blocks"]
+    up = [int(stage[1]) for stage in stages if stage[0] == "up_blocks"]
+    last = max(up, default=0) + min(down, default=0)
+    shallow = [stage in (["down_blocks", "0"], ["up_blocks", str(last)]) for stage in stages]
     return Schedule(_every(steps, interval)[:, None] | np.array(shallow))
 
 
@@ -75,8 +79,8 @@ def read_table(path: Path, steps: int, blocks: int) -> Schedule:
         ) from error
     if table.shape != (steps, blocks) or not np.isin(table, (0, 1)).all():
         raise ConfigError(
-            f"Expected {steps} rows (steps) of {blocks} zeros and ones (blocks) in {path}, got a "
-            f"table of shape {table.shape}."
+            f"Expected {steps} rows (steps) of {blocks} zeros and ones (blocks) in {path}, got "
+            f"{table.dtype} values of shape {table.shape}."
         )
     return Schedule(table.astype(np.bool_))
 

@@ -3,7 +3,7 @@
 | text | policy |
 |---|---|
 | (none) | uncached: every block at every step |
-| ``0.5`` | threshold: delta of eq. 7 |
+| ``0.5`` or ``d0.5`` | threshold: delta of eq. 7 |
 | ``x1.5`` | budget: 1.5 times as fast as uncached, with the least loss by measured sensitivity |
 | ``c1.5`` | budget by accumulated change alone |
 | ``every3`` | every block at every third step |
@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,13 +30,16 @@ from blockcache.runtime.plan import Schedule
 
 _PREFIXES = {
     "": "threshold",
+    "d": "threshold",
     "x": "budget",
     "c": "change-budget",
     "every": "interval",
     "deepcache": "deepcache",
     "smooth": "smoothcache",
 }
-KINDS = ("uncached", *_PREFIXES.values(), "table")
+KINDS = ("uncached", *dict.fromkeys(_PREFIXES.values()), "table")
+_LEAST = {"budget": 1, "change-budget": 1, "interval": 1, "deepcache": 1}  # values; others 0
+_WHOLE = ("interval", "deepcache")
 _MEASURED = ("threshold", "budget", "change-budget", "smoothcache")
 
 
@@ -61,11 +65,13 @@ class Policy:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"Expected a policy of {KINDS}, got {self.kind!r}.")
-        least = 1 if self.kind in ("budget", "change-budget", "interval", "deepcache") else 0
-        if not self.value >= least and self.kind not in ("uncached", "table"):
+        if (self.kind == "table") != (self.file is not None):
+            raise ConfigError(f"A table, and only a table, is read from a file; got {self}.")
+        least = _LEAST.get(self.kind, 0)
+        if not least <= self.value < math.inf or (self.kind in _WHOLE and self.value % 1):
             raise ConfigError(
-                f"Expected a number of {least} or more for the policy {self.kind!r}, "
-                f"got {self.value:g}."
+                f"Expected a {'whole ' * (self.kind in _WHOLE)}number of {least} or more for the "
+                f"policy {self.kind!r}, got {self.value:g}."
             )
 
     @classmethod
@@ -73,7 +79,7 @@ class Policy:
         """Read one of the texts in this module's table."""
         if text.endswith(".json"):
             return cls("table", file=Path(text))
-        match = re.fullmatch(r"([a-z]*)([0-9.]+(?:e[+-]?[0-9]+)?)", text)
+        match = re.fullmatch(r"([a-z]*)((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", text, re.ASCII)
         if match is None or match.group(1) not in _PREFIXES:
             raise ConfigError(
                 f"Expected a policy such as 0.5 (delta), x1.5 (speed-up), every3, deepcache3, "
@@ -88,7 +94,7 @@ class Policy:
             return ""
         if self.file is not None:
             return re.sub(r"[^A-Za-z0-9._-]", "-", self.file.stem)
-        prefix = {kind: prefix for prefix, kind in _PREFIXES.items()}[self.kind] or "d"
+        prefix = {kind: prefix for prefix, kind in _PREFIXES.items()}[self.kind]
         return f"{prefix}{self.value:g}".replace("+", "")
 
     @property
@@ -107,9 +113,9 @@ class Policy:
         if self.kind == "uncached":
             return Schedule.uncached(steps, blocks)
         if self.kind == "interval":
-            return peers.fixed_interval(steps, blocks, round(self.value))
+            return peers.fixed_interval(steps, blocks, int(self.value))
         if self.kind == "deepcache":
-            return peers.deepcache(steps, facts.paths, round(self.value))
+            return peers.deepcache(steps, facts.paths, int(self.value))
         if self.file is not None:
             return peers.read_table(self.file, steps, blocks)
         assert facts.change is not None
@@ -131,21 +137,23 @@ UNCACHED = Policy()
 
 def affordable(costs: Costs, steps: int, speedup: float) -> float:
     """What all runs of all blocks may cost, for an image ``speedup`` times as fast as uncached."""
+    once = float(costs.block_ms.sum())
     uncached = costs.image_ms(np.ones((steps, len(costs.block_ms)), np.bool_))
-    least = uncached - float((steps - 1) * costs.block_ms.sum())
-    if not uncached / speedup >= least:
+    spend = steps * once - uncached * (1 - 1 / speedup)
+    if not spend >= once:
+        most = uncached / (uncached - (steps - 1) * once)
         raise ConfigError(
             f"A speed-up of {speedup:g} is out of reach: the trunk always runs, and every block at "
-            f"step 0. Expected at most {uncached / least:.4g}."
+            f"step 0. Expected at most {math.floor(1000 * most) / 1000}."
         )
-    return float(uncached / speedup - least + costs.block_ms.sum())
+    return spend
 
 
 def weights(sensitivity: np.ndarray, change: np.ndarray) -> np.ndarray:
     """What a unit of change in use costs the image, float64 [S, K] (see sensitivity.py).
 
-    Where a block hardly changes the quotient says nothing, so it is bounded by the block's mean
-    change.
+    Where a block hardly changes the quotient says nothing, so it divides by a tenth of the block's
+    mean change at least.
     """
     change = np.asarray(change, np.float64)
     floor = 0.1 * change[1:].mean(axis=0) if len(change) > 1 else change[0]

@@ -50,7 +50,7 @@ class PresetOptions:
         """Read ``SOLVER:STEPS[:POLICY[:ALIGNMENT]]``."""
         solver, _, rest = text.partition(":")
         steps, *more = rest.split(":")
-        if not steps.isdigit() or len(more) > 2:
+        if not steps.isdecimal() or len(more) > 2:
             raise ConfigError(
                 f"Expected a preset SOLVER:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5 or "
                 f"dpm:20:x1.5:history, got {text!r}."

@@ -48,26 +48,32 @@ def budget(
 
     Minimises ``sum(weight * accumulated_change(change, schedule))`` under
     ``sum(cost * recompute) <= spend``. For one block and r recomputes the best steps are a
-    shortest path through the steps; an exact knapsack over the blocks' curves then shares out the
-    budget. A threshold's schedule is one of the candidates at its own cost, so this one never
-    accumulates more.
+    shortest path through the steps; a knapsack over the blocks' curves then shares out the budget.
+    A threshold's schedule is one of the candidates at its own cost, so this one never accumulates
+    more. That holds exactly up to ``MOST_POINTS`` combinations of cost and change, and beyond, to
+    their resolution of the budget.
 
     Args:
         change: float [S, K], finite, not negative.
         cost: float [K], what one run of a block costs (FLOPs, milliseconds), more than 0.
         spend: what all runs of all blocks may cost, in the same unit.
         weight: float [S, K], what a unit of change in use at a step costs in quality
-            (``sensitivity.py``); default 1 everywhere.
+            (``sensitivity.py``), finite, not negative; default 1 everywhere.
 
     Raises:
-        ConfigError: the budget does not even pay for step 0, which recomputes every block.
+        ConfigError: the budget does not even pay for step 0, which recomputes every block; or a
+            cost or weight is out of range.
     """
     change, cost = check_change(change), np.asarray(cost, np.float64)
     weight = np.ones(change.shape) if weight is None else np.asarray(weight, np.float64)
-    if cost.shape != change.shape[1:] or not (cost > 0).all() or weight.shape != change.shape:
+    if cost.shape != change.shape[1:] or not (cost > 0).all():
         raise ConfigError(
-            f"Expected a cost above 0 for each of {change.shape[1]} blocks and weights "
-            f"{change.shape}; got costs {cost.tolist()} and weights {weight.shape}."
+            f"Expected a cost above 0 for each of {change.shape[1]} blocks, got {cost.tolist()}."
+        )
+    if weight.shape != change.shape or not ((weight >= 0) & np.isfinite(weight)).all():
+        raise ConfigError(
+            f"Expected finite weights of 0 or more, of the change's shape {change.shape}; got "
+            f"shape {weight.shape}. Measure the sensitivity again."
         )
     allowed = spend * (1 + 1e-12)  # a sum of the same costs in another order is no overrun
     if not cost.sum() <= allowed:

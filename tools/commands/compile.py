@@ -23,7 +23,8 @@ def compile_bundle(
             help="SOLVER:STEPS[:POLICY[:ALIGNMENT]], repeatable. SOLVER: dpm, ddim, euler. POLICY: "
             "0.5 (threshold of eq. 7), x1.5 (speed-up; least loss by sensitivity), c1.5 (least "
             "change), t1.5 (by threshold), every3, deepcache3, smooth0.1, FILE.json; none: "
-            "uncached. ALIGNMENT: least-squares, history, distil, history-distil; none: reuse as it is."
+            "uncached. ALIGNMENT: least-squares, history, distil, history-distil; none: reuse "
+            "as it is."
         ),
     ] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale, as in use.")] = 5.0,

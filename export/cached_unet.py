@@ -26,6 +26,8 @@ it computed last; returns the coefficients to reuse them with, [2 or 3, C]."""
 class CacheableBlock(torch.nn.Module):
     """Stands in for a spatial transformer: ``y = x + C``, where C may be an earlier output.
 
+    Or for a ResBlock, whose x goes through a 1 x 1 convolution where the width changes.
+
     ``history`` holds the computed outputs C, the last one first; at most ``outputs`` of them.
     ``on_reuse`` is asked for the coefficients of a reuse where it is set.
     """
@@ -41,16 +43,17 @@ class CacheableBlock(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The transformer itself at a recompute step, the aligned sum at a reuse step."""
-        if not self.recompute and self.on_reuse is None:
-            return (hidden_states + self.reused(),)
-        result = self.inner(hidden_states, *args, **kwargs)
-        fresh = (result[0] if isinstance(result, tuple) else result.sample) - hidden_states
-        if self.recompute:
-            self.history = [fresh, *self.history][: self.outputs]
-            return result
-        assert self.on_reuse is not None
-        self.coefficients = self.on_reuse(fresh, self.history)
-        return (hidden_states + self.reused(),)
+        shortcut = getattr(self.inner, "conv_shortcut", None)
+        residual = hidden_states if shortcut is None else shortcut(hidden_states)
+        if self.recompute or self.on_reuse is not None:
+            result = self.inner(hidden_states, *args, **kwargs)
+            fresh = _tensor(result) - residual
+            if self.recompute:
+                self.history = [fresh, *self.history][: self.outputs]
+                return result
+            self.coefficients = self.on_reuse(fresh, self.history)  # type: ignore[misc]
+        total = residual + self.reused()
+        return total if hasattr(self.inner, "conv_shortcut") else (total,)
 
     def reused(self) -> torch.Tensor:
         """``scale * C_last (+ before * C_before) + shift`` (section 3.4)."""
@@ -63,6 +66,14 @@ class CacheableBlock(torch.nn.Module):
             # Before the second recompute there is no earlier output: the last one stands in.
             total = total + rows[1] * self.history[-1]
         return total
+
+
+def _tensor(result: Any) -> torch.Tensor:
+    """What a block returns, out of its wrapping."""
+    if isinstance(result, torch.Tensor):
+        return result
+    tensor: torch.Tensor = result[0] if isinstance(result, tuple) else result.sample
+    return tensor
 
 
 class CachedUNet:

@@ -4,6 +4,7 @@
 |---|---|
 | (none) | uncached: every block at every step |
 | ``0.5`` or ``d0.5`` | threshold: delta of eq. 7 |
+| ``t1.5`` | threshold, with the smallest delta that is 1.5 times as fast as uncached |
 | ``x1.5`` | budget: 1.5 times as fast as uncached, with the least loss by measured sensitivity |
 | ``c1.5`` | budget by accumulated change alone |
 | ``every3`` | every block at every third step |
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from blockcache.export import peers
-from blockcache.export.schedule import budget, threshold
+from blockcache.export.schedule import budget, threshold, threshold_within
 from blockcache.export.timings import Costs
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Schedule
@@ -31,6 +32,7 @@ from blockcache.runtime.plan import Schedule
 _PREFIXES = {
     "": "threshold",
     "d": "threshold",
+    "t": "threshold-speedup",
     "x": "budget",
     "c": "change-budget",
     "every": "interval",
@@ -38,9 +40,9 @@ _PREFIXES = {
     "smooth": "smoothcache",
 }
 KINDS = ("uncached", *dict.fromkeys(_PREFIXES.values()), "table")
-_LEAST = {"budget": 1, "change-budget": 1, "interval": 1, "deepcache": 1}  # values; others 0
+_SPEEDUPS = ("threshold-speedup", "budget", "change-budget")
 _WHOLE = ("interval", "deepcache")
-_MEASURED = ("threshold", "budget", "change-budget", "smoothcache")
+_MEASURED = ("threshold", "smoothcache", *_SPEEDUPS)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Policy:
             raise ConfigError(f"Expected a policy of {KINDS}, got {self.kind!r}.")
         if (self.kind == "table") != (self.file is not None):
             raise ConfigError(f"A table, and only a table, is read from a file; got {self}.")
-        least = _LEAST.get(self.kind, 0)
+        least = 1 if self.kind in (*_SPEEDUPS, *_WHOLE) else 0
         if not least <= self.value < math.inf or (self.kind in _WHOLE and self.value % 1):
             raise ConfigError(
                 f"Expected a {'whole ' * (self.kind in _WHOLE)}number of {least} or more for the "
@@ -123,11 +125,13 @@ class Policy:
             return threshold(facts.change, self.value)
         if self.kind == "smoothcache":
             return peers.smoothcache(facts.change, self.value)
+        spend = affordable(facts.costs, steps, self.value)
+        if self.kind == "threshold-speedup":
+            return threshold_within(facts.change, facts.costs.block_ms, spend)
         weight = None
         if self.weighted:
             assert facts.sensitivity is not None
             weight = weights(facts.sensitivity, facts.change)
-        spend = affordable(facts.costs, steps, self.value)
         return budget(facts.change, facts.costs.block_ms, spend, weight)
 
 

@@ -41,6 +41,24 @@ def threshold(change: np.ndarray, delta: float) -> Schedule:
     return Schedule(recompute)
 
 
+def threshold_within(change: np.ndarray, cost: np.ndarray, spend: float) -> Schedule:
+    """The threshold's schedule with the smallest delta that costs no more than ``spend``.
+
+    Recomputes fall with delta, so bisection finds it.
+
+    Args:
+        change: float [S, K], finite, not negative.
+        cost: float [K], what one run of a block costs.
+        spend: what all runs of all blocks may cost, at least ``cost.sum()``.
+    """
+    low, high = 0.0, float(check_change(change).sum()) + 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        within = (threshold(change, middle).recompute * cost).sum() <= spend * (1 + 1e-12)
+        low, high = (low, middle) if within else (middle, high)
+    return threshold(change, high)
+
+
 def budget(
     change: np.ndarray, cost: np.ndarray, spend: float, weight: np.ndarray | None = None
 ) -> Schedule:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from blockcache.export import schedule as schedule_module
-from blockcache.export.schedule import accumulated_change, budget, threshold
+from blockcache.export.schedule import accumulated_change, budget, threshold, threshold_within
 from blockcache.runtime import ConfigError, Schedule
 
 # Multiples of 1/64: sums of them are exact in float64, so that properties need no tolerance.
@@ -346,3 +346,17 @@ def test_weights_that_are_none_are_refused(weight):
         f"Expected finite weights of 0 or more, of the change's shape (2, 1); got shape "
         f"{weight.shape}. Measure the sensitivity again."
     )
+
+
+@given(changes, deltas, st.data())
+def test_a_threshold_within_a_spend_is_the_dearest_that_fits(change, delta, data):
+    cost = np.array([data.draw(st.integers(1, 64)) for _ in range(change.shape[1])], np.float64)
+    spend = cost.sum() + data.draw(st.integers(0, 64)) * cost.sum() / 8
+
+    def price(schedule):
+        return (schedule.recompute * cost).sum()
+
+    within = price(threshold_within(change, cost, spend))
+    other = price(threshold(change, delta))
+    assert within <= spend
+    assert other > spend or other <= within

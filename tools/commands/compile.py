@@ -21,9 +21,10 @@ def compile_bundle(
         list[str] | None,
         typer.Option(
             help="SOLVER:STEPS[:POLICY[:ALIGNMENT]], repeatable. SOLVER: dpm, ddim, euler. POLICY: "
-            "0.5 (threshold of eq. 7), x1.5 (speed-up; least loss by sensitivity), c1.5 (speed-up; "
-            "least change), every3, deepcache3, smooth0.1, FILE.json; none: uncached. ALIGNMENT: "
-            "least-squares, history, distil, history-distil; none: reuse as it is."
+            "0.5 (threshold of eq. 7), x1.5 (speed-up; least loss by sensitivity), c1.5 (least "
+            "change), t1.5 (by threshold), every3, deepcache3, smooth0.1, FILE.json; none: "
+            "uncached. ALIGNMENT: least-squares, history, distil, history-distil; none: reuse "
+            "as it is."
         ),
     ] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale, as in use.")] = 5.0,
@@ -33,6 +34,9 @@ def compile_bundle(
     history: Annotated[
         bool, typer.Option("--history", help="Let a reuse combine a block's last two outputs.")
     ] = False,
+    blocks: Annotated[
+        str, typer.Option(help="What may be cached: transformers (as the paper), or resnets.")
+    ] = "transformers",
     hoist: Annotated[
         bool, typer.Option(help="Take what does not depend on the sample out of the loop.")
     ] = True,
@@ -80,12 +84,17 @@ def compile_bundle(
         ),
         timings=None if timings is None else read_timings(timings),
     )
-    bundle = _compile(model, out, options, calibration, prompts)
+    bundle = _compile(model, out, options, calibration, prompts, blocks)
     print_bundle(bundle, as_json=as_json)
 
 
 def _compile(
-    model: str, out: Path, options: CompileOptions, calibration: Path | None, prompts: Path | None
+    model: str,
+    out: Path,
+    options: CompileOptions,
+    calibration: Path | None,
+    prompts: Path | None,
+    blocks: str,
 ) -> Bundle:
     """Load, encode and compile under a progress bar."""
     from blockcache.export.pipeline import compile_model
@@ -96,7 +105,8 @@ def _compile(
         progress("load", 0, 1)
         measured = any(made.calibrated for made in options.presets)
         # Profiles are measured in float32; the export converts the weights afterwards.
-        source = load_source(model, dtype="float32" if measured else options.export.precision)
+        dtype = "float32" if measured else options.export.precision
+        source = load_source(model, dtype, blocks)
         encoded = calibration_for(model, calibration, prompts) if measured else None
         progress("load", 1, 1)
         return compile_model(source, out, options, encoded, progress)

@@ -48,10 +48,13 @@ def test_a_number_is_read_as_python_reads_it(number):
     assert Policy.parse(number).value == float(number)
 
 
+SPEEDUPS = ("threshold-speedup", "budget", "change-budget")
 numbers = st.floats(1, 1e12).map(lambda value: float(f"{value:g}"))
 named = st.one_of(
     st.builds(
-        Policy, st.sampled_from(["threshold", "threshold-speedup", "budget", "change-budget", "smoothcache"]), numbers
+        Policy,
+        st.sampled_from(["threshold", "smoothcache", *SPEEDUPS]),
+        numbers,
     ),
     st.builds(Policy, st.sampled_from(["threshold", "smoothcache"]), numbers.map(lambda v: 1 / v))
     .map(lambda policy: Policy(policy.kind, float(f"{policy.value:g}"))),
@@ -213,7 +216,7 @@ def measured(draw):
     return Measured(steps, PATHS[:1] * blocks, costs, change), uncached, speedup
 
 
-@given(measured(), st.sampled_from(["budget", "change-budget", "threshold-speedup"]), st.data())
+@given(measured(), st.sampled_from(SPEEDUPS), st.data())
 def test_a_budget_is_as_fast_as_was_asked_for(made, kind, data):
     facts, uncached, speedup = made
     sensitivity = data.draw(hnp.arrays(np.float64, facts.change.shape, elements=st.floats(0, 10)))

@@ -13,20 +13,26 @@ if TYPE_CHECKING:
     from blockcache.export.pipeline import CompileOptions
     from blockcache.runtime import Bundle
 
+Presets = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="SOLVER:STEPS[:POLICY[:ALIGNMENT]], repeatable. SOLVER: dpm, ddim, euler. POLICY: "
+        "0.5 (threshold of eq. 7), x1.5 (speed-up; least loss by sensitivity), c1.5 (least "
+        "change), t1.5 (by threshold), every3, deepcache3, smooth0.1, FILE.json; none: "
+        "uncached. ALIGNMENT: least-squares, history, distil, history-distil; none: reuse "
+        "as it is."
+    ),
+]
+BudgetTimings = Annotated[
+    Path | None,
+    typer.Option(help="Segment times for budgets (blockcache bench --timings); default FLOPs."),
+]
+
 
 def compile_bundle(
     model: Annotated[str, typer.Argument(help="A diffusers folder, a hub id, or 'demo'.")],
     out: Annotated[Path, typer.Argument(help="The bundle's folder; resumed if it is there.")],
-    preset: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="SOLVER:STEPS[:POLICY[:ALIGNMENT]], repeatable. SOLVER: dpm, ddim, euler. POLICY: "
-            "0.5 (threshold of eq. 7), x1.5 (speed-up; least loss by sensitivity), c1.5 (least "
-            "change), t1.5 (by threshold), every3, deepcache3, smooth0.1, FILE.json; none: "
-            "uncached. ALIGNMENT: least-squares, history, distil, history-distil; none: reuse "
-            "as it is."
-        ),
-    ] = None,
+    preset: Presets = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale, as in use.")] = 5.0,
     precision: Annotated[
         str, typer.Option(help="float32 (ONNX Runtime on CPU), bfloat16 or float16 (TensorRT).")
@@ -50,10 +56,7 @@ def compile_bundle(
     profile_seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 2,
     images_at_once: Annotated[int, typer.Option(help="Batch size of the profile.")] = 8,
     align_images: Annotated[int, typer.Option(help="Images to fit an alignment on.")] = 48,
-    timings: Annotated[
-        Path | None,
-        typer.Option(help="Segment times for budgets (blockcache bench --timings); default FLOPs."),
-    ] = None,
+    timings: BudgetTimings = None,
     as_json: AsJson = False,
 ) -> None:
     """Profile a U-Net, derive schedules, and write a bundle.

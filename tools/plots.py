@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,69 @@ def save_grid(rows: Sequence[tuple[str, np.ndarray]], columns: Sequence[str], fi
         )
     figure.tight_layout()
     _save(figure, file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """Points of one method with their intervals."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    dashed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes."""
+
+    title: str
+    x: str
+    y: str
+    lines: Sequence[Line]
+
+
+def plot_frontiers(panels: Sequence[Panel], file: Path) -> None:
+    """Quality against speed-up, one line a method, panels two in a row (as the paper's Fig. 7)."""
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = _pyplot().subplots(
+        rows, columns, figsize=(6.2 * columns, 4.2 * rows), squeeze=False, layout="constrained"
+    )
+    for cell in axes.flat[len(panels) :]:
+        cell.set_axis_off()
+    for cell, panel in zip(axes.flat, panels, strict=False):
+        for line in panel.lines:
+            _draw_line(cell, line)
+        cell.set_xlabel(panel.x)
+        cell.set_ylabel(panel.y)
+        cell.set_title(panel.title, fontsize=10, loc="left")
+        cell.grid(alpha=0.25)
+        cell.legend(fontsize=7)
+    _save(figure, file)
+
+
+def plot_against_delta(quality: Line, speedups: Sequence[float], title: str, file: Path) -> None:
+    """Quality (left axis) and speed-up (right axis) against the threshold (Fig. 7)."""
+    figure, axes = _figure(6.2, 4)
+    _draw_line(axes, quality)
+    axes.set_xlabel("threshold δ")
+    axes.set_ylabel(quality.label)
+    right = axes.twinx()
+    right.plot(quality.x, speedups, "s--", color="#b8562b", ms=4, lw=1.2)
+    right.set_ylabel("speed-up", color="#b8562b")
+    axes.set_title(title, fontsize=10, loc="left")
+    _save(figure, file)
+
+
+def _draw_line(axes: Any, line: Line) -> None:
+    """Points joined by a line, with error bars."""
+    y = np.asarray(line.y)
+    errors = np.clip([y - np.asarray(line.low), np.asarray(line.high) - y], 0, None)
+    style = "o--" if line.dashed else "o-"
+    axes.errorbar(line.x, y, errors, fmt=style, ms=4, lw=1.3, capsize=2, label=line.label)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

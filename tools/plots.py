@@ -118,6 +118,7 @@ def plot_frontiers(panels: Sequence[Panel], file: Path) -> None:
     for cell in axes.flat[len(panels) :]:
         cell.set_axis_off()
     for cell, panel in zip(axes.flat, panels, strict=False):
+        cell.axhline(0, color="#666666", lw=0.8)
         for line in panel.lines:
             _draw_line(cell, line)
         cell.set_xlabel(panel.x)

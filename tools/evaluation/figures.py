@@ -9,8 +9,8 @@ from typing import Any
 from blockcache.tools import plots
 from blockcache.tools.evaluation.contest import FEWER, UNCACHED, Group
 from blockcache.tools.evaluation.pictures import Drawn
-from blockcache.tools.evaluation.quality import BY_KEY
 from blockcache.tools.evaluation.report import GroupReport, Report, Row
+from blockcache.tools.evaluation.resampling import Interval
 from blockcache.tools.evaluation.subject import Subject
 
 COLUMNS = 8  # images in a row of the grid
@@ -33,9 +33,10 @@ def draw(
         for group in report.groups
         for key, y in _shown(group)
         for title, x, x_of in _SPEEDS
-        if all(x_of(row) is not None for row in group.rows)
+        if group.comparisons and all(x_of(row) is not None for row in group.rows)
     ]
-    plots.plot_frontiers(frontiers, out / "frontier.png")
+    if frontiers:
+        plots.plot_frontiers(frontiers, out / "frontier.png")
 
 
 def _wall(row: Row) -> float | None:
@@ -50,27 +51,44 @@ _SPEEDS: tuple[tuple[str, str, Callable[[Row], Any]], ...] = (
 
 def _shown(group: GroupReport) -> list[tuple[str, str]]:
     """Metrics of the frontier: distance, and Fréchet distance where there are pictures."""
-    keys = [key for key in ("distance", "frechet") if key in group.rows[0].quality]
-    return [(key, BY_KEY[key].title) for key in keys]
+    titles = {"distance": "distance to the uncached run"}
+    titles["frechet"] = "Fréchet distance, difference to the uncached run"
+    return [(key, titles[key]) for key in titles if key in group.rows[0].quality]
 
 
 def _lines(group: GroupReport, key: str, x_of: Callable[[Row], Any]) -> list[plots.Line]:
-    """One line a method, every line but the reference's own ordered by speed-up."""
-    methods = dict.fromkeys(row.method for row in group.rows)
+    """One line a method, ordered by speed-up; the uncached run is the zero that all start from."""
+    methods = dict.fromkeys(row.method for row in group.rows if row.method != UNCACHED)
     lines = []
     for method in methods:
         rows = sorted((row for row in group.rows if row.method == method), key=x_of)
-        lines.append(
-            plots.Line(
-                label=method,
-                x=[x_of(row) for row in rows],
-                y=[row.quality[key].value for row in rows],
-                low=[row.quality[key].low for row in rows],
-                high=[row.quality[key].high for row in rows],
-                dashed=method in (UNCACHED, FEWER),
-            )
-        )
+        x = [x_of(row) for row in rows]
+        lines.append(_line(group, key, method, x, rows))
     return lines
+
+
+def _line(
+    group: GroupReport, key: str, label: str, x: Sequence[float], rows: Sequence[Row]
+) -> plots.Line:
+    y = [_to_uncached(group, key, row) for row in rows]
+    return plots.Line(
+        label=label,
+        x=x,
+        y=[found.value for found in y],
+        low=[found.low for found in y],
+        high=[found.high for found in y],
+        dashed=label == FEWER,
+    )
+
+
+def _to_uncached(group: GroupReport, key: str, row: Row) -> Interval:
+    """The paired difference where there is one: far narrower than two intervals side by side."""
+    for comparison in group.comparisons:
+        if comparison.subject == row.preset and comparison.against == UNCACHED:
+            finding = comparison.findings.get(key)
+            if finding is not None:
+                return finding.difference
+    return row.quality[key]
 
 
 def _grid(
@@ -95,12 +113,6 @@ def _against_delta(group: GroupReport, file: Path) -> None:
         return
     deltas = [float(str(row.policy["delta"])) for row in rows]
     key, title = _shown(group)[-1]
-    quality = plots.Line(
-        label=title,
-        x=deltas,
-        y=[row.quality[key].value for row in rows],
-        low=[row.quality[key].low for row in rows],
-        high=[row.quality[key].high for row in rows],
-    )
+    quality = _line(group, key, title, deltas, rows)
     speeds = [_wall(row) or row.speedup_flops for row in rows]
     plots.plot_against_delta(quality, speeds, group.name, file)

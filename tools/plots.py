@@ -50,6 +50,66 @@ def plot_change(
     _save(figure, file)
 
 
+def plot_alignment(
+    before: np.ndarray, after: np.ndarray, paths: Sequence[str], file: Path, title: str = ""
+) -> None:
+    """What alignment repairs: the error of reused outputs per block and step, before and after.
+
+    ``before`` and ``after`` are [S, K] relative errors of the output used against the true one,
+    NaN where the block is recomputed (drawn grey). One colour scale for both.
+    """
+    figure, axes = _pyplot().subplots(
+        1, 2, figsize=(0.42 * len(before) + 4, 0.32 * len(paths) + 1.4), sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    top = float(np.nanmax([before, after])) if np.isfinite([before, after]).any() else 1.0
+    colours = _pyplot().colormaps["magma"].with_extremes(bad="#d9d9d9")
+    for cell, errors, name in zip(axes, (before, after), ("before", "after"), strict=True):
+        image = cell.imshow(errors.T, vmin=0, vmax=top, cmap=colours, aspect="auto")
+        mean = np.nanmean(errors) if np.isfinite(errors).any() else 0.0
+        cell.set_title(f"{name}: mean {mean:.3f}", fontsize=9, loc="left")
+        cell.set_xlabel("step")
+    axes[0].set_yticks(range(len(paths)), paths, fontsize=8)
+    figure.colorbar(image, ax=axes, label="relative error")
+    figure.suptitle(title, fontsize=10)
+    _save(figure, file)
+
+
+def plot_features(features: Sequence[tuple[str, np.ndarray]], file: Path) -> None:
+    """Outputs of blocks over the steps, their first three components as colours (Fig. 2a).
+
+    ``features`` holds (path, float [S, C, h, w]); the components are of all steps of a block.
+    """
+    steps = len(features[0][1])
+    shown = np.unique(np.linspace(0, steps - 1, min(steps, 10)).round().astype(int))
+    figure, axes = _pyplot().subplots(
+        len(features), len(shown), figsize=(1.15 * len(shown) + 2.4, 1.25 * len(features) + 0.3),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for row, (path, values) in zip(axes, features, strict=True):
+        colours = principal_colours(values)
+        for cell, step in zip(row, shown, strict=True):
+            cell.imshow(colours[step], interpolation="nearest")
+            cell.set_xticks([])
+            cell.set_yticks([])
+            if row is axes[0]:
+                cell.set_title(f"step {step}", fontsize=8)
+        row[0].set_ylabel(path, rotation=0, ha="right", va="center", fontsize=8)
+    _save(figure, file)
+
+
+def principal_colours(features: np.ndarray) -> np.ndarray:
+    """Three principal components as red, green, blue in 0..1: [S, C, h, w] to [S, h, w, 3]."""
+    steps, channels, height, width = features.shape
+    rows = features.transpose(0, 2, 3, 1).reshape(-1, channels).astype(np.float64)
+    centred = rows - rows.mean(0)
+    _, vectors = np.linalg.eigh(centred.T @ centred)
+    components = centred @ vectors[:, ::-1][:, :3]
+    low, high = np.quantile(components, [0.01, 0.99], axis=0)
+    scaled = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
+    return scaled.reshape(steps, height, width, -1)
+
+
 def save_pictures(pictures: np.ndarray, file: Path, scale: int = 2) -> None:
     """uint8 [N, H, W, 3] side by side, enlarged."""
     image = _pillow().fromarray(np.concatenate(list(pictures), axis=1))

@@ -44,7 +44,7 @@ def evaluate(
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Default: every preset's own.")] = None,
     seed: Annotated[int, typer.Option(help="Image i uses SEED + i.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images drawn in one call.")] = 32,
+    batch: Annotated[int, typer.Option(help="Images drawn in one call.")] = 16,
     resamples: Annotated[int, typer.Option(help="Random halves behind the intervals.")] = 200,
     rounds: Annotated[int, typer.Option(help="Timed rounds; 0: no timing.")] = 5,
     timed_images: Annotated[int, typer.Option(help="Images in one timed call.")] = 4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -12,12 +13,14 @@ from blockcache.runtime import Bundle, Preset
 from blockcache.tools.bench.latency import uncached
 
 UNCACHED, FEWER = "uncached", "fewer steps"
+PLAIN = "none"
 ALIGNMENTS = {
-    "none": "",
-    "least_squares": " + scale-shift",
-    "history": " + history",
-    "distil": " + distilled",
+    "least-squares": "scale-shift",
+    "least_squares": "scale-shift",
+    "distil": "scale-shift, distilled",
+    "history-distil": "history, distilled",
 }
+"""How alignments are called where their own name does not say what they do."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,13 @@ class Entrant:
 
     @property
     def alignment(self) -> str:
-        """How reused outputs are aligned."""
-        return str(self.preset.policy.get("alignment", "none"))
+        """How reused outputs are aligned; "none" where they are reused as they are."""
+        return _alignment(self.preset)
+
+    @property
+    def schedule(self) -> str:
+        """The same for presets that recompute the same blocks at the same steps."""
+        return hashlib.sha256(self.preset.schedule.recompute.tobytes()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def pairings(group: Group) -> list[Pairing]:
             continue
         if fewer:
             found.append(Pairing(entrant, _nearest(entrant, fewer), FEWER))
-        if entrant.alignment != "none":
+        if entrant.alignment != PLAIN:
             found += [Pairing(entrant, p, "unaligned") for p in group.others if _plain(p, entrant)]
         alike = [other for other in thresholds if other.alignment == entrant.alignment]
         if entrant.kind != "threshold" and alike:
@@ -141,8 +149,13 @@ def _entrant(bundle: Bundle, preset: Preset, method: str) -> Entrant:
 
 
 def _method(preset: Preset) -> str:
-    alignment = str(preset.policy.get("alignment", "none"))
-    return str(preset.policy.get("kind", "table")) + ALIGNMENTS.get(alignment, f" + {alignment}")
+    kind, alignment = str(preset.policy.get("kind", "table")), _alignment(preset)
+    return kind if alignment == PLAIN else f"{kind} + {alignment}"
+
+
+def _alignment(preset: Preset) -> str:
+    name = str(preset.policy.get("alignment", PLAIN))
+    return ALIGNMENTS.get(name, name)
 
 
 def _is_uncached(preset: Preset) -> bool:
@@ -156,12 +169,7 @@ def _solver(preset: Preset) -> str:
 
 def _plain(candidate: Entrant, entrant: Entrant) -> bool:
     """Whether ``candidate`` has the same schedule and no alignment."""
-    ours, theirs = entrant.preset.schedule.recompute, candidate.preset.schedule.recompute
-    return (
-        candidate.alignment == "none"
-        and ours.shape == theirs.shape
-        and bool((ours == theirs).all())
-    )
+    return candidate.alignment == PLAIN and candidate.schedule == entrant.schedule
 
 
 def _nearest(entrant: Entrant, others: Sequence[Entrant]) -> Entrant:

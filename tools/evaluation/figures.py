@@ -108,11 +108,15 @@ def _caption(row: Row) -> str:
 def _against_delta(group: GroupReport, file: Path) -> None:
     """Quality and speed against delta (paper, Fig. 7), where several thresholds were compared."""
     plain = [row for row in group.rows if row.method == "threshold"]
-    rows = sorted(plain, key=lambda row: float(str(row.policy["delta"])))
+    rows = sorted(plain, key=_delta)
     if len(rows) < 2:
         return
-    deltas = [float(str(row.policy["delta"])) for row in rows]
+    deltas = [_delta(row) for row in rows]
     key, title = _shown(group)[-1]
     quality = _line(group, key, title, deltas, rows)
     speeds = [_wall(row) or row.speedup_flops for row in rows]
     plots.plot_against_delta(quality, speeds, group.name, file)
+
+
+def _delta(row: Row) -> float:
+    return float(str(row.policy.get("delta", row.policy.get("value"))))

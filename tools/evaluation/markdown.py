@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from blockcache.tools.evaluation.alignment_table import alignment_tables, line
 from blockcache.tools.evaluation.quality import METRICS, Metric
 from blockcache.tools.evaluation.report import Comparison, GroupReport, Report, Row
 from blockcache.tools.evaluation.resampling import Interval
@@ -27,6 +28,7 @@ def markdown(report: Report) -> str:
     ]
     for group in report.groups:
         lines += ["", f"## {group.name}", "", *_rows(group), "", *_comparisons(group)]
+        lines += alignment_tables(group)
     if any(row.images_per_s for group in report.groups for row in group.rows):
         lines += [
             "",
@@ -59,15 +61,15 @@ def _rows(group: GroupReport) -> list[str]:
     head = ["preset", "method", "FLOPs", "blocks", "speed-up FLOPs"]
     head += ["wall clock", "images/s"] if timed else []
     head += [metric.title for metric in metrics]
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     if group.floor:
         cells = ["*real against real*"] + [""] * (6 if timed else 4)
-        lines.append(_line(cells + [_floor(group, metric) for metric in metrics]))
+        lines.append(line(cells + [_floor(group, metric) for metric in metrics]))
     for row in group.rows:
         cells = [f"`{row.preset}`", row.method, f"{row.flops_fraction:.0%}"]
         cells += [f"{row.blocks_fraction:.0%}", f"{row.speedup_flops:.2f}x"]
         cells += [_spread(row.speedup_wall, "x"), _spread(row.images_per_s)] if timed else []
-        lines.append(_line(cells + [_quality(row, metric, group.rows[0]) for metric in metrics]))
+        lines.append(line(cells + [_quality(row, metric, group.rows[0]) for metric in metrics]))
     return lines
 
 
@@ -99,10 +101,10 @@ def _comparisons(group: GroupReport) -> list[str]:
     if not used:
         return []
     head = ["preset", "against", "FLOPs ratio", *(metric.title for metric in used), "verdict"]
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     for comparison in group.comparisons:
         if comparison.findings:
-            lines.append(_line(_comparison(comparison, used)))
+            lines.append(line(_comparison(comparison, used)))
     return lines
 
 
@@ -136,7 +138,3 @@ def _spread(spread: Spread | None, unit: str = "") -> str:
     if spread is None:
         return ""
     return f"{spread.median:.2f}{unit} ({spread.low:.2f} to {spread.high:.2f})"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

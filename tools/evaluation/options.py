@@ -13,7 +13,7 @@ class DrawOptions:
 
     images: int = 256
     seed: int = 0  # image i starts from the noise of SEED + i
-    batch: int = 32  # images in one call
+    batch: int = 16  # images in one call
     guidance: float | None = None  # None: each preset's own
     backend: str = "auto"
     threads: int | None = None

@@ -25,6 +25,8 @@ class Row:
     preset: str
     method: str
     steps: int
+    alignment: str  # "none" where outputs are reused as they are
+    schedule: str  # the same for presets with the same schedule
     policy: Mapping[str, object]
     flops_fraction: float  # the whole U-Net
     blocks_fraction: float  # the blocks alone
@@ -143,6 +145,8 @@ def _row(
         preset=entrant.name,
         method=entrant.method,
         steps=entrant.preset.schedule.steps,
+        alignment=entrant.alignment,
+        schedule=entrant.schedule,
         policy=entrant.preset.policy,
         flops_fraction=entrant.flops / reference.flops,
         blocks_fraction=entrant.block_flops / reference.block_flops,

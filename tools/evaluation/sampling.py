@@ -49,6 +49,11 @@ class Drawings:
             parts.append(latents)
         return np.concatenate(parts)
 
+    def guidance(self, preset: Preset) -> float:
+        """The scale of classifier-free guidance that the preset is drawn with."""
+        given = self._options.guidance
+        return preset.guidance_scale if given is None else given
+
     def open(self, preset: Preset) -> Session:
         """A session on the same engines."""
         return Session(self._bundle, preset, self._engines())
@@ -56,8 +61,7 @@ class Drawings:
     def key(self, preset: Preset) -> str:
         """What the preset's latents depend on, besides prompts and noise."""
         content = hashlib.sha256(preset_bytes(preset))
-        guidance = self._guidance(preset)
-        facts = [dict(preset.solver), guidance, self._model_key, self._options.backend]
+        facts = [dict(preset.solver), self.guidance(preset), self._model_key, self._options.backend]
         content.update(json.dumps(facts, sort_keys=True).encode())
         return f"{preset.name}-{content.hexdigest()[:16]}"
 
@@ -67,10 +71,6 @@ class Drawings:
                 self._options.backend, threads=self._options.threads, bundle=self._bundle
             )
         return self._backend
-
-    def _guidance(self, preset: Preset) -> float:
-        given = self._options.guidance
-        return preset.guidance_scale if given is None else given
 
     def _batches(self) -> list[range]:
         count, size = self._options.images, self._options.batch
@@ -95,7 +95,7 @@ class Drawings:
             negative.pop("encoder_hidden_states", None),
             conditions=positive,
             negative_conditions=negative,
-            guidance_scale=self._guidance(session.preset),
+            guidance_scale=self.guidance(session.preset),
             check_finite=True,
         )
         return result.latents

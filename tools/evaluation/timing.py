@@ -64,7 +64,8 @@ def measure(
     for turn in range(options.rounds + 1):
         for place, (name, session) in enumerate(sessions.items()):
             progress(turn * len(sessions) + place, turns)
-            elapsed = _once(session, subject, options.images)
+            guidance = drawings.guidance(session.preset)
+            elapsed = _once(session, subject, options.images, guidance)
             if turn:  # the first round binds memory and warms up
                 seconds[name].append(elapsed)
     progress(turns, turns)
@@ -72,12 +73,20 @@ def measure(
     return seconds
 
 
-def _once(session: Session, subject: Subject, images: int) -> float:
+def _once(session: Session, subject: Subject, images: int, guidance: float) -> float:
     """Seconds of one call, with the prompts already encoded and the noise drawn."""
     rows = [index % len(subject.prompts) for index in range(images)]
     positive, negative = subject.conditions(rows)
     noise = session.noise(range(images))
-    states, empty = positive.pop("encoder_hidden_states"), negative.pop("encoder_hidden_states")
+    states = positive.pop("encoder_hidden_states")
+    empty = negative.pop("encoder_hidden_states", None)
     begin = time.perf_counter()
-    session.denoise(noise, states, empty, conditions=positive, negative_conditions=negative)
+    session.denoise(
+        noise,
+        states,
+        empty,
+        conditions=positive,
+        negative_conditions=negative,
+        guidance_scale=guidance,
+    )
     return time.perf_counter() - begin

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from blockcache.runtime import Bundle
 from blockcache.tools import cli
 from blockcache.tools.demo import features
-from blockcache.tools.evaluation import run
+from blockcache.tools.evaluation import figures, run
 from blockcache.tools.evaluation.options import DrawOptions, EvaluationOptions, TimingOptions
 from blockcache.tools.evaluation.subject import RealPictures
 
@@ -100,8 +100,9 @@ OPTIONS = EvaluationOptions(
 
 @pytest.mark.parametrize("with_real", [False, True], ids=["drawn reference", "real pictures"])
 def test_everything_is_written_and_a_second_run_computes_nothing(
-    bundle, compiled, conditions_of, subject_of, fake_extractor, tmp_path, with_real
+    bundle, compiled, conditions_of, subject_of, fake_extractor, tmp_path, monkeypatch, with_real
 ):
+    monkeypatch.setattr(figures, "COLUMNS", 2)
     rng = np.random.default_rng(0)
     real = RealPictures(
         pictures=rng.integers(0, 255, (24, 3, 16, 16), np.uint8),

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from blockcache.tools.evaluation.alignment_table import alignment_tables
 from blockcache.tools.evaluation.contest import make_groups
 from blockcache.tools.evaluation.markdown import markdown
 from blockcache.tools.evaluation.options import EvaluationOptions
@@ -119,3 +120,34 @@ def test_a_comparison_at_unequal_cost_says_so(preset_of, presets_only):
                     options=EvaluationOptions(), groups=[made])  # fmt: skip
     assert "| `dpm-4-half` | fewer steps: `dpm-1` | 2.93 (unequal) |" in markdown(report)
     assert "images/s" not in markdown(report)
+
+
+def test_alignments_stand_side_by_side_for_one_schedule(preset_of, presets_only):
+    last = np.array([[True, True]] * 3 + [[False, True]])
+    bundle = presets_only(
+        [
+            preset_of("dpm-4", 4),
+            preset_of("dpm-3", 3),
+            preset_of("a", 4, HALF, kind="threshold", value=0.5),
+            preset_of("a-history", 4, HALF, kind="threshold", value=0.5, alignment="history"),
+            preset_of("b-ls", 4, last, kind="budget", value=1.1, alignment="least-squares"),
+        ]
+    )
+    (group,) = make_groups(bundle)
+    distances = {"dpm-4": 0, "dpm-3": 0.1, "a": 0.4, "a-history": 0.2, "b-ls": 0.05}
+    made = group_report(
+        group, {name: {"distance": Measured(d, d + NOISE)} for name, d in distances.items()},
+        dict.fromkeys(distances, 0.0), {}, 1, floor={}, ceiling={},
+    )  # fmt: skip
+    assert alignment_tables(made) == [
+        "",
+        "| distance, schedule of | FLOPs | blocks | plain reuse | history | scale-shift "
+        "| fewer steps |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| `b-ls` | 96% | 92% |  |  | 0.0500 | 0.1000 (3 steps, 75%) |",
+        "| `a` | 75% | 50% | 0.4000 | 0.2000 |  | 0.1000 (3 steps, 75%) |",
+    ]
+
+
+def test_without_alignments_there_is_no_such_table(report):
+    assert alignment_tables(report.groups[0]) == []

@@ -86,14 +86,14 @@ def plot_features(features: Sequence[tuple[str, np.ndarray]], file: Path) -> Non
         len(features), len(shown), figsize=(1.15 * len(shown) + 2.4, 1.25 * len(features) + 0.3),
         squeeze=False, layout="constrained",
     )  # fmt: skip
+    for cell, step in zip(axes[0], shown, strict=True):
+        cell.set_title(f"step {step}", fontsize=8)
     for row, (path, values) in zip(axes, features, strict=True):
         colours = principal_colours(values)
         for cell, step in zip(row, shown, strict=True):
             cell.imshow(colours[step], interpolation="nearest")
             cell.set_xticks([])
             cell.set_yticks([])
-            if row is axes[0]:
-                cell.set_title(f"step {step}", fontsize=8)
         row[0].set_ylabel(path, rotation=0, ha="right", va="center", fontsize=8)
     _save(figure, file)
 

@@ -95,5 +95,7 @@ def test_features_become_colours_that_follow_the_first_component(tmp_path):
     assert found.min() == 0
     assert found.max() == 1
     assert abs(np.corrcoef(found[..., 0].ravel(), signal.ravel())[0, 1]) > 0.99
-    plot_features([("a", noise), ("b", noise)], tmp_path / "p.png")
-    assert colours(tmp_path / "p.png") > 50
+    plot_features([("a", noise), ("b", noise)], tmp_path / "p.svg")
+    text = (tmp_path / "p.svg").read_text()
+    assert all(text.count(f"<!-- step {step} -->") == 1 for step in range(4))
+    assert text.count("<image") == 8

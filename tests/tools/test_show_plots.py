@@ -43,14 +43,9 @@ def align(bundle_copy):
     )
     write_bytes(bundle_copy / entry.file, preset_bytes(preset))
     before = np.where(recompute, 0, 0.5).astype(np.float32)
-    write_tensors(
-        bundle_copy / "profiles" / "a.safetensors", {"before": before, "after": before / 5}
-    )
-    policy = {
-        "kind": "threshold",
-        "alignment": "history",
-        "alignment_report": "profiles/a.safetensors",
-    }
+    report = "profiles/a.safetensors"
+    write_tensors(bundle_copy / report, {"before": before, "after": before / 5})
+    policy = {"kind": "threshold", "alignment": "history", "alignment_report": report}
     manifest = dataclasses.replace(
         bundle.manifest,
         presets={**bundle.manifest.presets, "ddim-4": dataclasses.replace(entry, policy=policy)},

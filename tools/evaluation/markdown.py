@@ -45,6 +45,12 @@ def _notes(report: Report) -> list[str]:
             f"Fréchet distance and KID (EfficientNet-Lite0 features, lower is better) are taken "
             f"to {report.reference}."
         )
+    if any(group.floor and group.ceiling for group in report.groups):
+        lines.append(
+            "The first line of a table compares real pictures with real ones: as many random ones "
+            "as there are images (at most half) against the others, mean and range of three draws; "
+            "its caption score is the ceiling."
+        )
     lines.append(
         f"Distance: relative L2 of the final latents to the uncached run from the same noise, mean "
         f"over images (standard deviation over images behind ±). In brackets: 90 % intervals from "

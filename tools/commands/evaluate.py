@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -13,44 +13,54 @@ if TYPE_CHECKING:
     from blockcache.tools.evaluation.subject import Subject
 
 
+ModelName: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Where text encoder and VAE come from: 'demo' or a diffusers folder. Default 'demo' "
+        "for a bundle of the demo model.",
+    ),
+]
+ReferenceWork: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="Demo model: the folder of 'python -m blockcache.tools.demo data', whose real "
+        "pictures are the reference. Default: the uncached run from other noise is."
+    ),
+]
+Embeddings: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(help="Encoded prompts instead of a model: latents alone are compared."),
+]
+Work: TypeAlias = Annotated[
+    Path | None, typer.Option(help="What is drawn is kept here. Default OUT/work.")
+]
+Presets: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--preset", help="Presets to compare; repeatable. Default all."),
+]
+OnlyTiming: TypeAlias = Annotated[
+    bool, typer.Option(help="Time the presets and stop; a later run reads the result.")
+]
+
+
 def evaluate(
     bundle: BundleFolder,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Where text encoder and VAE come from: 'demo' or a diffusers folder. Default "
-            "'demo' for a bundle of the demo model."
-        ),
-    ] = None,
-    preset: Annotated[
-        list[str] | None, typer.Option(help="Presets to compare; repeatable. Default all.")
-    ] = None,
+    model: ModelName = None,
+    preset: Presets = None,
     images: Annotated[int, typer.Option(help="Images drawn with every preset.")] = 256,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("evaluation"),
-    work: Annotated[
-        Path | None, typer.Option(help="What is drawn is kept here. Default OUT/work.")
-    ] = None,
-    reference_work: Annotated[
-        Path | None,
-        typer.Option(
-            help="Demo model: the folder of 'python -m blockcache.tools.demo data', whose real "
-            "pictures are the reference. Default: the uncached run from other noise is."
-        ),
-    ] = None,
+    work: Work = None,
+    reference_work: ReferenceWork = None,
     prompts: Annotated[Path | None, typer.Option(help="Other prompts, one a line.")] = None,
-    embeddings: Annotated[
-        Path | None,
-        typer.Option(help="Encoded prompts instead of a model: latents alone are compared."),
-    ] = None,
+    embeddings: Embeddings = None,
     guidance: Annotated[float | None, typer.Option(help="Default: every preset's own.")] = None,
     seed: Annotated[int, typer.Option(help="Image i uses SEED + i.")] = 0,
     batch: Annotated[int, typer.Option(help="Images drawn in one call.")] = 16,
     resamples: Annotated[int, typer.Option(help="Random halves behind the intervals.")] = 200,
     rounds: Annotated[int, typer.Option(help="Timed rounds; 0: no timing.")] = 5,
     timed_images: Annotated[int, typer.Option(help="Images in one timed call.")] = 4,
-    only_timing: Annotated[
-        bool, typer.Option(help="Time the presets and stop; a later run reads the result.")
-    ] = False,
+    only_timing: OnlyTiming = False,
     backend: BackendName = "auto",
     threads: Threads = None,
     as_json: AsJson = False,
@@ -68,18 +78,11 @@ def evaluate(
     from blockcache.tools.evaluation.options import DrawOptions, EvaluationOptions, TimingOptions
     from blockcache.tools.progress import StageProgress
 
-    options = EvaluationOptions(
-        draw=DrawOptions(
-            images=images,
-            seed=seed,
-            batch=batch,
-            guidance=guidance,
-            backend=backend,
-            threads=threads,
-        ),
-        timing=TimingOptions(rounds=rounds, images=timed_images),
-        resamples=resamples,
+    draw = DrawOptions(
+        images=images, seed=seed, batch=batch, guidance=guidance, backend=backend, threads=threads
     )
+    timing = TimingOptions(rounds=rounds, images=timed_images)
+    options = EvaluationOptions(draw=draw, timing=timing, resamples=resamples)
     opened = Bundle.open(bundle)
     subject = _subject(opened.model.name, model, images, seed, reference_work, prompts, embeddings)
     names = tuple(preset or ())

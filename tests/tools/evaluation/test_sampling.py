@@ -19,9 +19,11 @@ def drawings_of(compiled, conditions_of, subject_of, tmp_path):
     model, bundle = compiled("sd")
 
     def make(images=5, **options):
-        options = DrawOptions(images=images, batch=2, guidance=2.0, **options)
-        return Drawings(bundle, subject_of(model, conditions_of, images), options, tmp_path)
+        options = DrawOptions(**{"images": images, "batch": 2, "guidance": 2.0, **options})
+        subject = subject_of(model, conditions_of, images)
+        return Drawings(make.bundle, subject, options, tmp_path)
 
+    make.bundle = bundle
     make.preset = bundle.preset("ddim-4")
     return make
 
@@ -75,9 +77,33 @@ def test_what_latents_depend_on_is_in_the_key(drawings_of):
         base.key(dataclasses.replace(preset, solver=solver)),
         base.key(dataclasses.replace(preset, time_tables=tables)),
         drawings_of(backend="ort").key(preset),
+        drawings_of(guidance=3.0).key(preset),
     }
-    assert len(keys) == 5
-    assert drawings_of().key(preset) == base.key(preset)
+    manifest = drawings_of.bundle.manifest
+    name = f"segments/{manifest.segments[0].file}"
+    altered = {**manifest.files, name: dataclasses.replace(manifest.files[name], sha256="0")}
+    drawings_of.bundle = dataclasses.replace(
+        drawings_of.bundle, manifest=dataclasses.replace(manifest, files=altered)
+    )
+    keys.add(drawings_of().key(preset))
+    assert len(keys) == 7
+
+
+def test_other_presets_of_the_bundle_do_not_matter(drawings_of):
+    key, manifest = drawings_of().key(drawings_of.preset), drawings_of.bundle.manifest
+    files = {**manifest.files, "presets/new.safetensors": next(iter(manifest.files.values()))}
+    drawings_of.bundle = dataclasses.replace(
+        drawings_of.bundle, manifest=dataclasses.replace(manifest, files=files)
+    )
+    assert drawings_of().key(drawings_of.preset) == key
+
+
+def test_the_presets_own_guidance_counts_where_none_is_given(drawings_of):
+    weaker = dataclasses.replace(drawings_of.preset, guidance_scale=2.0)
+    given = drawings_of(guidance=None)
+    assert given.guidance(weaker) == 2.0
+    assert given.guidance(drawings_of.preset) == drawings_of.preset.guidance_scale != 2.0
+    assert given.key(weaker) != given.key(drawings_of.preset)
 
 
 def test_another_seed_is_drawn_anew_and_differs(drawings_of):

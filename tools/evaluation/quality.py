@@ -10,7 +10,7 @@ import numpy as np
 from blockcache.tools.demo.metrics import CaptionProbe, Labelled
 from blockcache.tools.evaluation.distances import SetDistances
 from blockcache.tools.evaluation.pictures import Drawn
-from blockcache.tools.evaluation.resampling import Measured, measured_mean
+from blockcache.tools.evaluation.resampling import Measured, measured_mean, measured_share
 from blockcache.tools.evaluation.subject import RealPictures
 
 ROUNDING_MSE = 1 / 12  # of 8 bits: where pictures agree better, PSNR means nothing
@@ -65,7 +65,8 @@ class Judge:
             found["kid"] = self._sets.kernel(drawn.features, self._halves)
         if self._captions is not None:
             top1, top5 = self._captions.hits(drawn.features)
-            found |= {"top1": self._mean(top1), "top5": self._mean(top5)}
+            found["top1"] = measured_share(top1, self._halves)
+            found["top5"] = measured_share(top5, self._halves)
         if self._reference is not None:
             psnr = picture_psnr_db(drawn.pictures, self._reference.pictures)
             found["psnr_db"] = self._mean(psnr)

@@ -14,7 +14,7 @@ from blockcache.tools.demo import metrics
 from blockcache.tools.demo.metrics import Statistics
 from blockcache.tools.evaluation import distances
 from blockcache.tools.evaluation.distances import SetDistances
-from blockcache.tools.evaluation.resampling import random_halves
+from blockcache.tools.evaluation.resampling import Measured, random_halves
 
 
 def features(count, width, seed, shift=0.0):
@@ -60,6 +60,27 @@ def test_the_floor_is_real_against_other_real_pictures():
     assert max(found["frechet"]) < 0.1 * frechet(features(200, 6, 1, shift=1.0), real)
     far = 1000 * metrics.kernel_distance(features(200, 6, 1, shift=1.0), real)
     assert max(map(abs, found["kid"])) < 0.05 * far
+
+
+def test_the_floor_takes_pictures_that_are_not_in_the_reference(monkeypatch):
+    seen = []
+
+    class Recorder:
+        def __init__(self, reference):
+            self.reference = reference
+
+        def frechet(self, chosen, halves):
+            seen.append((set(chosen[:, 0]), set(self.reference[:, 0])))
+            return Measured(0.0, np.empty(0))
+
+        kernel = frechet
+
+    monkeypatch.setattr(distances, "SetDistances", Recorder)
+    distances.floor(np.arange(50)[:, None], 20, seed=0)
+    assert len(seen) == 6
+    for chosen, reference in seen:
+        assert (len(chosen), len(reference)) == (20, 30)
+        assert not chosen & reference
 
 
 def test_the_floor_never_takes_more_than_half():

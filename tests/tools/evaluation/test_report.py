@@ -101,7 +101,7 @@ def test_markdown_has_a_line_a_preset_and_all_columns_fit(report):
     assert len(tables[0].splitlines()) == 2 + 1 + 3
     assert "6.0 (5.0 to 7.0)" in tables[0]
     assert "| `dpm-4-half` | threshold | 75% | 50% | 1.33x | 3.00x (2.00 to 4.00) |" in tables[0]
-    assert "0.3000 ± 0.0600 (0.2910 to 0.3090)" in tables[0]
+    assert "0.3000 ± 0.0600 (0.2903 to 0.3097)" in tables[0]
     assert "+0.2000 (0.2000 to 0.2000) worse" in tables[1]
     assert "9 real pictures" in text
 

@@ -12,6 +12,7 @@ from blockcache.tools.evaluation.resampling import (
     Measured,
     difference,
     measured_mean,
+    measured_share,
     random_halves,
 )
 
@@ -74,5 +75,24 @@ def test_images_without_a_value_are_left_out():
 
 def test_an_interval_is_set_around_the_value_and_not_around_the_halves():
     """Halves have a bias that the whole does not have (the Fréchet distance of fewer pictures)."""
-    found = Interval.of(Measured(10.0, np.array([49.0, 50.0, 51.0])))
-    assert (found.value, found.low, found.high) == (10.0, pytest.approx(9.1), pytest.approx(10.9))
+    found = Interval.of(Measured(10.0, np.array([49.0, 51.0])))
+    assert (found.value, found.low, found.high) == pytest.approx((10.0, 8.355, 11.645))
+
+
+@pytest.mark.parametrize(("changed", "finding"), [(0, False), (1, False), (3, False), (5, True)])
+def test_a_few_images_on_one_side_are_no_finding(changed, finding):
+    """A sign test calls 5 of 5 a finding at 90 % (p = 0.06), 3 of 3 not (p = 0.25)."""
+    halves, base = random_halves(64, 400, 0), np.ones(64)
+    other = base.copy()
+    other[:changed] = 0
+    found = difference(measured_share(base, halves), measured_share(other, halves))
+    assert found.value == pytest.approx(changed / 64)
+    assert (found.low > 0) == finding
+    assert found.high > found.low
+
+
+def test_a_share_counts_in_steps_of_one_image():
+    hits = np.array([1.0, 0.0, np.nan, 1.0])
+    found = measured_share(hits, random_halves(4, 20, 0))
+    assert found.value == pytest.approx(2 / 3)
+    assert found.grain == pytest.approx(1 / 3)

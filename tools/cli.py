@@ -25,7 +25,16 @@ def _app() -> Any:
         import typer
     except ImportError as error:
         raise MissingExtraError.of("typer", "export", "The command line") from error
-    from blockcache.tools.commands import bench, build, check, compile, demo, run, show
+    from blockcache.tools.commands import (
+        bench,
+        build,
+        check,
+        compile,
+        demo,
+        evaluate,
+        run,
+        show,
+    )
 
     app = typer.Typer(
         name="blockcache",
@@ -41,6 +50,7 @@ def _app() -> Any:
     app.command("build")(build.build)
     app.command("check")(check.check)
     app.command("bench")(bench.bench)
+    app.command("evaluate")(evaluate.evaluate)
     return app
 
 

@@ -93,7 +93,7 @@ def calibration_for(model: str, file: Path | None, prompts: Path | None) -> Cali
 
     if file is not None:
         return calibration.read_calibration(file)
-    texts = _lines(prompts) if prompts is not None else None
+    texts = read_prompts(prompts) if prompts is not None else None
     if model == DEMO:
         from blockcache.tools.demo.model import default_prompts
 
@@ -102,7 +102,7 @@ def calibration_for(model: str, file: Path | None, prompts: Path | None) -> Cali
     return calibration.encode_prompts(model, texts or calibration.PROMPTS)
 
 
-def _lines(file: Path) -> list[str]:
+def read_prompts(file: Path) -> list[str]:
     """The prompts of a file, one a line, empty lines left out."""
     if not file.is_file():
         raise ConfigError(f"Expected a file of prompts at {file}, found none.")

@@ -123,7 +123,7 @@ def test_expected_errors_are_one_line_and_exit_code_1(blockcache, arguments, mes
 def test_help_names_every_command(blockcache):
     code, out, _ = blockcache("--help")
     assert code == 0
-    for command in ("demo", "compile", "run", "show", "build", "check", "bench"):
+    for command in ("demo", "compile", "run", "show", "build", "check", "bench", "evaluate"):
         assert f" {command} " in out
 
 

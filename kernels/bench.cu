@@ -143,12 +143,12 @@ void measure(const Timer &timer, int64_t N, int64_t C, int64_t L, std::vector<Re
       [&] { return bc_cuda_guided_solver_step(&step, 0, timer.stream); });
 
   add("guidance_rescale_factors", 4 * n, [&] {
-    return bc_cuda_guidance_rescale_factors(rows + 128, h1.at(), rows + 64, 0.7f, N, M,
+    return bc_cuda_guidance_rescale_factors(rows + 128, h1.at(), rows + 64, rows + 96, N, M,
                                             BC_BFLOAT16, timer.stream);
   });
 
   add("relative_change", 4 * n, [&] {
-    return bc_cuda_relative_change(rows + 128, rows + 192, h0.at(), h1.at(), N, M, BC_BFLOAT16,
+    return bc_cuda_relative_change(rows + 128, rows + 192, h0.at(), h1.at(), N, N, M, BC_BFLOAT16,
                                    workspace.at(),
                                    bc_cuda_relative_change_workspace_bytes(N, M), timer.stream);
   });

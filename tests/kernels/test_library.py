@@ -69,7 +69,7 @@ def test_another_abi_version_is_refused(fresh_loader, tmp_path, monkeypatch, sou
     command = [compiler, "-shared", "-fPIC", str(tmp_path / "other.c"), "-o", str(output)]
     subprocess.run(command, check=True)
     monkeypatch.setenv(_library.DIRECTORY_VARIABLE, str(tmp_path))
-    with pytest.raises(kernels.KernelError, match=f"ABI version 1, got {version} in"):
+    with pytest.raises(kernels.KernelError, match=f"ABI version 2, got {version} in"):
         kernels.host_available()
 
 
@@ -113,14 +113,19 @@ def test_reductions_and_residual_refuse_what_they_must():
     f = np.ones(64, np.float32)
     at = f.ctypes.data
     change = library.bc_host_relative_change
-    assert change(None, None, at, at + 64, 1, 4, 0) == -1
-    assert change(at, None, at, at + 64, 1, 4, 0) == -6
-    assert change(at + 128, None, at + 1, at + 64, 1, 4, 0) == -4
-    assert change(at + 128, None, at, at + 64, 1, 4, 0) == 0
+    assert change(None, None, at, at + 64, 1, 1, 4, 0) == -1
+    assert change(at, None, at, at + 64, 1, 1, 4, 0) == -6
+    assert change(at + 128, None, at + 1, at + 64, 1, 1, 4, 0) == -4
+    assert change(at + 128, None, at, at + 64, 1, 1, 4, 0) == 0
+    for images in (0, -1, 3, 8):
+        assert change(at + 128, None, at, at + 64, images, 4, 1, 0) == -3
     rescale = library.bc_host_guidance_rescale_factors
-    assert rescale(at, at, at + 128, 0.5, 1, 4, 0) == -6
-    assert rescale(at + 64, at, None, 0.5, 1, 4, 0) == -1
-    assert rescale(at + 64, at, at + 128, 0.5, 1, 4, 7) == -2
+    assert rescale(at, at, at + 128, at + 192, 1, 4, 0) == -6
+    assert rescale(at + 192, at, at + 128, at + 192, 1, 4, 0) == -6
+    assert rescale(at + 64, at, None, at + 192, 1, 4, 0) == -1
+    assert rescale(at + 64, at, at + 128, None, 1, 4, 0) == -1
+    assert rescale(at + 64, at, at + 128, at + 193, 1, 4, 0) == -4
+    assert rescale(at + 64, at, at + 128, at + 192, 1, 4, 7) == -2
     sizes = {"N": 1, "C": 2, "L": 2, "layout": 0, "dtype": 0}
     where = {"y": at, "x": at + 16, "last": at + 32, "scale": at + 64, "shift": at + 80}
     for changes, code in [({}, 0), ({"layout": 2}, -8), ({"x": at + 4}, -6), ({"L": 0}, -3)]:

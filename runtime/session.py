@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.device import StepFunction, Tensor
+from blockcache.runtime.device import Guidance, StepFunction, Tensor, modes_of
 from blockcache.runtime.engine import Backend, load_shared, make_backend
 from blockcache.runtime.errors import BundleFormatError, Cancelled, ConfigError, InputError
 from blockcache.runtime.graphs import LoopGraphs, player_for
@@ -150,6 +150,7 @@ class Session:
         conditions: Mapping[str, np.ndarray] | None = None,
         negative_conditions: Mapping[str, np.ndarray] | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
         image_latents: np.ndarray | None = None,
         start_step: int = 0,
         callback: Callable[[Progress], None] | None = None,
@@ -167,6 +168,8 @@ class Session:
             negative_conditions: the same for the unconditional half; ``time_ids`` and
                 ``class_labels`` default to the positive ones.
             guidance_scale: classifier-free guidance; default the preset's. 1 turns it off.
+            guidance_rescale: bring the guided output's spread back to the conditional one's, 0
+                (off) to 1 (all the way): diffusers' argument, arXiv 2305.08891, section 3.4.
             image_latents: float32 [N, C, H, W] to start from (image-to-image), noised to the level
                 of ``start_step``.
             start_step: the first step to execute; it recomputes every block.
@@ -180,8 +183,8 @@ class Session:
             EngineError: the engine library failed.
         """
         scale = self.preset.guidance_scale if guidance_scale is None else float(guidance_scale)
-        guided = scale != 1.0
-        noise = host_array(noise)
+        guidance = Guidance(scale, float(guidance_rescale)) if scale != 1.0 else None
+        noise, guided = host_array(noise), guidance is not None
         request = Request(self.bundle, noise, guided, start_step, self.steps, check_finite)
         positive = {"encoder_hidden_states": prompt_embeds, **(conditions or {})}
         negative = dict(negative_conditions or {})
@@ -193,7 +196,7 @@ class Session:
             program = self._program(request.sizes, request.images)
             for name, values in inputs.items():
                 self.backend.device.upload(program.tensors[name], values)
-            return self._run(program, request, start, scale, callback, cancelled)
+            return self._run(program, request, start, guidance, callback, cancelled)
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -217,7 +220,7 @@ class Session:
         program: Program,
         request: Request,
         start: np.ndarray,
-        guidance_scale: float,
+        guidance: Guidance | None,
         callback: Callable[[Progress], None] | None,
         cancelled: Callable[[], bool] | None,
     ) -> Denoised:
@@ -225,13 +228,13 @@ class Session:
         run = program.run_from(request.first)
         record = RunRecord(program.loop, range(request.first, self.steps))
         latents = program.tensors["latents"]
-        solver = self._solver(program, request, guidance_scale)
+        solver = self._solver(program, request, guidance)
         begin = perf_counter_ns()
         for launch in program.prompt:
             launch()
         record.prompt_ns = perf_counter_ns() - begin
         self._set_latents(program, request, start)
-        graphs = self._loop_graphs(program, request)
+        graphs = self._loop_graphs(program, request, guidance)
         begin = perf_counter_ns()
 
         def do_step(step: int) -> None:
@@ -279,11 +282,14 @@ class Session:
 
     # -- preparation ---------------------------------------------------------------------------
 
-    def _loop_graphs(self, program: Program, request: Request) -> LoopGraphs | None:
+    def _loop_graphs(
+        self, program: Program, request: Request, guidance: Guidance | None
+    ) -> LoopGraphs | None:
         """CUDA graphs of this request's shape and first step; None where launches stay single."""
         if self._graphs is None:
             return None
-        shape = (*request.sizes.values(), request.images, request.first, int(request.guided))
+        sizes = request.sizes.values()
+        shape = (*sizes, request.images, request.first, *modes_of(guidance))
         return LoopGraphs(self._graphs, shape, program.tensors)
 
     def _program(self, sizes: Sizes, images: int) -> Program:
@@ -323,13 +329,15 @@ class Session:
         halves = [start * self._tables.input_scale[request.first]] * (2 if request.guided else 1)
         device.upload(program.tensors["sample"], np.concatenate(halves))
 
-    def _solver(self, program: Program, request: Request, guidance_scale: float) -> StepFunction:
+    def _solver(
+        self, program: Program, request: Request, guidance: Guidance | None
+    ) -> StepFunction:
         coefficients = self._tables.coefficients.copy()
         coefficients[request.first] = self._tables.first[request.first]
         tensors = program.tensors
         return self.backend.device.solver(
             coefficients,
-            guidance_scale if request.guided else None,
+            guidance,
             tensors["latents"],
             tensors["history"],
             tensors["model_output"],

@@ -93,9 +93,9 @@ def random_preset(preset, seed, outputs):
 @settings(
     max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(seed=st.integers(0, 2**32 - 1))
+@given(seed=st.integers(0, 2**32 - 1), rescale=st.sampled_from([0.0, 0.7]))
 def test_the_loop_equals_the_reference_under_any_schedule(
-    compiled, conditions_of, kind, outputs, seed
+    compiled, conditions_of, kind, outputs, seed, rescale
 ):
     model, bundle = compiled(kind, outputs)
     session = Session.open(bundle, preset="dpm-20", verify=False)
@@ -110,13 +110,13 @@ def test_the_loop_equals_the_reference_under_any_schedule(
         conditions={k: v for k, v in positive.items() if k != "encoder_hidden_states"},
         negative_conditions={k: v for k, v in negative.items() if k != "encoder_hidden_states"},
         guidance_scale=3.0,
+        guidance_rescale=rescale,
     )
     tables = solver_tables(SolverConfig.from_json(preset.solver))
     picked = Calibration(positive, negative).pick([0, 1], guided=True)
     with CachedUNet(model, outputs) as cached:
-        reference = denoise(
-            cached, tables, preset.schedule, preset.alignment, torch.from_numpy(noise), picked, 3.0
-        ).numpy()
+        how = (preset.schedule, preset.alignment, torch.from_numpy(noise), picked, 3.0)
+        reference = denoise(cached, tables, *how, guidance_rescale=rescale).numpy()
     assert relative(ours.latents, reference) <= 1e-4
     blocks = [i for i, s in enumerate(ours.record.segments) if s.role == "block"]
     np.testing.assert_array_equal(ours.record.ran[:, blocks], preset.schedule.recompute)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from blockcache.export.model import SourceModel, UNetCall
+from blockcache.export.torch_kernels import scale_shift_residual
 from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solver import SolverTables
 
@@ -38,7 +39,8 @@ class CacheableBlock(torch.nn.Module):
             output = result[0] if isinstance(result, tuple) else result.sample
             self.history = [output - hidden_states, *self.history][: self.outputs]
             return result
-        return (hidden_states + self.reused(),)
+        fused = scale_shift_residual(hidden_states, self.history, self.coefficients)
+        return (hidden_states + self.reused() if fused is None else fused,)
 
     def reused(self) -> torch.Tensor:
         """``scale * C_last (+ before * C_before) + shift`` (section 3.4)."""
@@ -113,6 +115,17 @@ class CachedUNet:
         return output
 
 
+def guided_output(output: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
+    """Guidance between the halves of [2N, ...] and its rescale (arXiv 2305.08891, section 3.4)."""
+    unconditional, conditional = output.chunk(2)
+    guided: torch.Tensor = unconditional + scale * (conditional - unconditional)
+    if rescale:
+        axes = tuple(range(1, guided.ndim))
+        spread = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+        guided = guided * (rescale * spread + 1 - rescale)
+    return guided
+
+
 @torch.no_grad()
 def denoise(
     cached: CachedUNet,
@@ -123,6 +136,7 @@ def denoise(
     conditions: Mapping[str, torch.Tensor],
     guidance_scale: float,
     after_step: Callable[[int], None] | None = None,
+    guidance_rescale: float = 0.0,
 ) -> torch.Tensor:
     """The whole loop in PyTorch, by the same tables as the runtime.
 
@@ -136,6 +150,7 @@ def denoise(
             ``guidance_scale`` is 1.
         guidance_scale: 1 turns guidance off.
         after_step: called with the step number; the blocks' ``history`` may be read there.
+        guidance_rescale: 0 (off) to 1, as ``Session.denoise`` has it.
 
     Returns:
         The denoised latents [N, C, H, W].
@@ -155,8 +170,7 @@ def denoise(
             None if alignment is None else [table[step] for table in alignment.tables],
         )
         if guided:
-            unconditional, conditional = output.chunk(2)
-            output = unconditional + guidance_scale * (conditional - unconditional)
+            output = guided_output(output, guidance_scale, guidance_rescale)
         row = tables.first[step] if step == 0 else tables.coefficients[step]
         a, b, c, _, d, e = (float(value) for value in row[:6])
         sample, history = a * sample + b * output + c * history, d * sample + e * output

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockcache import kernels
 from blockcache.runtime import InputError, cuda_kernels
 from blockcache.runtime import device as device_module
 from blockcache.runtime.cuda_kernels import SolverKernel
@@ -24,34 +23,19 @@ def floats(device, values):
     return tensor
 
 
-class TwinLibrary:
-    """The CUDA library's functions on host memory: the host library's, less what only CUDA takes.
-
-    Both are compiled from one source, so that arguments that are right here are right there.
-    """
-
-    bc_error_string = staticmethod(lambda code: kernels.host_library().bc_error_string(code))
-
-    def bc_cuda_guidance_rescale_factors(self, *arguments):
-        return kernels.host_library().bc_host_guidance_rescale_factors(*arguments[:-1])
-
-    def bc_cuda_guided_solver_step(self, *arguments):
-        return kernels.host_library().bc_host_guided_solver_step(*arguments[:-1])
-
-
-def bind_compiled(device, table, guidance, *tensors):
+def bind_compiled(_twin, device, table, guidance, *tensors):
     return device.solver(table, guidance, *tensors)
 
 
-def bind_numpy(device, table, guidance, *tensors):
+def bind_numpy(_twin, device, table, guidance, *tensors):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_module.kernels, "host_available", lambda: False)
         return device.solver(table, guidance, *tensors)
 
 
-def bind_cuda(device, table, guidance, *tensors):
+def bind_cuda(twin, device, table, guidance, *tensors):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_kernels.kernels, "cuda_library", TwinLibrary)
+        patch.setattr(cuda_kernels.kernels, "cuda_library", lambda: twin)
         kernel = SolverKernel(device, 0, len(table), *modes_of(guidance), *tensors)
     kernel.set(device, table, guidance)
     return kernel.step
@@ -93,12 +77,12 @@ def diffusers_guided(output, guidance):
 @pytest.mark.parametrize("bind", [bind_compiled, bind_numpy, bind_cuda])
 @settings(max_examples=40, deadline=None)
 @given(requests())
-def test_a_step_is_diffusers_guidance_and_the_table_row(bind, drawn):
+def test_a_step_is_diffusers_guidance_and_the_table_row(twin_library, bind, drawn):
     """A dozen float32 roundings, each of at most the sums' size, which the guidance scale makes."""
     values, table, guidance = drawn
     device = HostDevice()
     tensors = {name: floats(device, each) for name, each in values.items()}
-    bind(device, table, guidance, *tensors.values())(1)
+    bind(twin_library, device, table, guidance, *tensors.values())(1)
     x, h = (values[name].astype(np.float64) for name in ("latents", "history"))
     g, row = diffusers_guided(values["model_output"], guidance), table[1].astype(np.float64)
     wanted = row[0] * x + row[1] * g + row[2] * h
@@ -113,7 +97,7 @@ def test_a_step_is_diffusers_guidance_and_the_table_row(bind, drawn):
         np.testing.assert_allclose(tensors["history"].array, history, rtol=0, atol=tolerance)
 
 
-def test_a_bound_cuda_kernel_follows_the_request():
+def test_a_bound_cuda_kernel_follows_the_request(twin_library):
     """Same addresses, other guidance: what a captured graph relies on."""
     device, rng = HostDevice(), np.random.default_rng(0)
     shapes = [(1, 4, 3, 3)] * 2 + [(2, 4, 3, 3)] * 2
@@ -121,7 +105,7 @@ def test_a_bound_cuda_kernel_follows_the_request():
     tensors = [floats(device, each) for each in values]
     table = np.array([DDIM_ROW], np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_kernels.kernels, "cuda_library", TwinLibrary)
+        patch.setattr(cuda_kernels.kernels, "cuda_library", lambda: twin_library)
         kernel = SolverKernel(device, 0, 1, True, True, *tensors)
     for guidance in (Guidance(3.0, 0.5), Guidance(9.0, 1.0)):
         for tensor, each in zip(tensors, values, strict=True):
@@ -129,7 +113,7 @@ def test_a_bound_cuda_kernel_follows_the_request():
         kernel.set(device, table, guidance)
         kernel.step(0)
         fresh = [floats(device, each) for each in values]
-        bind_compiled(device, table, guidance, *fresh)(0)
+        bind_compiled(None, device, table, guidance, *fresh)(0)
         np.testing.assert_array_equal(tensors[0].array, fresh[0].array)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from blockcache.runtime.cuda_kernels import SolverKernel
+from blockcache.runtime.cuda_kernels import SolverKernel, bind_change
 from blockcache.runtime.device import Guidance, StepFunction, Tensor, encode, modes_of
 from blockcache.runtime.errors import EngineError, MissingExtraError
 from blockcache.runtime.interop import DeviceView
@@ -223,6 +223,10 @@ class CudaDevice:
         solver = self._solvers[key]
         solver.set(self, coefficients, guidance)
         return solver.step
+
+    def change(self, target: Tensor, now: Tensor, before: Tensor) -> Callable[[], None]:
+        """The CUDA kernel."""
+        return bind_change(self, self.stream, target, now, before)
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """Record what ``enqueue`` puts on the stream, without running it; returns its replay."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -84,6 +85,25 @@ class SolverKernel:
         code = self._library.bc_cuda_guided_solver_step(self._arguments, step, self._stream)
         if code:
             kernels.check(self._library, "bc_cuda_guided_solver_step", code)
+
+
+def bind_change(
+    device: Device, stream: int, target: Tensor, now: Tensor, before: Tensor
+) -> Callable[[], None]:
+    """A launch that puts eq. 6 per image into ``target``, as ``Device.change`` has it."""
+    library, tensors = cuda_library(), (target, now, before)
+    samples, M = now.shape[0], math.prod(now.shape[1:])
+    size = library.bc_cuda_relative_change_workspace_bytes(samples, M)
+    workspace = device.tensor(device.allocate(size), 0, (size,), "uint8")
+    inputs = (now.pointer, before.pointer, target.shape[0], samples, M, kernels.DTYPES[now.dtype])
+    arguments = (target.pointer, None, *inputs, workspace.pointer, size, stream)
+
+    def measure(_keep_alive: object = (*tensors, workspace)) -> None:
+        code = library.bc_cuda_relative_change(*arguments)
+        if code:
+            kernels.check(library, "bc_cuda_relative_change", code)
+
+    return measure
 
 
 def _floats(device: Device, *shape: int) -> Tensor:

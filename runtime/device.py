@@ -113,6 +113,13 @@ class Device(Protocol):
         [N, C, H, W], model output and input [2N, C, H, W], or [N, ...] without guidance.
         """
 
+    def change(self, target: Tensor, now: Tensor, before: Tensor) -> Callable[[], None]:
+        """A function that puts eq. 6 per image into ``target``, float32 [images].
+
+        ``now`` and ``before`` are [images, ...], or with guidance [2 * images, ...]: an image's
+        two halves count together.
+        """
+
 
 class HostDevice:
     """Host memory; the solver step runs in the compiled kernel, or in numpy without it."""
@@ -164,6 +171,16 @@ class HostDevice:
         output, following = (_view(t).reshape(t.shape[0], -1) for t in (model_output, model_input))
         bind = _bind_kernels if kernels.host_available() else _bind_numpy
         return bind(coefficients, guidance, sample, past, output, following)
+
+    def change(self, target: Tensor, now: Tensor, before: Tensor) -> Callable[[], None]:
+        """The compiled kernel."""
+        result, fresh, previous = map(_view, (target, now, before))
+
+        def measure() -> None:
+            images, dtype = len(result), now.dtype
+            result[:], _ = kernels.relative_change(fresh, previous, images=images, dtype=dtype)
+
+        return measure
 
 
 def _bind_kernels(

@@ -25,6 +25,7 @@ import numpy as np
 
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.device import Guidance, StepFunction, Tensor, modes_of
+from blockcache.runtime.drift import DriftMonitor
 from blockcache.runtime.engine import Backend, load_shared, make_backend
 from blockcache.runtime.errors import BundleFormatError, Cancelled, ConfigError, InputError
 from blockcache.runtime.graphs import LoopGraphs, player_for
@@ -63,7 +64,13 @@ class Session:
     share the engines of a bundle and have buffers of their own.
     """
 
-    def __init__(self, bundle: Bundle, preset: Preset, backend: Backend) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        preset: Preset,
+        backend: Backend,
+        drift: DriftMonitor | None = None,
+    ) -> None:
         if preset.alignment.outputs != bundle.model.outputs:
             raise BundleFormatError(
                 f"Preset {preset.name!r} combines {preset.alignment.outputs} outputs of a block, "
@@ -72,6 +79,9 @@ class Session:
         self.bundle = bundle
         self.preset = preset
         self.backend = backend
+        self.drift = drift
+        if drift is not None:
+            drift.watch(bundle, preset)
         needed = [s for s in bundle.segments if s.role in (*LOOP_ROLES, "prompt")]
         self._engines = {s.name: load_shared(backend, bundle, s) for s in needed}
         self._tables = solver_tables(SolverConfig.from_json(preset.solver))
@@ -90,6 +100,7 @@ class Session:
         threads: int | None = None,
         stream: Any = None,
         verify: bool = True,
+        drift: DriftMonitor | None = None,
     ) -> Session:
         """Open a bundle and load its engines.
 
@@ -100,6 +111,7 @@ class Session:
             threads: CPU threads of the engine library; default one a physical core.
             stream: The caller's CUDA stream: a number or an object with ``__cuda_stream__``.
             verify: Check the sha256 of every file first.
+            drift: Compare live traffic with the preset's profile; None costs nothing.
 
         Raises:
             BundleError: see ``Bundle.open`` and ``Bundle.preset``.
@@ -113,7 +125,7 @@ class Session:
             backend = make_backend(
                 backend, threads=threads, bundle=opened, stream=stream, verify=verify
             )
-        return cls(opened, chosen, backend)
+        return cls(opened, chosen, backend, drift)
 
     @property
     def steps(self) -> int:
@@ -196,7 +208,10 @@ class Session:
             program = self._program(request.sizes, request.images)
             for name, values in inputs.items():
                 self.backend.device.upload(program.tensors[name], values)
-            return self._run(program, request, start, guidance, callback, cancelled)
+            result = self._run(program, request, start, guidance, callback, cancelled)
+        if self.drift is not None and result.record.change is not None:
+            self.drift.add(result.record.change)
+        return result
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -229,6 +244,8 @@ class Session:
         record = RunRecord(program.loop, range(request.first, self.steps))
         latents = program.tensors["latents"]
         solver = self._solver(program, request, guidance)
+        if run.meter is not None:
+            solver = run.meter.after(solver)
         begin = perf_counter_ns()
         for launch in program.prompt:
             launch()
@@ -251,6 +268,8 @@ class Session:
                     self._report(callback, step, latents)
         result = self.backend.device.download(latents)
         record.total_ns = perf_counter_ns() - begin
+        if run.meter is not None:
+            record.change = run.meter.read()
         if graphs is not None:
             record.launched(run.launches)
         if request.check_finite:
@@ -304,6 +323,7 @@ class Session:
                 self.backend.device,
                 sizes,
                 images,
+                measured=self.drift is not None,
             )
         return self._programs[key]
 

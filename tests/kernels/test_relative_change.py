@@ -104,6 +104,19 @@ def test_rescale_factors_are_those_of_the_float64_formula(pair, phi, scale):
     np.testing.assert_allclose(factors, expected, rtol=2 * UNIT)
 
 
+@given(pairs(least=2), st.sampled_from([np.nan, np.inf, -np.inf]))
+def test_special_numbers_reach_the_factor_of_their_sample_only(pair, special):
+    *halves, rng = pair
+    model_out = np.concatenate(halves)
+    clean = kernels.guidance_rescale_factors(model_out, guidance=3.0, phi=0.5)
+    row = rng.integers(len(model_out))
+    model_out[row, rng.integers(model_out.shape[1])] = special
+    factors = kernels.guidance_rescale_factors(model_out, guidance=3.0, phi=0.5)
+    sample = row % len(clean)
+    assert np.isnan(factors[sample])  # as in the formula: the mean is not finite
+    np.testing.assert_array_equal(np.delete(factors, sample), np.delete(clean, sample))
+
+
 def test_rescaled_guidance_has_the_conditional_spread():
     rng = np.random.default_rng(3)
     m = rng.standard_normal((4, 4, 8, 8)).astype(np.float32)

@@ -78,7 +78,10 @@ def scale_shift_residual(
 
 @contextmanager
 def on_gpu(module: torch.nn.Module) -> Iterator[torch.device]:
-    """The module on the GPU for the length of a ``with``, where there is one; gives its device."""
+    """The module on the GPU for the length of a ``with``, where there is one; gives its device.
+
+    Where the GPU is too small, hide it: ``CUDA_VISIBLE_DEVICES=``.
+    """
     home = next(module.parameters()).device
     away = torch.device("cuda") if torch.cuda.is_available() else home
     module.to(away)
@@ -89,8 +92,11 @@ def on_gpu(module: torch.nn.Module) -> Iterator[torch.device]:
 
 
 def _library_for(*tensors: torch.Tensor) -> ctypes.CDLL | None:
-    """The CUDA library where it can work on these tensors."""
-    return kernels.cuda_library() if _fits(*tensors) and all(t.is_cuda for t in tensors) else None
+    """The CUDA library where it can work on these tensors: on the current device."""
+    place = tensors[0].device
+    if place.type != "cuda" or place.index != torch.cuda.current_device() or not _fits(*tensors):
+        return None
+    return kernels.cuda_library()
 
 
 def _fits(*tensors: torch.Tensor) -> bool:

@@ -68,7 +68,7 @@ struct Sums {
 };
 
 template <class T, class Term>
-Sums sum(const Args &args, int64_t n, Term term) {
+BC_INLINE Sums sum(const Args &args, int64_t n, Term term) {
   constexpr int kLanes = 16;
   double lanes_c[kLanes] = {}, lanes_g[kLanes] = {};
   int64_t i = 0;
@@ -91,18 +91,18 @@ Sums sum(const Args &args, int64_t n, Term term) {
 }
 
 struct Value {
-  double c(float value) const { return value; }
-  double g(float value) const { return value; }
+  BC_INLINE double c(float value) const { return value; }
+  BC_INLINE double g(float value) const { return value; }
 };
 
 struct SquaredDistance {
   double mean_c, mean_g;
-  double c(float value) const { return (value - mean_c) * (value - mean_c); }
-  double g(float value) const { return (value - mean_g) * (value - mean_g); }
+  BC_INLINE double c(float value) const { return (value - mean_c) * (value - mean_c); }
+  BC_INLINE double g(float value) const { return (value - mean_g) * (value - mean_g); }
 };
 
 template <class T>
-void factors_on_host(const Args &args) {
+BC_CLONES static void factors_on_host(const Args &args) {
   for (int64_t n = 0; n < args.N; ++n) {
     const Sums sums = sum<T>(args, n, Value{});
     const double count = static_cast<double>(args.M);

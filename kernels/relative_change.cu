@@ -78,7 +78,7 @@ constexpr int kLanes = 16;
 constexpr int kRows = 8;
 
 template <class T>
-Sums sums_of_sample(const Args &args, int64_t n) {
+BC_INLINE Sums sums_of_sample(const Args &args, int64_t n) {
   double difference[kLanes] = {}, value[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes * kRows <= args.M; i += kLanes * kRows) {
@@ -101,7 +101,7 @@ Sums sums_of_sample(const Args &args, int64_t n) {
 }
 
 template <class T>
-void change_on_host(const Args &args) {
+BC_CLONES static void change_on_host(const Args &args) {
   Sums whole = {};
   for (int64_t image = 0; image < args.images; ++image) {
     Sums sums = {};

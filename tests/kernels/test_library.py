@@ -3,7 +3,9 @@
 import ctypes
 import shutil
 import subprocess
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -131,6 +133,47 @@ def test_reductions_and_residual_refuse_what_they_must():
     for changes, code in [({}, 0), ({"layout": 2}, -8), ({"x": at + 4}, -6), ({"L": 0}, -3)]:
         args = kernels.ScaleShiftResidualArgs(**{**sizes, **where, **changes})
         assert library.bc_host_scale_shift_residual(args) == code
+
+
+def results_of_every_kernel():
+    """What all host kernels make of the same random numbers, in every type."""
+    rng, made = np.random.default_rng(0), []
+    x, h = rng.standard_normal((2, 3, 5, 7, 11), np.float32)
+    table, rows = rng.standard_normal((1, 8), np.float32), rng.standard_normal((2, 5), np.float32)
+    for T in (np.float32, np.float16, ml_dtypes.bfloat16):
+        m = rng.standard_normal((6, 5, 7, 11)).astype(T)
+        out, history, following = np.empty_like(x), np.empty_like(x), np.empty_like(m)
+        factors = kernels.guidance_rescale_factors(m, guidance=5.0, phi=0.7)
+        kernels.guided_solver_step(
+            out, sample=x, model_out=m, table=table, step=0, history_out=history, history0=h,
+            history1=x, next_input=following, guidance=5.0, rescale=factors,
+        )  # fmt: skip
+        per_image, whole = kernels.relative_change(m, following, images=3)
+        residuals = [np.empty_like(m), np.empty_like(m)]
+        for layout, y in zip(("nchw", "nhwc"), residuals, strict=True):
+            shape = m.shape if layout == "nchw" else (6, 7, 11, 5)
+            tensors = {"x": m.reshape(shape), "last": following.reshape(shape)}
+            kernels.scale_shift_residual(
+                y.reshape(shape), scale=rows[0], shift=rows[1], layout=layout, **tensors
+            )
+        made += [factors, out, history, following, per_image, np.float32(whole), *residuals]
+    return [np.asarray(each).tobytes() for each in made]
+
+
+def test_every_instruction_set_gives_the_same_bits(fresh_loader, tmp_path, monkeypatch):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to build for the oldest machines")
+    installed = results_of_every_kernel()
+    source = Path(__file__).resolve().parents[2] / "kernels" / "host.cpp"
+    library = tmp_path / "libblockcache_host.so"
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off"]
+    subprocess.run(
+        [compiler, *flags, "-DBLOCKCACHE_BASELINE", str(source), "-o", str(library)], check=True
+    )
+    monkeypatch.setenv(_library.DIRECTORY_VARIABLE, str(tmp_path))
+    _library._load_host.cache_clear()
+    assert results_of_every_kernel() == installed
 
 
 def test_unknown_codes_have_a_text():

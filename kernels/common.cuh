@@ -1,6 +1,6 @@
 // What every kernel file shares, for the host compiler and nvcc alike.
-// defines: BC_INLINE, BC_CLONES, f16, bf16, to_float, from_float, load, store, tree_sum, dispatch_dtype,
-//          Span, clash, aligned, and under nvcc: launch, warp_sum, block_sum
+// defines: BC_INLINE, BC_CLONES, f16, bf16, to_float, from_float, load, store, tree_sum,
+//          dispatch_dtype, Span, clash, aligned, and under nvcc: launch, warp_sum, block_sum
 #pragma once
 
 #include <cstdint>

@@ -15,7 +15,7 @@ import torch
 
 from blockcache.export import torch_kernels
 from blockcache.export.cached_unet import CachedUNet, denoise
-from blockcache.export.calibration import Calibration
+from blockcache.export.calibration import Calibration, calibration_noise
 from blockcache.export.model import SourceModel
 from blockcache.runtime.bundle import read_tensors, write_tensors
 from blockcache.runtime.errors import ConfigError
@@ -146,17 +146,6 @@ def _measure_batch(
     conditions = calibration.pick([prompt for prompt, _ in jobs], guidance_scale != 1.0)
     conditions = {name: values.to(device) for name, values in conditions.items()}
     schedule = Schedule.uncached(len(tables.timesteps), len(model.blocks))
-    noise = _noise(model, jobs).to(device)
+    noise = calibration_noise(model, jobs).to(device)
     denoise(cached, tables, schedule, None, noise, conditions, guidance_scale, after_step)
     accumulator.images += images
-
-
-def _noise(model: SourceModel, jobs: list[tuple[int, int]]) -> torch.Tensor:
-    """One generator a (prompt, seed): the same noise whatever the batching."""
-    shape = (int(model.unet.config.in_channels), *model.sample_size)
-    return torch.stack(
-        [
-            torch.randn(shape, generator=torch.Generator().manual_seed(1_000_003 * seed + prompt))
-            for prompt, seed in jobs
-        ]
-    )

@@ -46,7 +46,7 @@ def scale_shift_residual(
         coefficients: float32 [2 or 3, C], rows scale (, before), shift; None: a plain sum, for
             which torch needs one pass too.
     """
-    if coefficients is None:
+    if coefficients is None or (torch.is_grad_enabled() and coefficients.requires_grad):
         return None
     two = len(coefficients) == 3
     blocks = [outputs[0], outputs[-1]] if two else [outputs[0]]

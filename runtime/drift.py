@@ -11,7 +11,7 @@ A schedule reuses a block while its *accumulated* change, by the profile, stays 
 (eq. 7). The monitor checks that premise where it can be checked without running anything more: when
 a block is recomputed, eq. 6 between the new output and the one that was in use until then. Most of
 these lie several steps apart (at delta = 0.5 nearly all), so the measured change is held against
-the profile's change summed over the same steps: the number that the schedule was decided by. One
+the profile's change summed over the same steps, which is what eq. 7 goes by. One
 step apart the two are the same quantity. Over more steps the sum is an upper bound, because changes
 may cancel (triangle inequality, as far as outputs keep their norm); so only one step apart can a
 change be too low. The bound is not idle: on the demo model with its calibration prompts a measured

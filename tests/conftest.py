@@ -126,9 +126,9 @@ def compiled(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
             from blockcache.export.pipeline import (
                 CompileOptions,
                 ExportOptions,
-                PresetOptions,
                 compile_model,
             )
+            from blockcache.export.preset_options import PresetOptions
 
             folder = tmp_path_factory.mktemp(f"{kind}-{outputs}-{precision}") / "bundle"
             presets = tuple(PresetOptions.parse(text) for text in ("ddim:4", "dpm:20"))

@@ -93,8 +93,10 @@ def test_torch_does_what_the_kernels_cannot(on_twin):
     assert torch_kernels.relative_change(x.double(), x.double(), 2) is None
     learned = x.clone().requires_grad_()
     assert torch_kernels.scale_shift_residual(learned, [x], row) is None
+    fitted = row.clone().requires_grad_()
+    assert torch_kernels.scale_shift_residual(x, [x], fitted) is None
     with torch.no_grad():
-        assert torch_kernels.scale_shift_residual(learned, [x], row) is not None
+        assert torch_kernels.scale_shift_residual(learned, [x], fitted) is not None
 
 
 def test_host_tensors_are_left_to_torch():

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from blockcache.export.model import SourceModel, UNetCall
+from blockcache.export.torch_kernels import scale_shift_residual
 from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solver import SolverTables
 
@@ -52,7 +53,8 @@ class CacheableBlock(torch.nn.Module):
                 self.history = [fresh, *self.history][: self.outputs]
                 return result
             self.coefficients = self.on_reuse(fresh, self.history)  # type: ignore[misc]
-        total = residual + self.reused()
+        fused = scale_shift_residual(residual, self.history, self.coefficients)
+        total = residual + self.reused() if fused is None else fused
         return total if hasattr(self.inner, "conv_shortcut") else (total,)
 
     def reused(self) -> torch.Tensor:
@@ -138,6 +140,17 @@ class CachedUNet:
         return output
 
 
+def guided_output(output: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
+    """Guidance between the halves of [2N, ...] and its rescale (arXiv 2305.08891, section 3.4)."""
+    unconditional, conditional = output.chunk(2)
+    guided: torch.Tensor = unconditional + scale * (conditional - unconditional)
+    if rescale:
+        axes = tuple(range(1, guided.ndim))
+        spread = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+        guided = guided * (rescale * spread + 1 - rescale)
+    return guided
+
+
 @dataclass(frozen=True)
 class State:
     """What a step hands to the next; a difference of states is the error between them."""
@@ -161,6 +174,7 @@ class Denoiser:
         conditions: by name, [2N, ...] with the unconditional half first, or [N, ...] where
             ``guidance_scale`` is 1.
         guidance_scale: 1 turns guidance off.
+        guidance_rescale: 0 (off) to 1, as ``Session.denoise`` has it.
     """
 
     def __init__(
@@ -169,11 +183,12 @@ class Denoiser:
         tables: SolverTables,
         conditions: Mapping[str, torch.Tensor],
         guidance_scale: float,
+        guidance_rescale: float = 0.0,
     ) -> None:
         self.cached = cached
         self.tables = tables
         self._conditions = [conditions[c.name] for c in cached.model.conditions]
-        self._guidance_scale = guidance_scale
+        self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
 
     def start(self, noise: torch.Tensor) -> State:
         """The state that step 0 sees; forgets every computed output."""
@@ -200,8 +215,7 @@ class Denoiser:
         )
         if not guided:
             return output
-        unconditional, conditional = output.chunk(2)
-        return unconditional + self._guidance_scale * (conditional - unconditional)
+        return guided_output(output, self._guidance_scale, self._guidance_rescale)
 
     def advance(self, state: State, output: torch.Tensor, step: int) -> State:
         """The solver's step: linear in latents, output and history."""
@@ -238,6 +252,7 @@ def denoise(
     conditions: Mapping[str, torch.Tensor],
     guidance_scale: float,
     after_step: Callable[[int], None] | None = None,
+    guidance_rescale: float = 0.0,
 ) -> torch.Tensor:
     """The whole loop: final latents [N, C, H, W].
 
@@ -250,8 +265,9 @@ def denoise(
         conditions: as of ``Denoiser``.
         guidance_scale: as of ``Denoiser``.
         after_step: called with the step number; the blocks' ``history`` may be read there.
+        guidance_rescale: as of ``Denoiser``.
     """
-    run = Denoiser(cached, tables, conditions, guidance_scale)
+    run = Denoiser(cached, tables, conditions, guidance_scale, guidance_rescale)
     state = run.start(noise)
     for step in range(schedule.steps):
         rows = None if alignment is None else [table[step] for table in alignment.tables]

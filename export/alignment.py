@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from blockcache.export import torch_kernels
 from blockcache.export.cached_unet import CachedUNet, denoise
-from blockcache.export.calibration import Calibration, calibration_noise
+from blockcache.export.calibration import Calibration, calibration_inputs
 from blockcache.export.model import SourceModel
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
@@ -129,9 +130,8 @@ def _sweep(
             progress(step, schedule.steps)
 
     jobs = [(i % calibration.prompts, options.seed + i) for i in range(options.images)]
-    conditions = calibration.pick([prompt for prompt, _ in jobs], guidance_scale != 1.0)
-    noise = calibration_noise(model, jobs)
-    with CachedUNet(model, outputs) as cached:
+    with CachedUNet(model, outputs) as cached, torch_kernels.on_gpu(model.unet):
+        noise, conditions = calibration_inputs(model, calibration, jobs, guidance_scale)
         cached.on_reuse = on_reuse
         denoise(cached, tables, schedule, None, noise, conditions, guidance_scale, after_step)
     return AlignmentFit(Alignment(tuple(made)), before, after)
@@ -149,16 +149,17 @@ def moments(fresh: torch.Tensor, computed: Sequence[torch.Tensor], outputs: int)
         outputs: 1 or 2, which decides Q = outputs + 2.
     """
     channels = fresh.shape[1]
-    sums = torch.zeros((channels, outputs + 2, outputs + 2), dtype=torch.float64)
+    shape = (channels, outputs + 2, outputs + 2)
+    sums = torch.zeros(shape, dtype=torch.float64, device=fresh.device)
     for image in range(fresh.shape[0]):  # a batch in float64 would be large
         last = computed[0][image].flatten(1)
         rows = [torch.ones_like(last), last]
         if outputs == 2:
             rows.append(last - computed[-1][image].flatten(1))
         rows.append(fresh[image].flatten(1))
-        stacked = torch.stack(rows, dim=1).double().cpu()
+        stacked = torch.stack(rows, dim=1).double()
         sums += stacked @ stacked.transpose(1, 2)
-    return sums.numpy()
+    return sums.cpu().numpy()
 
 
 @dataclass(frozen=True)

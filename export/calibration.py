@@ -105,7 +105,7 @@ def encode_prompts(source: str | Path, prompts: Sequence[str] = PROMPTS) -> Cali
 
 
 def calibration_noise(model: SourceModel, jobs: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Noise [N, C, H, W] of (prompt, seed) jobs: the same whatever the batching."""
+    """Noise [N, C, H, W] of (prompt, seed) jobs: the same whatever the batching and the device."""
     shape = (int(model.unet.config.in_channels), *model.sample_size)
     return torch.stack(
         [
@@ -113,3 +113,16 @@ def calibration_noise(model: SourceModel, jobs: Sequence[tuple[int, int]]) -> to
             for prompt, seed in jobs
         ]
     )
+
+
+def calibration_inputs(
+    model: SourceModel,
+    calibration: Calibration,
+    jobs: Sequence[tuple[int, int]],
+    guidance_scale: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Noise and conditions of (prompt, seed) jobs, on the device where the model is."""
+    device = next(model.unet.parameters()).device
+    conditions = calibration.pick([prompt for prompt, _ in jobs], guidance_scale != 1.0)
+    noise = calibration_noise(model, jobs).to(device)
+    return noise, {name: values.to(device) for name, values in conditions.items()}

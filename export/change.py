@@ -15,7 +15,7 @@ import torch
 
 from blockcache.export import torch_kernels
 from blockcache.export.cached_unet import CachedUNet, denoise
-from blockcache.export.calibration import Calibration, calibration_noise
+from blockcache.export.calibration import Calibration, calibration_inputs
 from blockcache.export.model import SourceModel
 from blockcache.runtime.bundle import read_tensors, write_tensors
 from blockcache.runtime.errors import ConfigError
@@ -142,10 +142,7 @@ def _measure_batch(
                 accumulator.sums[:, step, k] += change.sum(), (change**2).sum()
         previous[:] = fresh
 
-    device = next(model.unet.parameters()).device
-    conditions = calibration.pick([prompt for prompt, _ in jobs], guidance_scale != 1.0)
-    conditions = {name: values.to(device) for name, values in conditions.items()}
+    noise, conditions = calibration_inputs(model, calibration, jobs, guidance_scale)
     schedule = Schedule.uncached(len(tables.timesteps), len(model.blocks))
-    noise = calibration_noise(model, jobs).to(device)
     denoise(cached, tables, schedule, None, noise, conditions, guidance_scale, after_step)
     accumulator.images += images

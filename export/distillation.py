@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from blockcache.export import torch_kernels
 from blockcache.export.cached_unet import CachedUNet, Denoiser
-from blockcache.export.calibration import Calibration, calibration_noise
+from blockcache.export.calibration import Calibration, calibration_inputs
 from blockcache.export.model import SourceModel
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
@@ -92,17 +93,15 @@ def distil(
     adjustment = _Adjustment(start, schedule, _timestep_embeddings(model, tables))
     optimizer = torch.optim.Adam(adjustment.parameters(), lr=options.learning_rate)
     random = np.random.default_rng(options.seed)
-    with CachedUNet(model, start.outputs) as cached:
+    with CachedUNet(model, start.outputs) as cached, torch_kernels.on_gpu(model.unet):
         for iteration in range(options.iterations):
             if progress is not None:
                 progress(iteration, options.iterations)
             rate = 0.5 * (1 + math.cos(math.pi * iteration / options.iterations))
             optimizer.param_groups[0]["lr"] = options.learning_rate * rate
             prompts = random.integers(0, calibration.prompts, options.images_at_once).tolist()
-            conditions = calibration.pick(prompts, guidance_scale != 1.0)
-            noise = calibration_noise(
-                model, [(prompt, options.seed + iteration) for prompt in prompts]
-            )
+            jobs = [(prompt, options.seed + iteration) for prompt in prompts]
+            noise, conditions = calibration_inputs(model, calibration, jobs, guidance_scale)
             run = Denoiser(cached, tables, conditions, guidance_scale)
             optimizer.zero_grad()
             _accumulate_gradients(run, schedule, adjustment, noise)

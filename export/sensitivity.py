@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from blockcache.export import torch_kernels
 from blockcache.export.cached_unet import CachedUNet, Denoiser, State
-from blockcache.export.calibration import Calibration, calibration_noise
+from blockcache.export.calibration import Calibration, calibration_inputs
 from blockcache.export.model import SourceModel
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.solver import SolverTables
@@ -62,11 +63,11 @@ def measure_sensitivity(
         progress: called with (steps done, steps in all).
     """
     prompts = [i * calibration.prompts // options.images for i in range(options.images)]
-    conditions = calibration.pick(prompts, guidance_scale != 1.0)
-    noise = calibration_noise(model, [(prompt, options.seed) for prompt in prompts])
+    jobs = [(prompt, options.seed) for prompt in prompts]
     steps = len(tables.timesteps)
     result = np.zeros((steps, len(model.blocks)), np.float32)
-    with CachedUNet(model) as cached, torch.no_grad():
+    with CachedUNet(model) as cached, torch_kernels.on_gpu(model.unet), torch.no_grad():
+        noise, conditions = calibration_inputs(model, calibration, jobs, guidance_scale)
         run = Denoiser(cached, tables, conditions, guidance_scale)
         states = run.trajectory(noise)
         for step in range(1, steps):

@@ -33,7 +33,7 @@ from blockcache.runtime.solver import SolverTables
 class SensitivityOptions:
     """How much to measure."""
 
-    images: int = 6
+    images: int = 4
     seed: int = 11  # of the noise
 
     def __post_init__(self) -> None:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from blockcache import kernels
-from blockcache.runtime.device import StepFunction, Tensor, encode
+from blockcache.runtime.cuda_kernels import SolverKernel, bind_change
+from blockcache.runtime.device import Guidance, StepFunction, Tensor, encode, modes_of
 from blockcache.runtime.errors import EngineError, MissingExtraError
 from blockcache.runtime.interop import DeviceView
 
@@ -156,7 +155,7 @@ class CudaDevice:
         else:
             self.stream = stream_handle(stream)
         self._kinds = runtime.cudaMemcpyKind
-        self._solvers: dict[tuple[int, ...], _Solver] = {}
+        self._solvers: dict[tuple[int, ...], SolverKernel] = {}
         reference = weakref.ref(self)  # memory holds the device: the device must not hold itself
         self.scratch = Scratch(lambda count: _allocate(reference, count))
 
@@ -207,21 +206,27 @@ class CudaDevice:
     def solver(
         self,
         coefficients: np.ndarray,
-        guidance_scale: float | None,
+        guidance: Guidance | None,
         latents: Tensor,
         history: Tensor,
         model_output: Tensor,
         model_input: Tensor,
     ) -> StepFunction:
         """The fused CUDA kernel; tables keep their address from request to request."""
-        guided = guidance_scale is not None
         tensors = (latents, history, model_output, model_input)
-        key = (*(t.pointer for t in tensors), latents.shape[0], len(coefficients), int(guided))
+        modes = modes_of(guidance)
+        key = (*(t.pointer for t in tensors), latents.shape[0], len(coefficients), *modes)
         if key not in self._solvers:
-            self._solvers[key] = _Solver(self, len(coefficients), guided, *tensors)
+            self._solvers[key] = SolverKernel(
+                self, self.stream, len(coefficients), *modes, *tensors
+            )
         solver = self._solvers[key]
-        solver.set(coefficients, guidance_scale)
+        solver.set(self, coefficients, guidance)
         return solver.step
+
+    def change(self, target: Tensor, now: Tensor, before: Tensor) -> Callable[[], None]:
+        """The CUDA kernel."""
+        return bind_change(self, self.stream, target, now, before)
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """Record what ``enqueue`` puts on the stream, without running it; returns its replay."""
@@ -277,61 +282,3 @@ class _Replay:
 
     def __call__(self) -> None:
         call("cudaGraphLaunch", self._executable, self._stream)
-
-
-class _Solver:
-    """Arguments of the guidance and solver kernel, in memory that stays."""
-
-    def __init__(
-        self,
-        device: CudaDevice,
-        steps: int,
-        guided: bool,
-        latents: Tensor,
-        history: Tensor,
-        model_output: Tensor,
-        model_input: Tensor,
-    ) -> None:
-        library = kernels.cuda_library()
-        if library is None:
-            raise EngineError(
-                "Expected blockcache's CUDA kernels, they were not built. Install blockcache where "
-                "nvcc is found (CUDA toolkit 12 or later), from source."
-            )
-        self._library, self._stream = library, device.stream
-        images = latents.shape[0]
-        self._device = weakref.ref(device)  # the device keeps this object
-        self._table = device.tensor(
-            device.allocate(steps * kernels.ROW * 4), 0, (steps, kernels.ROW), "float32"
-        )
-        self._guidance = device.tensor(device.allocate(images * 4), 0, (images,), "float32")
-        self._tensors = (latents, history, model_output, model_input)
-        self._arguments = kernels.GuidedSolverStepArgs(
-            next_sample=latents.pointer,
-            history_out=history.pointer,
-            next_input=model_input.pointer,
-            sample=latents.pointer,
-            model_out=model_output.pointer,
-            history0=history.pointer,
-            table=self._table.pointer,
-            guidance=self._guidance.pointer if guided else None,
-            N=images,
-            M=math.prod(latents.shape[1:]),
-            S=steps,
-            dtype=kernels.DTYPES[model_output.dtype],
-        )
-
-    def set(self, coefficients: np.ndarray, guidance_scale: float | None) -> None:
-        """Upload a request's coefficients and guidance."""
-        device = self._device()
-        assert device is not None
-        device.upload(self._table, coefficients)
-        if guidance_scale is not None:
-            scale = np.full(self._guidance.shape, guidance_scale, np.float32)
-            device.upload(self._guidance, scale)
-
-    def step(self, step: int) -> None:
-        """Guidance and solver update of ``step``."""
-        code = self._library.bc_cuda_guided_solver_step(self._arguments, step, self._stream)
-        if code:
-            kernels.check(self._library, "bc_cuda_guided_solver_step", code)

@@ -126,9 +126,9 @@ def compiled(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
             from blockcache.export.pipeline import (
                 CompileOptions,
                 ExportOptions,
-                PresetOptions,
                 compile_model,
             )
+            from blockcache.export.preset_options import PresetOptions
 
             folder = tmp_path_factory.mktemp(f"{kind}-{outputs}-{precision}") / "bundle"
             presets = tuple(PresetOptions.parse(text) for text in ("ddim:4", "dpm:20"))
@@ -149,3 +149,44 @@ def bundle_copy(compiled: Any, tmp_path: Path) -> Path:
 
     _, bundle = compiled("sd")
     return Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
+
+
+class TwinLibrary:
+    """The CUDA library's functions on host memory: the host library's, less what only CUDA takes.
+
+    Both are compiled from one source, so that arguments that are right here are right there.
+    """
+
+    @property
+    def _host(self) -> Any:
+        from blockcache import kernels
+
+        return kernels.host_library()
+
+    def bc_error_string(self, code: int) -> bytes:
+        text: bytes = self._host.bc_error_string(code)
+        return text
+
+    def bc_cuda_guidance_rescale_factors(self, *arguments: Any) -> Any:
+        return self._host.bc_host_guidance_rescale_factors(*arguments[:-1])
+
+    def bc_cuda_guided_solver_step(self, *arguments: Any) -> Any:
+        return self._host.bc_host_guided_solver_step(*arguments[:-1])
+
+    def bc_cuda_scale_shift_residual(self, *arguments: Any) -> Any:
+        return self._host.bc_host_scale_shift_residual(*arguments[:-1])
+
+    def bc_cuda_relative_change_workspace_bytes(self, samples: int, _elements: int) -> int:
+        return 16 * samples
+
+    def bc_cuda_relative_change(self, *arguments: Any) -> Any:
+        *rest, workspace, size, _stream = arguments
+        assert workspace
+        assert size == 16 * rest[5]
+        return self._host.bc_host_relative_change(*rest)
+
+
+@pytest.fixture(scope="session")
+def twin_library() -> TwinLibrary:
+    """Stands in for ``kernels.cuda_library()`` where tensors are on the host."""
+    return TwinLibrary()

@@ -104,6 +104,44 @@ def test_graphs_replay_the_same_latents(bundle, backend, conditions_of):
     assert watched == list(range(20))
 
 
+def test_one_graph_serves_every_guidance_and_rescale(bundle, backend, conditions_of):
+    session = Session.open(bundle, preset="dpm-20", backend=backend)
+    request = request_of(session, conditions_of)
+    for scale, rescale in [(3.0, 0.7), (8.0, 0.2), (8.0, 1.0), (3.0, 0.7)]:
+        how = {"guidance_scale": scale, "guidance_rescale": rescale}
+        replayed = session.denoise(**request, **how).latents
+        alone = Session.open(bundle, preset="dpm-20", backend=backend)
+        np.testing.assert_array_equal(replayed, alone.denoise(**request, **how).latents)
+    assert len(session._graphs) == 1
+    session.denoise(**request)
+    assert len(session._graphs) == 2  # without rescale there is one launch less
+
+
+class Listener:
+    """In a monitor's place: takes any preset."""
+
+    def watch(self, bundle, preset):
+        pass
+
+    def add(self, change):
+        self.change = change
+
+
+def test_a_monitor_measures_in_the_graph_and_changes_no_bit(bundle, backend, conditions_of):
+    listener, plain = Listener(), Session.open(bundle, preset="dpm-20", backend=backend)
+    watched = Session(bundle, plain.preset, backend, listener)
+    request = request_of(plain, conditions_of, images=2)
+    changes = []
+    for _ in range(2):  # launched, then replayed
+        ours, theirs = watched.denoise(**request), plain.denoise(**request)
+        np.testing.assert_array_equal(ours.latents, theirs.latents)
+        changes.append(listener.change)
+    np.testing.assert_array_equal(*changes)
+    assert np.isnan(changes[0][0]).all()
+    assert (changes[0][1:] > 0).all()
+    assert np.isfinite(changes[0][1:]).all()
+
+
 def test_two_images_are_the_same_alone_and_together(bundle, backend, conditions_of):
     session = Session.open(bundle, preset="ddim-4", backend=backend)
     request = request_of(session, conditions_of, images=2)

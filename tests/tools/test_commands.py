@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 
 from safetensors.numpy import save_file
 
+from blockcache.runtime import DriftMonitor, Session
 from blockcache.tools import cli
 
 
@@ -76,6 +77,15 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
     assert np.isfinite(first).all()
     blockcache(*run, "--seed", 3)
     np.testing.assert_array_equal(np.load(latents), first)
+    blockcache(*run, "--seed", 3, "--guidance-rescale", 0.7)
+    assert np.abs(np.load(latents) - first).max() > 1e-3
+    code, _, err = blockcache(*run, "--guidance-rescale", 2)
+    assert code == 1
+    assert "guidance_rescale: expected 0 (off) to 1, got 2.0" in err
+
+    monitor = DriftMonitor()  # takes the profile that the compile wrote
+    Session.open(bundle, preset="ddim-4-d0.2", backend="empty", drift=monitor)
+    assert monitor.report().measured > 0
 
     code, out, _ = blockcache("bench", bundle, "--rounds", 1, "--json")
     assert code == 0

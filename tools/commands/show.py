@@ -71,7 +71,7 @@ def _plot_change(bundle: Bundle, preset: str, file: Path) -> None:
     if "profile" not in policy:
         raise ConfigError(
             f"Preset {preset!r} was made without measurements, so there is no change to plot. "
-            f"Choose one with a delta: --preset NAME."
+            f"Choose another: --preset NAME."
         )
     tensors = read_tensors(bundle.path(str(policy["profile"])))
     paths = [block.path for block in bundle.model.blocks]
@@ -207,7 +207,7 @@ def _presets_table(bundle: Bundle) -> Table:
     for column in ("steps", "blocks computed", "guidance"):
         table.add_column(column, justify="right")
     for name, entry in bundle.manifest.presets.items():
-        shown = ("delta", "images")
+        shown = ("value", "alignment", "images")
         policy = " ".join(f"{k}={v}" for k, v in entry.policy.items() if k in shown)
         table.add_row(
             name,

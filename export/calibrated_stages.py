@@ -24,7 +24,7 @@ from blockcache.export.alignment import (
 from blockcache.export.calibration import Calibration
 from blockcache.export.change import Profile, ProfileOptions, measure_change
 from blockcache.export.distillation import DistillationOptions, distil
-from blockcache.export.model import SourceModel
+from blockcache.export.model import TORCH_DTYPES, SourceModel
 from blockcache.export.peers import read_table
 from blockcache.export.preset_options import PresetOptions
 from blockcache.export.sensitivity import SensitivityOptions, measure_sensitivity
@@ -63,8 +63,10 @@ class CalibratedStages:
         options: CalibrationOptions,
         calibration: Calibration | None,
         observer: Observer,
+        precision: str,
     ) -> None:
         self.model = model
+        self._precision = precision  # of the exported weights
         self._store = store
         self._options = options
         self._calibration = calibration
@@ -127,6 +129,7 @@ class CalibratedStages:
             schedule=hashlib.sha256(schedule.recompute.tobytes()).hexdigest(),
             alignment=self._options.alignment,
             kind=preset.alignment,
+            precision=self._precision,
             distillation=self._options.distillation if distilled else None,
         )
         name = f"profiles/{preset.name}-alignment.safetensors"
@@ -142,8 +145,9 @@ class CalibratedStages:
 
     def _fit(self, preset: PresetOptions, schedule: Schedule, distilled: bool) -> AlignmentFit:
         model, tables, calibration, guidance_scale = self._inputs(preset)
-        # A half-precision export has rounded the weights: aligned in float32, but to those.
-        torch.nn.Module.to(model.unet, torch.float32)
+        # The student has the exported weights: rounded to their precision, computed in float32.
+        for dtype in (TORCH_DTYPES[self._precision], torch.float32):
+            torch.nn.Module.to(model.unet, dtype)
         fit = fit_alignment(
             model,
             tables,

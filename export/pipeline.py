@@ -130,7 +130,9 @@ def _compile(
     observer: Observer,
 ) -> None:
     store = StageStore(folder)
-    stages = CalibratedStages(model, store, options.calibration, calibration, observer)
+    stages = CalibratedStages(
+        model, store, options.calibration, calibration, observer, options.export.precision
+    )
     for preset in options.presets:  # what cannot work is refused before any work
         solver_tables(solver_config(model, preset))
         stages.check(preset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -218,6 +219,17 @@ def test_a_distilled_preset_is_fitted_trained_and_judged(made, model, calibratio
     report = read_tensors(copy / preset.policy["alignment_report"])
     assert (report["before"][1] > 0).all()
     assert all(table[1, 0].any() for table in preset.alignment.tables)
+
+
+def test_a_fit_is_made_on_weights_as_they_are_exported(model, calibration, calls, copy):
+    """Also where the export was done by an earlier compile, and has rounded nothing in this one."""
+    source = dataclasses.replace(model, unet=deepcopy(model.unet))
+    wanted = options(BUDGET)
+    half = dataclasses.replace(wanted, export=ExportOptions(outputs=2, precision="bfloat16"))
+    compile_model(source, copy, half, calibration)
+    assert calls == ["fit_alignment"], "not the fit on float32 weights"
+    for rounded, exact in zip(source.unet.parameters(), model.unet.parameters(), strict=True):
+        assert torch.equal(rounded, exact.bfloat16().float())
 
 
 def test_a_preset_that_reuses_nothing_is_not_fitted(made, model, calibration, calls, copy):

@@ -57,11 +57,12 @@ def _shown(group: GroupReport) -> list[tuple[str, str]]:
 
 
 def _lines(group: GroupReport, key: str, x_of: Callable[[Row], Any]) -> list[plots.Line]:
-    """One line a method, ordered by speed-up; the uncached run is the zero that all start from."""
+    """One line a method, ordered by cost; the uncached run is the zero that all start from."""
     methods = dict.fromkeys(row.method for row in group.rows if row.method != UNCACHED)
     lines = []
     for method in methods:
-        rows = sorted((row for row in group.rows if row.method == method), key=x_of)
+        found = [row for row in group.rows if row.method == method]
+        rows = sorted(found, key=lambda row: row.speedup_flops)  # measured speed is noisy
         x = [x_of(row) for row in rows]
         lines.append(_line(group, key, method, x, rows))
     return lines

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
+from blockcache.tools.evaluation import figures
 from blockcache.tools.evaluation.alignment_table import alignment_tables
 from blockcache.tools.evaluation.contest import make_groups
 from blockcache.tools.evaluation.markdown import markdown
@@ -151,3 +153,22 @@ def test_alignments_stand_side_by_side_for_one_schedule(preset_of, presets_only)
 
 def test_without_alignments_there_is_no_such_table(report):
     assert alignment_tables(report.groups[0]) == []
+
+
+def test_the_frontier_shows_paired_differences(report, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures.plots, "plot_frontiers", lambda panels, file: drawn.extend(panels))
+    figures.draw(report, [SimpleNamespace(name="dpm-4")], None, {}, tmp_path)
+    assert [(panel.y.split(",")[0], panel.x.split(" ")[0]) for panel in drawn] == [
+        ("distance to the uncached run", "speed-up"),
+        ("distance to the uncached run", "measured"),
+        ("Fréchet distance", "speed-up"),
+        ("Fréchet distance", "measured"),
+    ]
+    lines = {line.label: line for line in drawn[3].lines}
+    assert set(lines) == {"fewer steps", "threshold"}
+    line = lines["threshold"]
+    assert (line.x, line.y, line.low, line.high) == ([3.0], [-1.0], [-1.0], [-1.0])
+    distance = next(line for line in drawn[0].lines if line.label == "threshold")
+    assert distance.y == [0.3]
+    assert distance.low[0] < 0.3 < distance.high[0]

@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -110,35 +111,42 @@ def _free(pointer: int) -> None:
     _cudart().cudaFree(pointer)  # waits for the device; errors at exit do not matter
 
 
+class Context(Protocol):
+    """What a device knows of an engine's execution context."""
+
+    name: str
+
+    def set_memory(self, pointer: int, count: int) -> None:
+        """Where its activations go."""
+
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold its launches."""
+
+
 class Scratch:
     """Activation memory that all engines of a device share: the maximum of what they need.
 
     Contexts that use it are told when it moves; ``generation`` counts the moves, so that graphs
-    that hold the old address are not replayed.
+    that hold the old address are not replayed. Contexts are not kept alive.
     """
 
     def __init__(self, allocate: Callable[[int], Any]) -> None:
         self._allocate = allocate
         self._memory: Any = None
-        self._bytes = 0
-        self._users: list[Callable[[int, int], None]] = []
+        self.bytes = 0
+        self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.generation = 0
 
-    @property
-    def bytes(self) -> int:
-        """What is held now."""
-        return self._bytes
-
-    def use(self, count: int, set_memory: Callable[[int, int], None]) -> None:
-        """Register a user: ``set_memory(pointer, bytes)`` is called now and at every move."""
-        self._users.append(set_memory)
-        if count <= self._bytes and self._memory is not None:
-            set_memory(self._memory.pointer, self._bytes)
+    def use(self, count: int, context: Context) -> None:
+        """Register a context that needs ``count`` bytes: it is told now and at every move."""
+        self.contexts.add(context)
+        if count <= self.bytes and self._memory is not None:
+            context.set_memory(self._memory.pointer, self.bytes)
             return
-        old, self._memory, self._bytes = self._memory, self._allocate(count), count
+        old, self._memory, self.bytes = self._memory, self._allocate(count), count
         self.generation += 1
-        for user in self._users:
-            user(self._memory.pointer, self._bytes)
+        for each in self.contexts:
+            each.set_memory(self._memory.pointer, self.bytes)
         del old  # freed last: freeing waits for what still runs in it
 
 
@@ -149,6 +157,7 @@ class CudaDevice:
 
     def __init__(self, stream: Any = None) -> None:
         self.capability = device_capability()
+        self.lock = threading.RLock()  # one request at a time on this stream
         runtime = _cudart()
         if stream is None:
             self.stream = int(call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking))
@@ -224,7 +233,17 @@ class CudaDevice:
         return solver.step
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """Record what ``enqueue`` puts on the stream, without running it; returns its replay."""
+        """Record what ``enqueue`` puts on the stream, without running it; returns its replay.
+
+        Raises:
+            EngineError: the driver, or an engine of this device, cannot do it.
+        """
+        refusing = sorted({c.name for c in self.scratch.contexts if not c.capturable()})
+        if refusing:
+            raise EngineError(
+                f"Expected engines that a CUDA graph can hold, these cannot be captured: "
+                f"{', '.join(refusing)}. Build them again with this version of blockcache."
+            )
         mode = _cudart().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         call("cudaStreamBeginCapture", self.stream, mode)
         try:

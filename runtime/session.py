@@ -76,7 +76,8 @@ class Session:
         self._engines = {s.name: load_shared(backend, bundle, s) for s in needed}
         self._tables = solver_tables(SolverConfig.from_json(preset.solver))
         self._programs: dict[tuple[int, ...], Program] = {}
-        self._lock = threading.RLock()
+        # Sessions on one stream take turns: a graph must not capture another one's launches.
+        self._lock = getattr(backend.device, "lock", None) or threading.RLock()
         self._running = False
         self._graphs = player_for(backend)
 
@@ -89,6 +90,7 @@ class Session:
         backend: str | Backend = "auto",
         threads: int | None = None,
         stream: Any = None,
+        graphs: str = "auto",
         verify: bool = True,
     ) -> Session:
         """Open a bundle and load its engines.
@@ -98,7 +100,10 @@ class Session:
             preset: One of the bundle's presets; default its first.
             backend: "auto", "trt", "ort", "ort-cuda", "empty", or a Backend.
             threads: CPU threads of the engine library; default one a physical core.
-            stream: The caller's CUDA stream: a number or an object with ``__cuda_stream__``.
+            stream: The caller's CUDA stream: a number or an object with ``__cuda_stream__``. It
+                belongs to one thread at a time, as CUDA has it.
+            graphs: With TensorRT: "auto" captures the loop in CUDA graphs and replays them, "off"
+                launches one by one, "check" also compares addresses before each replay.
             verify: Check the sha256 of every file first.
 
         Raises:
@@ -111,7 +116,12 @@ class Session:
         chosen = opened.preset(name or "")
         if isinstance(backend, str):
             backend = make_backend(
-                backend, threads=threads, bundle=opened, stream=stream, verify=verify
+                backend,
+                threads=threads,
+                bundle=opened,
+                stream=stream,
+                graphs=graphs,
+                verify=verify,
             )
         return cls(opened, chosen, backend)
 

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 
 import pytest
 
@@ -22,16 +21,31 @@ from blockcache.runtime.errors import ConfigError, ExportError
 
 pytest.importorskip("tensorrt_rtx")
 SM80 = Target.parse("sm80")
+FEW = ("trunk_06", "trunk_07", "block_00", "block_01")
 
 
 @pytest.fixture(scope="session")
-def built(compiled, tmp_path_factory):
+def demo_bundle(tmp_path_factory):
+    """``demo_bundle()``: the shipped model as ``blockcache compile demo --precision bfloat16``."""
+
+    def make():
+        from blockcache.tools.commands.compile import compile_bundle
+
+        folder = tmp_path_factory.mktemp("demo") / "bundle"
+        compile_bundle("demo", folder, preset=["dpm:20"], precision="bfloat16", as_json=True)
+        return Bundle.open(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def built(compiled, demo_bundle, tmp_path_factory):
     """``built(kind, outputs)``: (Bundle, BuildReport) of a bfloat16 bundle built for SM80."""
     made = {}
 
     def get(kind, outputs):
         if kind not in made:
-            _, bundle = compiled(kind, outputs, "bfloat16")
+            bundle = demo_bundle() if kind == "demo" else compiled(kind, outputs, "bfloat16")[1]
             folder = tmp_path_factory.mktemp("built") / kind
             own = Bundle.open(shutil.copytree(bundle.folder, folder))
             made[kind] = own, build_engines(own, SM80)
@@ -56,12 +70,16 @@ def tiny_build(bundle, *names):
 # -- every segment, as bfloat16, for SM80, with dynamic batch -------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "outputs"), [("sd", 1), ("sdxl", 2)])
+MODELS = [("sd", 1), ("sdxl", 2), ("demo", 1)]
+
+
+@pytest.mark.parametrize(("kind", "outputs"), MODELS)
 def test_every_segment_builds(built, kind, outputs):
     bundle, report = built(kind, outputs)
     engines = read_engines(bundle, "sm80")
     assert (engines.library, engines.capabilities) == ("tensorrt_rtx", ("8.0",))
-    assert str(engines.profiles[0]) == "batch 1..8, height 16, width 16, tokens 7"
+    assert (engines.precision, bundle.model.precision) == ("bfloat16", "bfloat16")
+    assert str(engines.profiles[0]).startswith("batch 1..8, height 16, width 16, tokens")
     wanted = [s for s in bundle.segments if s.role in ("prompt", "condition", "trunk", "block")]
     assert [s.name for s in report.segments] == [s.name for s in wanted]
     assert set(engines.engines) == {s.name for s in wanted}
@@ -70,14 +88,17 @@ def test_every_segment_builds(built, kind, outputs):
         assert engines.engines[segment.name].kernels > 0
 
 
-@pytest.mark.parametrize(("kind", "outputs"), [("sd", 1), ("sdxl", 2)])
+@pytest.mark.parametrize(("kind", "outputs"), MODELS)
 def test_attention_and_scale_shift_are_fused(built, kind, outputs):
     bundle, report = built(kind, outputs)
     blocks = [s for s in bundle.segments if s.role == "block"]
     for segment in blocks:
         facts = report.entries[segment.name].facts
         assert facts["attentions"] >= 2
-        assert facts["attentions_fused"] == facts["attentions"], segment.name
+        # The demo model has single-headed attention on its first level, which is not one kernel.
+        if kind != "demo" or facts["attentions_fused"]:
+            assert facts["attentions_fused"] == facts["attentions"], segment.name
+    assert report.total("attentions_fused") > report.total("attentions") / 2
     assert report.total("scale_shifts") == len(blocks)
     assert report.total("scale_shifts_fused") == len(blocks)
 
@@ -165,6 +186,20 @@ def test_the_split_tax_is_published(built_copy):
     assert report.entries["whole"].facts["attentions_fused"] == 14
 
 
+# -- other precisions ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_other_precisions_build(compiled, tmp_path, precision):
+    _, bundle = compiled("sd", 1, precision)
+    own = Bundle.open(shutil.copytree(bundle.folder, tmp_path / "bundle"))
+    report = build_engines(tiny_build(own, *FEW), SM80)
+    assert report.engines.precision == precision
+    layout = report.entries["block_00"].formats["block_0"]
+    assert layout == ("hwc8" if precision == "float16" else "linear")
+    assert (report.total("attentions_fused") == 4) is (precision == "float16")
+
+
 # -- shapes ---------------------------------------------------------------------------------------
 
 
@@ -231,17 +266,36 @@ def test_stripped_weights_without_a_driver_say_what_to_do(built_copy):
 # -- two builds at once, and a kill ---------------------------------------------------------------
 
 
-def test_a_second_build_of_the_same_target_is_refused(built_copy):
-    from filelock import FileLock
+def _build_and_wait(folder, started, go_on):
+    """In another process: build, but stop after the first engine until told to go on."""
 
-    lock = FileLock(built_copy.folder / "engines/sm80/.lock")
-    with lock, pytest.raises(ConfigError, match="Another build"):
-        build_engines(built_copy, SM80)
+    def observe(*told):
+        started.put(told)
+        assert go_on.wait(timeout=120)
+
+    build_engines(tiny_build(Bundle.open(folder), *FEW), Target.parse("sm86"), observer=observe)
+
+
+def test_two_builds_at_once(built_copy):
+    context = multiprocessing.get_context("fork")
+    started, go_on = context.Queue(), context.Event()
+    process = context.Process(target=_build_and_wait, args=(built_copy.folder, started, go_on))
+    process.start()
+    started.get(timeout=120)
+    few = tiny_build(built_copy, *FEW)
+    with pytest.raises(ConfigError, match=r"Another build is writing.*sm86"):
+        build_engines(few, Target.parse("sm86"))
+    build_engines(few, Target.parse("sm89"))  # another target is another folder
+    assert set(built_targets(built_copy)) == {"sm80", "sm89"}
+    go_on.set()
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    assert build_engines(few, Target.parse("sm86")).reused == set(FEW)
 
 
 def _build_and_report(folder, started):
     """In another process: build, and say when the first engine is done."""
-    bundle = tiny_build(Bundle.open(folder), "trunk_06", "trunk_07", "block_00", "block_01")
+    bundle = tiny_build(Bundle.open(folder), *FEW)
     build_engines(bundle, Target.parse("sm86"), observer=lambda *told: started.put(told))
 
 
@@ -253,11 +307,10 @@ def test_a_killed_build_resumes(built_copy):
     started.get(timeout=120)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    names = ("trunk_06", "trunk_07", "block_00", "block_01")
     assert "sm86" not in built_targets(built_copy)
-    report = build_engines(tiny_build(built_copy, *names), Target.parse("sm86"))
-    assert 1 <= len(report.reused) < len(names)
-    assert set(read_engines(built_copy, "sm86").engines) == set(names)
+    report = build_engines(tiny_build(built_copy, *FEW), Target.parse("sm86"))
+    assert 1 <= len(report.reused) < len(FEW)
+    assert set(read_engines(built_copy, "sm86").engines) == set(FEW)
     assert not list(built_copy.folder.glob("engines/sm86/*.partial"))
 
 
@@ -272,6 +325,5 @@ def test_engines_json_is_written_last(built_copy, monkeypatch):
         build_engines(built_copy, SM80)
     assert built_targets(built_copy) == ()
     monkeypatch.undo()
-    begin = time.perf_counter()
-    assert len(build_engines(built_copy, SM80).reused) == 15
-    assert time.perf_counter() - begin < 60
+    report = build_engines(built_copy, SM80)
+    assert {s.name for s in report.segments} - report.reused == {"trunk_00"}

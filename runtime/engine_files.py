@@ -14,7 +14,7 @@ engines of an earlier compile are noticed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -70,6 +70,7 @@ class EngineEntry:
     kernels: int  # launches of one execution
     scratch_bytes: int  # at the largest profile; 0 where the library did not say
     facts: Mapping[str, int] = field(default_factory=dict)  # fusions seen, see the build report
+    copied: Sequence[str] = ()  # boundary tensors that a kernel does nothing to but lay out anew
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from blockcache.export.build_report import report_table
 from blockcache.export.targets import Target
 from blockcache.runtime.bundle import Bundle, FileEntry, write_text
 from blockcache.runtime.engine_files import built_targets, check_engine, read_engines
-from blockcache.runtime.errors import ConfigError, ExportError
+from blockcache.runtime.errors import ConfigError, EngineError, ExportError
+from blockcache.runtime.plan import Dim, Segment, TensorSpec
 
-pytest.importorskip("tensorrt_rtx")
+tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 SM80 = Target.parse("sm80")
 FEW = ("trunk_06", "trunk_07", "block_00", "block_01")
 
@@ -121,6 +122,8 @@ def test_the_report_is_plain_data_and_a_table(built):
         row["kernels"] for row in content["engines"] if row["role"] in ("trunk", "block")
     )
     assert content["split_tax"] is None
+    assert content["copied"] == report.copied()
+    assert report.copied()["prompt"] >= 14  # keys and values of seven cross-attentions
     assert report_table(report).row_count == len(report.segments)
 
 
@@ -247,6 +250,43 @@ def test_a_node_that_does_not_parse_is_named(built_copy):
         build_engines(tiny_build(built_copy, "trunk_07"), Target.parse("sm89"))
 
 
+def broken(bundle, text):
+    """The bundle with a graph of this text in the place of its last trunk segment's."""
+    import onnx
+
+    model = onnx.parser.parse_model(text)
+    model.graph.node[0].name = "the_odd_one"
+    onnx.save(model, bundle.folder / "segments/trunk_07.onnx")
+    dims = tuple(Dim.parse(dim) for dim in ("batch", 8, "tokens", 8))
+    tensors = [TensorSpec(name, "bfloat16", dims) for name in "xy"]
+    segment = Segment("trunk_07", "trunk", "trunk_07.onnx", (tensors[0],), (tensors[1],))
+    return Bundle(bundle.folder, dataclasses.replace(bundle.manifest, segments=(segment,)))
+
+
+def test_a_node_that_does_not_build_is_named(built_copy):
+    odd = broken(
+        built_copy,
+        """<ir_version: 10, opset_import: ["" : 22]>
+        g (bfloat16[N,8,T,8] x) => (bfloat16[N,8,T,8] y)
+        <int64[4] shape = {2, 8, 9, 9}> { z = Reshape(x, shape) y = Relu(z) }""",
+    )
+    with pytest.raises(EngineError, match=r"trunk_07.*nodes: Reshape 'the_odd_one'\. Try"):
+        build_engines(odd, Target.parse("sm89"))
+
+
+def test_a_crash_of_the_builder_costs_one_engine_and_names_it(built_copy):
+    if tensorrt_rtx.__version__ != "1.7.1.116":
+        pytest.skip("the crash is one of TensorRT-RTX 1.7.1's builder")
+    odd = broken(
+        built_copy,
+        """<ir_version: 10, opset_import: ["" : 23]>
+        g (bfloat16[N,8,T,8] x) => (bfloat16[N,8,T,8] y) { y = Attention(x, x, x) }""",
+    )
+    with pytest.raises(EngineError, match=r"trunk_07, their build process died.*crash"):
+        build_engines(odd, Target.parse("sm89"), BuildOptions(jobs=1))
+    assert "sm89" not in built_targets(built_copy)
+
+
 def test_a_capability_that_the_library_lacks_is_refused(built_copy):
     with pytest.raises(ConfigError, match=r"SM90.*'current'"):
         build_engines(built_copy, Target.parse("h100"))
@@ -254,7 +294,6 @@ def test_a_capability_that_the_library_lacks_is_refused(built_copy):
 
 def test_stripped_weights_without_a_driver_say_what_to_do(built_copy):
     from blockcache.runtime.cuda import device_count
-    from blockcache.runtime.errors import EngineError
 
     if device_count():
         pytest.skip("there is a driver here")

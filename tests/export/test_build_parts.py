@@ -89,7 +89,7 @@ def test_layouts(tensor, layout):
         lambda: ShapeOptions(dynamic=True),
         lambda: BuildOptions(weights="some"),
         lambda: BuildOptions(level=6),
-        lambda: BuildOptions(jobs=0),
+        lambda: BuildOptions(jobs=-1),
     ],
 )
 def test_options_that_cannot_work_are_refused(make):
@@ -168,8 +168,9 @@ def test_scale_shift_counts_as_fused_in_one_kernel_only(split, fused):
     inputs = ["block_3", "scale_3", "shift_3", "x"]
     lines = [log_line("__myl_MulAddAdd_1", "kgen", inputs[: 2 if split else 4], ["y"])]
     lines.append(log_line("__myl_TranMove_2", "kgen", ["trunk_0_0"], ["z"]))
-    kernels, facts = fusion_facts(segment, logged_layers(lines), attentions=0)
-    assert (kernels, facts["scale_shifts_fused"], facts["boundary_copies"]) == (2, fused, 1)
+    seen = fusion_facts(segment, logged_layers(lines), attentions=0)
+    assert (seen.kernels, seen.counts["scale_shifts_fused"]) == (2, fused)
+    assert (seen.counts["boundary_copies"], seen.copied) == (1, ("trunk_0_0",))
 
 
 # -- side by side within a memory budget -----------------------------------------------------------

@@ -73,6 +73,11 @@ def device_capability() -> str:
     return f"{major}.{minor}"
 
 
+def device_label() -> str:
+    """The current device's name, such as "NVIDIA A100-SXM4-80GB"; EngineError without one."""
+    return _text(call("cudaGetDeviceProperties", call("cudaGetDevice")).name).rstrip("\0")
+
+
 def stream_handle(stream: Any) -> int:
     """The address of a caller's stream: a number, or an object with ``__cuda_stream__``."""
     if isinstance(stream, int):
@@ -157,6 +162,7 @@ class CudaDevice:
 
     def __init__(self, stream: Any = None) -> None:
         self.capability = device_capability()
+        self.index = int(call("cudaGetDevice"))
         self.lock = threading.RLock()  # one request at a time on this stream
         runtime = _cudart()
         if stream is None:

@@ -82,6 +82,11 @@ class TrtBackend:
         self._caches: dict[Path, RuntimeCache] = {}
 
     @property
+    def engine(self) -> str:
+        """Library and version."""
+        return f"{self.library.name} {self.library.version}"
+
+    @property
     def name(self) -> str:
         """Equal names load interchangeable engines."""
         return f"trt-{self.library.name}-{self._target}-{self.device.capability}"

@@ -95,7 +95,7 @@ BELOW = {
     "runtime": ("runtime", "kernels"),
     "kernels": ("kernels",),
 }
-EXPORT_MAY_USE = ("plan", "bundle", "errors", "solver", "engine_files")
+EXPORT_MAY_USE = ("plan", "bundle", "errors", "solver", "engine_files", "segment_times")
 """Plain data types and errors."""
 
 BUILD_MAY_USE = (*EXPORT_MAY_USE, "tensorrt_library", "cuda")
@@ -259,7 +259,7 @@ DOORS = {
          "tools/bench/"),
     ),
     "cuda": ("runtime/cuda", "runtime/device.py", "tools/bench/"),
-    "polygraphy": ("export/check.py", "tools/bench/"),
+    "polygraphy": ("tools/engine_check.py",),
     "filelock": ("export/",),
     "typer": ("tools/",),
     "rich": ("tools/", "export/build_report.py"),

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from blockcache import kernels
-from blockcache.runtime.device import StepFunction, Tensor, encode
+from blockcache.runtime.device import StepFunction, Tensor, decode, encode
 from blockcache.runtime.errors import EngineError, MissingExtraError
 from blockcache.runtime.interop import DeviceView
 
@@ -203,7 +203,7 @@ class CudaDevice:
 
     def view(self, tensor: Tensor) -> DeviceView:
         """The tensor as other libraries read it, without a copy."""
-        return DeviceView(tensor, self.stream)
+        return DeviceView(tensor, self.stream, self.index)
 
     def synchronize(self) -> None:
         """Wait for everything on the stream."""
@@ -282,15 +282,6 @@ def _allocate(device: weakref.ref[CudaDevice], count: int) -> CudaMemory:
     alive = device()
     assert alive is not None, "scratch memory outlived its device"
     return alive.allocate(count)
-
-
-def decode(content: np.ndarray, dtype: str) -> np.ndarray:
-    """Bytes of a tensor as numbers: the reverse of ``device.encode``."""
-    if dtype == "bfloat16":
-        single: np.ndarray = (content.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        return single
-    numbers: np.ndarray = content.view(dtype)
-    return numbers.astype(np.float32) if dtype == "float16" else numbers.copy()
 
 
 class _Replay:

@@ -168,6 +168,9 @@ class Session:
     ) -> Denoised:
         """Denoise N images by the preset's schedule.
 
+        Tensors are numpy arrays, or those of torch, CuPy, JAX, on the host or the GPU, also in
+        16 bits; a GPU tensor is read after what its library has put on its current stream.
+
         Args:
             noise: float32 [N, C, H, W], standard normal; ``self.noise(seeds)`` makes it.
             prompt_embeds: float32 [N or 1, tokens, D].

@@ -5,15 +5,13 @@ from __future__ import annotations
 import gc
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from blockcache.runtime.bundle import FileEntry
-from blockcache.runtime.cuda import Scratch, decode, stream_handle
-from blockcache.runtime.device import Tensor, encode
+from blockcache.runtime.cuda import Scratch
+from blockcache.runtime.device import Tensor
 from blockcache.runtime.engine_trt import RuntimeCache, TrtEngine, refit
-from blockcache.runtime.errors import EngineError, InputError
-from blockcache.runtime.interop import DeviceView, host_array
+from blockcache.runtime.errors import EngineError
 from blockcache.runtime.plan import Dim, Segment, TensorSpec
 from blockcache.runtime.tensorrt_library import TensorRT
 
@@ -279,51 +277,3 @@ def test_stripped_and_outdated_engines_are_refitted(tensorrt_module):
     assert refitted(tensorrt_module, "included", "now") == []
     with pytest.raises(EngineError, match=r"'trunk_00'.*wrong shape.*blockcache build bundle"):
         refitted(tensorrt_module, "stripped", "now", accepts=False)
-
-
-# -- tensors and streams of other libraries --------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int64"])
-def test_bytes_come_back_as_numbers(dtype):
-    values = np.array([[1.5, -2.0, 3.0]], np.float32)
-    expected = values.astype(np.int64) if dtype == "int64" else values
-    back = decode(encode(values, dtype).reshape(-1), dtype)
-    np.testing.assert_array_equal(back, expected.reshape(-1))
-
-
-def test_streams_are_numbers_or_speak_the_protocol():
-    class Stream:
-        def __cuda_stream__(self):
-            return (0, 1234)
-
-    assert stream_handle(7) == 7
-    assert stream_handle(Stream()) == 1234
-    assert stream_handle(SimpleNamespace(cuda_stream=99)) == 99
-    with pytest.raises(EngineError, match="__cuda_stream__"):
-        stream_handle("0")
-
-
-def test_a_dlpack_tensor_is_taken_as_it_is():
-    torch = pytest.importorskip("torch")
-    values = torch.arange(6, dtype=torch.float32).reshape(2, 3)
-    taken = host_array(values)
-    assert isinstance(taken, np.ndarray)
-    np.testing.assert_array_equal(taken, values.numpy())
-    assert host_array(None) is None
-    with pytest.raises(InputError, match="Convert it to float32"):
-        host_array(values.to(torch.bfloat16))
-
-
-def test_a_strided_device_tensor_is_refused():
-    interface = {"shape": (2,), "typestr": "<f4", "data": (256, False), "strides": (8,)}
-    with pytest.raises(InputError, match="contiguous"):
-        host_array(SimpleNamespace(__cuda_array_interface__=interface))
-
-
-def test_a_result_is_seen_in_place():
-    view = DeviceView(Tensor(4096, (1, 4, 2, 2), "float32", None), 77)
-    interface = view.__cuda_array_interface__
-    assert interface["data"] == (4096, False)
-    assert (interface["shape"], interface["typestr"]) == ((1, 4, 2, 2), "<f4")
-    assert interface["stream"] == 77

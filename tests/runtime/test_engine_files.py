@@ -54,6 +54,7 @@ def bundle(bundle_copy):
         formats={"sample": "linear"},
         kernels=9,
         scratch_bytes=0,
+        copied=("prompt_0",),
     )
     engines = EngineSet(
         target="sm80",
@@ -77,15 +78,10 @@ def segment_of(bundle, name="trunk_00"):
 def test_round_trip(bundle):
     engines = read_engines(bundle, "sm80")
     assert EngineSet.from_json(engines.to_json()) == engines
+    assert engines.engines["trunk_00"].copied == ("prompt_0",)
     assert built_targets(bundle) == ("sm80",)
     check_engines(bundle, engines, "tensorrt_rtx", "1.7.1", "8.0")
     assert check_engine(bundle, engines, segment_of(bundle)).read_bytes() == b"a plan"
-
-
-def test_profiles_are_chosen_by_size(bundle):
-    engines = read_engines(bundle, "sm80")
-    assert engines.profile_of({**SIZES, "batch": 8}) == 0
-    assert engines.profile_of({**SIZES, "batch": 9}) == -1
 
 
 @pytest.mark.parametrize(

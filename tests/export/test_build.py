@@ -19,6 +19,7 @@ from blockcache.runtime.bundle import Bundle, FileEntry, write_text
 from blockcache.runtime.engine_files import built_targets, check_engine, read_engines
 from blockcache.runtime.errors import ConfigError, EngineError, ExportError
 from blockcache.runtime.plan import Dim, Segment, TensorSpec
+from blockcache.runtime.tensorrt_library import load_library
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 SM80 = Target.parse("sm80")
@@ -148,23 +149,48 @@ def test_a_damaged_plan_is_built_again_and_equal(built_copy):
     assert plan.stat().st_size == size
 
 
-def test_changed_weights_rebuild_only_the_segments_that_read_them(built_copy):
+def with_other_weights(bundle, name):
+    """The bundle after a change of one weight that only segment ``name`` reads."""
     import onnx_ir as ir
 
-    graph = ir.load(built_copy.folder / "segments/trunk_00.onnx").graph
+    graph = ir.load(bundle.folder / f"segments/{name}.onnx").graph
     tensors = [value.const_value for value in graph.initializers.values()]
     weight = next(t for t in tensors if isinstance(t, ir.ExternalTensor) and t.length > 1000)
-    weights = built_copy.folder / "segments/weights.bin"
+    weights = bundle.folder / "segments/weights.bin"
     with weights.open("r+b") as file:
         file.seek(weight.offset)
         file.write(b"\x01\x02")
-    manifest = built_copy.manifest
-    files = {**manifest.files, "segments/weights.bin": FileEntry.of(weights)}
-    write_text(
-        built_copy.folder / "manifest.json", dataclasses.replace(manifest, files=files).to_json()
-    )
-    report = build_engines(Bundle.open(built_copy.folder), SM80)
+    files = {**bundle.manifest.files, "segments/weights.bin": FileEntry.of(weights)}
+    manifest = dataclasses.replace(bundle.manifest, files=files)
+    write_text(bundle.folder / "manifest.json", manifest.to_json())
+    return Bundle.open(bundle.folder)
+
+
+def test_changed_weights_rebuild_only_the_segments_that_read_them(built_copy):
+    report = build_engines(with_other_weights(built_copy, "trunk_00"), SM80)
     assert {s.name for s in report.segments} - report.reused == {"trunk_00"}
+
+
+@pytest.mark.parametrize(("weights", "again"), [("included", {"trunk_00"}), ("refittable", set())])
+def test_new_weights_do_not_rebuild_what_can_be_refitted(built_copy, weights, again):
+    """A LoRA merged into the weights: planned only, since refittable engines need a driver."""
+    library, options = load_library("tensorrt_rtx"), BuildOptions(weights=weights)
+    store = build_module.EngineStore(built_copy.folder / "engines" / "planned")
+
+    def plan(bundle):
+        segments = [s for s in bundle.segments if s.name in ("trunk_00", *FEW)]
+        recipes = [build_module._recipe(bundle, s, SM80, options, library) for s in segments]
+        return build_module._plan_jobs(bundle, store, recipes, library.version)[1]
+
+    entry = next(iter(read_engines(built_copy, "sm80").engines.values()))
+    for job in plan(built_copy):
+        job.plan.write_bytes(b"plan")
+        file = FileEntry.of(job.plan)
+        made = dataclasses.replace(entry, key=job.key, bytes=file.bytes, sha256=file.sha256)
+        store.commit(job.recipe.segment.name, made)
+    assert plan(built_copy) == []
+    changed = with_other_weights(built_copy, "trunk_00")
+    assert {job.recipe.segment.name for job in plan(changed)} == again
 
 
 def test_other_options_make_other_engines(built_copy):

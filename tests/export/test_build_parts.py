@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from blockcache.export.bfloat16_resize import with_float32_resize
 from blockcache.export.build import BuildOptions, ShapeOptions
@@ -188,6 +190,26 @@ def test_jobs_start_while_they_fit():
     assert next_job([job(3), job(0.1)], [job(2)], 2, budget) == 1
     assert next_job([job(3)], [job(2)], 2, budget) is None
     assert next_job([job(0.1)], [job(0.1), job(0.1)], 2, budget) is None
+
+
+@given(
+    sizes=st.lists(st.floats(0, 8), max_size=8),
+    count=st.integers(1, 4),
+    gigabytes=st.floats(0.1, 40),
+    choices=st.randoms(use_true_random=False),
+)
+def test_every_job_runs_and_memory_stays_within_the_budget(sizes, count, gigabytes, choices):
+    waiting, running, budget = [job(size) for size in sizes], [], int(gigabytes * 1e9)
+    started = 0
+    while waiting or running:
+        while (index := next_job(waiting, running, count, budget)) is not None:
+            running.append(waiting.pop(index))
+            started += 1
+        used = sum(each.memory_bytes for each in running)
+        assert 1 <= len(running) <= count
+        assert used <= budget or len(running) == 1
+        running.pop(choices.randrange(len(running)))
+    assert started == len(sizes)
 
 
 # -- keys and the bfloat16 Resize ------------------------------------------------------------------

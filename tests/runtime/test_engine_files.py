@@ -174,8 +174,8 @@ def test_auto_takes_engines_where_there_is_a_device(bundle, monkeypatch):
 
     monkeypatch.setattr(cuda, "device_count", lambda: 1)
     monkeypatch.setattr(engine_trt, "TrtBackend", lambda **options: ("trt", options))
-    chosen, options = make_backend("auto", bundle=bundle, verify=False)
-    assert (chosen, options) == ("trt", {"stream": None, "verify": False})
+    chosen, options = make_backend("auto", bundle=bundle, graphs="check", verify=False)
+    assert (chosen, options) == ("trt", {"stream": None, "graphs": "check", "verify": False})
 
 
 def test_tensorrt_without_a_device_says_what_to_do():

@@ -211,7 +211,8 @@ def _build(
         engines={segment.name: entries[segment.name] for segment in segments},
     )
     write_engines(bundle, engines)
-    return BuildReport(engines, segments, reused, time.perf_counter() - begin, _peak_rss_bytes())
+    seconds, peak = time.perf_counter() - begin, _peak_rss_bytes(bool(jobs and options.jobs))
+    return BuildReport(engines, segments, reused, seconds, peak)
 
 
 def _recipe(
@@ -281,7 +282,7 @@ def _attentions(onnx: Path) -> int:
     return sum(node.op_type in ("Softmax", "Attention") for node in ir.load(onnx).graph)
 
 
-def _peak_rss_bytes() -> int:
-    """Most memory that this process, or one worker that has ended, ever held."""
-    scopes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(scope).ru_maxrss for scope in scopes) * 1024
+def _peak_rss_bytes(workers: bool) -> int:
+    """Most memory that one building process ever held: a worker that has ended, or this one."""
+    scope = resource.RUSAGE_CHILDREN if workers else resource.RUSAGE_SELF
+    return resource.getrusage(scope).ru_maxrss * 1024

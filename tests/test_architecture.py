@@ -95,7 +95,7 @@ BELOW = {
     "runtime": ("runtime", "kernels"),
     "kernels": ("kernels",),
 }
-EXPORT_MAY_USE = ("plan", "bundle", "errors", "solver", "engine_files", "segment_times")
+EXPORT_MAY_USE = ("plan", "bundle", "errors", "solver", "engine_files")
 """Plain data types and errors."""
 
 BUILD_MAY_USE = (*EXPORT_MAY_USE, "tensorrt_library", "cuda")

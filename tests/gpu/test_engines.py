@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from blockcache.export.build import BuildOptions, build_engines
+from blockcache.export.measured import measured
 from blockcache.export.targets import Target
 from blockcache.runtime import Session
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.cuda import call, device_capability, device_count
 from blockcache.runtime.engine_files import read_engines, write_engines
 from blockcache.runtime.interop import DeviceView, host_array
-from blockcache.runtime.segment_times import read_times
 from blockcache.tools.engine_check import check_loop, check_segments, time_segments
 
 pytestmark = [
@@ -201,10 +201,11 @@ def test_the_check_command_records_times(built, tmp_path, capsys):
     own = copy_of(built[1], tmp_path / "bundle")
     check(own.folder, target="current", loop=False)
     print(capsys.readouterr().out)
-    (times,) = read_times(own)
-    blocks, rest = times.costs(own)
-    print(times.device, times.engine, f"blocks {blocks.sum():.3f} ms, rest {rest:.3f} ms")
-    assert (blocks > 0).all()
+    (times,) = measured(own)
+    costs = times.costs(own.segments)
+    print(times.device, times.backend, f"blocks {costs.block_ms.sum():.3f} ms of a step, ")
+    print(f"the rest {costs.trunk_ms:.3f} ms")
+    assert (costs.block_ms > 0).all()
 
 
 def test_time_of_the_loop(bundle, backend, conditions_of):

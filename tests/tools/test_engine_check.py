@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from blockcache.export.check import FACTOR, Comparison, relative_error
+from blockcache.export.measured import measured
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.engine_ort import OrtBackend
 from blockcache.runtime.errors import EngineError
-from blockcache.runtime.segment_times import read_times
 from blockcache.tools.engine_check import (
     WidenedBackend,
     check_loop,
@@ -175,9 +175,9 @@ def test_the_command_prints_the_worst_and_records_times(
     assert len(printed["rows"]) == 16
     assert printed["worst"] in {row["name"] for row in printed["rows"]}
     assert all(row["passed"] is (code == 0) and row["ms"] == 0.25 for row in printed["rows"])
-    (times,) = read_times(bundle)
-    assert (times.device, times.engine, times.sizes["batch"]) == ("A GPU", "made-up 1.0", 2)
-    assert times.costs(bundle)[0].tolist() == [0.25] * 7
+    (times,) = measured(bundle)
+    assert (times.device, times.backend, times.sizes["batch"]) == ("A GPU", "made-up 1.0", 2)
+    assert times.costs(bundle.segments).block_ms.tolist() == [0.25] * 7
 
 
 def test_the_loop_is_compared_as_a_whole(half):

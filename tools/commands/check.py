@@ -82,11 +82,12 @@ def _engines(bundle: Bundle, backend: str, target: str) -> tuple[Any, dict[str, 
 
 def _record(bundle: Bundle, engines: Any, measured: dict[str, float], batch: int) -> None:
     """Write the times into the bundle."""
+    from blockcache.export.measured import keep
+    from blockcache.export.timings import Timings
     from blockcache.runtime.cuda import device_label
-    from blockcache.runtime.segment_times import SegmentTimes, write_times
 
     sizes = {**bundle.model.sizes, "batch": batch}
-    write_times(bundle, SegmentTimes.of(bundle, device_label(), engines.engine, sizes, measured))
+    keep(bundle, Timings(engines.engine, device_label(), sizes, measured))
 
 
 def _as_json(found: list[Comparison], measured: dict[str, float]) -> dict[str, Any]:

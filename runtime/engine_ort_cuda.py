@@ -8,7 +8,7 @@ bfloat16 kernels: use float16 or float32 bundles.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from blockcache.runtime.bundle import Bundle
@@ -64,6 +64,7 @@ class OrtCudaBackend:
                 f"{error}. The CUDA provider has few bfloat16 kernels: compile with --precision "
                 f"float16 or float32."
             ) from error
+        require_providers(session, [name for name, _ in given])
         return OrtCudaEngine(segment, session, "cuda", self.device.index)
 
     def _cache(self, bundle: Bundle) -> str:
@@ -97,6 +98,18 @@ def providers(tensorrt: bool, index: int, stream: int, cache: str) -> Providers:
     }
     first = [(TENSORRT, place | kept if cache else place)] if tensorrt else []
     return [*first, (CUDA, place)]
+
+
+def require_providers(session: Any, wanted: Sequence[str]) -> None:
+    """Raise EngineError where ONNX Runtime went on without a provider, which it does by itself."""
+    running = session.get_providers()
+    missing = [name for name in wanted if name not in running]
+    if missing:
+        raise EngineError(
+            f"Expected ONNX Runtime {ort.__version__} to run on {', '.join(missing)}, it fell back "
+            f"to {', '.join(running)}. Install the CUDA, cuDNN and TensorRT libraries that this "
+            f"version was built for; its log says which it could not load."
+        )
 
 
 class OrtCudaEngine:

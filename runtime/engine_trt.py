@@ -285,9 +285,11 @@ class BoundContext:
         self.name = name
         self._context, self._execute, self._stream = context, context.execute_async_v3, stream
         self._tensors = tensors  # keeps their memory alive
+        self._ran = False
 
     def __call__(self) -> None:
         """Launch on the stream the context was bound to."""
+        self._ran = True
         if not self._execute(self._stream):
             raise EngineError(f"TensorRT failed in segment {self.name!r}; see its log.")
 
@@ -296,6 +298,9 @@ class BoundContext:
         self._context.set_device_memory(pointer, count)
 
     def capturable(self) -> bool:
-        """Whether a CUDA graph can hold the launch; only TensorRT-RTX can say no."""
+        """Whether a CUDA graph can hold the launch; only TensorRT-RTX can say no.
+
+        A context that has not run is in no graph, and may still have its kernels to compile.
+        """
         ask = getattr(self._context, "is_stream_capturable", None)
-        return ask is None or bool(ask(self._stream))
+        return ask is None or not self._ran or bool(ask(self._stream))

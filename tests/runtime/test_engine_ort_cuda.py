@@ -7,7 +7,12 @@ import pytest
 
 from blockcache.runtime.device import HostDevice
 from blockcache.runtime.engine_ort import OrtBackend
-from blockcache.runtime.engine_ort_cuda import OrtCudaBackend, OrtCudaEngine, providers
+from blockcache.runtime.engine_ort_cuda import (
+    OrtCudaBackend,
+    OrtCudaEngine,
+    providers,
+    require_providers,
+)
 from blockcache.runtime.errors import EngineError, MissingExtraError
 
 ort = pytest.importorskip("onnxruntime")
@@ -69,6 +74,13 @@ def test_a_failure_names_the_segment(by_address):
     _, run = bound(bundle, segment, OrtCudaEngine(segment, Failing(), "cpu", 0))
     with pytest.raises(EngineError, match=r"'block_00': out of memory"):
         run()
+
+
+def test_a_silent_fall_back_to_the_cpu_is_an_error(by_address):
+    session = by_address[2]._session
+    require_providers(session, ["CPUExecutionProvider"])
+    with pytest.raises(EngineError, match="run on CUDAExecutionProvider, it fell back to CPU"):
+        require_providers(session, ["CUDAExecutionProvider"])
 
 
 def test_providers_share_device_and_stream():

@@ -210,6 +210,8 @@ def test_a_failed_launch_names_the_segment(device, opened):
 def test_only_the_rtx_library_can_refuse_to_be_captured(device, opened, tensorrt_module):
     engine, _ = opened("capture")
     launch = engine.bind(tensors(device))
+    assert launch.capturable()  # not run yet: in no graph
+    launch()
     assert launch.capturable() is (tensorrt_module.name == "tensorrt")
 
 

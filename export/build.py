@@ -7,7 +7,6 @@ a whole build.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -190,8 +189,11 @@ def _build(
     for done, name in enumerate(entries, 1):
         observer(name, done, len(segments))
 
+    peaks = [0]
+
     def finished(job: Job, built: BuiltEngine) -> None:
         name = job.recipe.segment.name
+        peaks.append(built.peak_rss_bytes)
         entries[name] = _entry(bundle, job, built)
         store.commit(name, entries[name])
         observer(name, len(entries), len(segments))
@@ -211,8 +213,7 @@ def _build(
         engines={segment.name: entries[segment.name] for segment in segments},
     )
     write_engines(bundle, engines)
-    seconds, peak = time.perf_counter() - begin, _peak_rss_bytes(bool(jobs and options.jobs))
-    return BuildReport(engines, segments, reused, seconds, peak)
+    return BuildReport(engines, segments, reused, time.perf_counter() - begin, max(peaks))
 
 
 def _recipe(
@@ -280,9 +281,3 @@ def _weights_sha256(bundle: Bundle) -> str:
 def _attentions(onnx: Path) -> int:
     """Attentions of a graph: each has one Softmax."""
     return sum(node.op_type in ("Softmax", "Attention") for node in ir.load(onnx).graph)
-
-
-def _peak_rss_bytes(workers: bool) -> int:
-    """Most memory that one building process ever held: a worker that has ended, or this one."""
-    scope = resource.RUSAGE_CHILDREN if workers else resource.RUSAGE_SELF
-    return resource.getrusage(scope).ru_maxrss * 1024

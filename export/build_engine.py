@@ -52,6 +52,7 @@ class BuiltEngine:
     formats: dict[str, str]  # boundary tensor -> "linear" or "hwc8"
     layers: tuple[Layer, ...]
     scratch_bytes: int
+    peak_rss_bytes: int  # most memory that the building process held so far
 
 
 def boundary_format(spec: TensorSpec) -> str:
@@ -101,7 +102,8 @@ def build_engine(recipe: Recipe, target: Path) -> BuiltEngine:
             layers = inspected_layers(library, plan)
         scratch = logged_scratch([message for _, message in log])
         del parser, config, network, builder, plan
-    return BuiltEngine(time.perf_counter() - begin, formats, tuple(layers), scratch)
+    seconds = time.perf_counter() - begin
+    return BuiltEngine(seconds, formats, tuple(layers), scratch, _peak_rss_bytes())
 
 
 def _parse(library: TensorRT, network: Any, recipe: Recipe, log: list[tuple[str, str]]) -> Any:
@@ -201,6 +203,13 @@ def _write(path: Path, content: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _peak_rss_bytes() -> int:
+    """Of this program alone: getrusage would count what the parent held when it started us."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(found[1]) * 1024 if found else 0
 
 
 def _build_error(library: TensorRT, recipe: Recipe, said: str) -> EngineError:

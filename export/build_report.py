@@ -76,7 +76,7 @@ class BuildReport:
     segments: tuple[Segment, ...]  # the ones built, in the bundle's order
     reused: frozenset[str]  # segments whose engine was there already
     seconds: float  # wall time of the whole build
-    peak_rss_bytes: int  # of one building process, the largest
+    peak_rss_bytes: int  # most memory of one building process; 0 where nothing was built
 
     @property
     def entries(self) -> Mapping[str, EngineEntry]:

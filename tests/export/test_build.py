@@ -258,6 +258,7 @@ def test_two_builds_in_parallel_processes(built_copy):
     few = tiny_build(built_copy, "trunk_06", "trunk_07")
     report = build_engines(few, Target.parse("sm86"), BuildOptions(jobs=2))
     assert report.reused == frozenset()
+    assert 1e7 < report.peak_rss_bytes < 4e8, "of a worker: this process has torch in memory"
     assert set(report.entries) == {"trunk_06", "trunk_07"}
 
 

@@ -43,6 +43,15 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(values.astype(_NUMPY_DTYPES[dtype])).view(np.uint8)
 
 
+def decode(content: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes of a tensor as numbers: the reverse of ``encode``."""
+    if dtype == "bfloat16":
+        single: np.ndarray = (content.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return single
+    numbers: np.ndarray = content.view(dtype)
+    return numbers.astype(np.float32) if dtype == "float16" else numbers.copy()
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A tensor at a fixed address."""

@@ -86,7 +86,8 @@ class Session:
         self._engines = {s.name: load_shared(backend, bundle, s) for s in needed}
         self._tables = solver_tables(SolverConfig.from_json(preset.solver))
         self._programs: dict[tuple[int, ...], Program] = {}
-        self._lock = threading.RLock()
+        # Sessions on one stream take turns: a graph must not capture another one's launches.
+        self._lock = getattr(backend.device, "lock", None) or threading.RLock()
         self._running = False
         self._graphs = player_for(backend)
 
@@ -99,6 +100,7 @@ class Session:
         backend: str | Backend = "auto",
         threads: int | None = None,
         stream: Any = None,
+        graphs: str = "auto",
         verify: bool = True,
         drift: DriftMonitor | None = None,
     ) -> Session:
@@ -109,7 +111,10 @@ class Session:
             preset: One of the bundle's presets; default its first.
             backend: "auto", "trt", "ort", "ort-cuda", "empty", or a Backend.
             threads: CPU threads of the engine library; default one a physical core.
-            stream: The caller's CUDA stream: a number or an object with ``__cuda_stream__``.
+            stream: The caller's CUDA stream: a number or an object with ``__cuda_stream__``. It
+                belongs to one thread at a time, as CUDA has it.
+            graphs: With TensorRT: "auto" captures the loop in CUDA graphs and replays them, "off"
+                launches one by one, "check" also compares addresses before each replay.
             verify: Check the sha256 of every file first.
             drift: Compare live traffic with the preset's profile; None costs nothing.
 
@@ -123,7 +128,12 @@ class Session:
         chosen = opened.preset(name or "")
         if isinstance(backend, str):
             backend = make_backend(
-                backend, threads=threads, bundle=opened, stream=stream, verify=verify
+                backend,
+                threads=threads,
+                bundle=opened,
+                stream=stream,
+                graphs=graphs,
+                verify=verify,
             )
         return cls(opened, chosen, backend, drift)
 
@@ -170,6 +180,9 @@ class Session:
         check_finite: bool = False,
     ) -> Denoised:
         """Denoise N images by the preset's schedule.
+
+        Tensors are numpy arrays, or those of torch, CuPy, JAX, on the host or the GPU, also in
+        16 bits; a GPU tensor is read after what its library has put on its current stream.
 
         Args:
             noise: float32 [N, C, H, W], standard normal; ``self.noise(seeds)`` makes it.

@@ -267,7 +267,7 @@ DOORS = {
          "tools/bench/"),
     ),
     "cuda": ("runtime/cuda", "runtime/device.py", "tools/bench/"),
-    "polygraphy": ("export/check.py", "tools/bench/"),
+    "polygraphy": ("tools/engine_check.py",),
     "filelock": ("export/",),
     "typer": ("tools/",),
     "rich": ("tools/", "export/build_report.py"),

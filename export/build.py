@@ -7,7 +7,6 @@ a whole build.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -99,15 +98,15 @@ class BuildOptions:
     weights: str = "included"  # in the plan; or "refittable", "stripped" (need a CUDA driver)
     whole: bool = False  # also the uncut model as one engine, to know the split tax
     level: int = 3  # builder optimisation level, 0..5
-    jobs: int = 1  # engines built at a time, in processes of their own where more than 1
+    jobs: int = 0  # engines built at a time, each in a process of its own; 0: in this process
     memory_gb: float = 12.0  # engines are built side by side only where this is enough
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
             raise ConfigError(f"Expected weights of {list(WEIGHTS)}, got {self.weights!r}.")
-        if not 0 <= self.level <= 5 or self.jobs < 1 or self.memory_gb <= 0:
+        if not 0 <= self.level <= 5 or self.jobs < 0 or self.memory_gb <= 0:
             raise ConfigError(
-                f"Expected a level of 0 to 5, one job or more and memory above 0; got {self}."
+                f"Expected a level of 0 to 5, no negative jobs and memory above 0; got {self}."
             )
 
 
@@ -190,8 +189,11 @@ def _build(
     for done, name in enumerate(entries, 1):
         observer(name, done, len(segments))
 
+    peaks = [0]
+
     def finished(job: Job, built: BuiltEngine) -> None:
         name = job.recipe.segment.name
+        peaks.append(built.peak_rss_bytes)
         entries[name] = _entry(bundle, job, built)
         store.commit(name, entries[name])
         observer(name, len(entries), len(segments))
@@ -211,7 +213,7 @@ def _build(
         engines={segment.name: entries[segment.name] for segment in segments},
     )
     write_engines(bundle, engines)
-    return BuildReport(engines, segments, reused, time.perf_counter() - begin, _peak_rss_bytes())
+    return BuildReport(engines, segments, reused, time.perf_counter() - begin, max(peaks))
 
 
 def _recipe(
@@ -228,7 +230,7 @@ def _recipe(
         profiles=options.shapes.profiles(bundle.model),
         flags=flags,
         level=options.level,
-        threads=max(1, 4 // options.jobs),
+        threads=4 // max(options.jobs, 1) or 1,
     )
 
 
@@ -254,7 +256,7 @@ def _plan_jobs(
 
 def _entry(bundle: Bundle, job: Job, built: BuiltEngine) -> EngineEntry:
     segment = job.recipe.segment
-    kernels, facts = fusion_facts(segment, built.layers, _attentions(job.recipe.onnx))
+    seen = fusion_facts(segment, built.layers, _attentions(job.recipe.onnx))
     file = FileEntry.of(job.plan)
     return EngineEntry(
         file=job.plan.name,
@@ -265,9 +267,10 @@ def _entry(bundle: Bundle, job: Job, built: BuiltEngine) -> EngineEntry:
         weights_file_sha256=_weights_sha256(bundle),
         seconds=round(built.seconds, 3),
         formats=built.formats,
-        kernels=kernels,
+        kernels=seen.kernels,
         scratch_bytes=built.scratch_bytes,
-        facts=facts,
+        facts=seen.counts,
+        copied=seen.copied,
     )
 
 
@@ -278,9 +281,3 @@ def _weights_sha256(bundle: Bundle) -> str:
 def _attentions(onnx: Path) -> int:
     """Attentions of a graph: each has one Softmax."""
     return sum(node.op_type in ("Softmax", "Attention") for node in ir.load(onnx).graph)
-
-
-def _peak_rss_bytes() -> int:
-    """Most memory that this process, or one worker that has ended, ever held."""
-    scopes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(scope).ru_maxrss for scope in scopes) * 1024

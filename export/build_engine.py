@@ -7,12 +7,14 @@ is asked of ``TensorRT`` (runtime/tensorrt_library.py).
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from filelock import FileLock
 
 from blockcache.export.bfloat16_resize import with_float32_resize
@@ -50,6 +52,7 @@ class BuiltEngine:
     formats: dict[str, str]  # boundary tensor -> "linear" or "hwc8"
     layers: tuple[Layer, ...]
     scratch_bytes: int
+    peak_rss_bytes: int  # most memory that the building process held so far
 
 
 def boundary_format(spec: TensorSpec) -> str:
@@ -99,7 +102,8 @@ def build_engine(recipe: Recipe, target: Path) -> BuiltEngine:
             layers = inspected_layers(library, plan)
         scratch = logged_scratch([message for _, message in log])
         del parser, config, network, builder, plan
-    return BuiltEngine(time.perf_counter() - begin, formats, tuple(layers), scratch)
+    seconds = time.perf_counter() - begin
+    return BuiltEngine(seconds, formats, tuple(layers), scratch, _peak_rss_bytes())
 
 
 def _parse(library: TensorRT, network: Any, recipe: Recipe, log: list[tuple[str, str]]) -> Any:
@@ -201,8 +205,15 @@ def _write(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
+def _peak_rss_bytes() -> int:
+    """Of this program alone: getrusage would count what the parent held when it started us."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(found[1]) * 1024 if found else 0
+
+
 def _build_error(library: TensorRT, recipe: Recipe, said: str) -> EngineError:
-    """What the builder said about a segment, and what to try."""
+    """What the builder said about a segment, which nodes it spoke of, and what to try."""
     driver = "REFIT" in recipe.flags or "STRIP_PLAN" in recipe.flags
     hint = (
         "Refittable and stripped engines need a CUDA driver on the building machine: build there, "
@@ -210,8 +221,15 @@ def _build_error(library: TensorRT, recipe: Recipe, said: str) -> EngineError:
         if driver
         else "Try another precision or --level, or static shapes."
     )
+    nodes = ", ".join(named_nodes(recipe.onnx, said)) or "not named"
     return EngineError(
         f"Expected an engine of segment {recipe.segment.name!r} ({recipe.onnx.name}) from "
         f"{library.name} {library.version} for {'+'.join(recipe.capabilities)}, the builder said: "
-        f"{said}. {hint}"
+        f"{said}. ONNX nodes: {nodes}. {hint}"
     )
+
+
+def named_nodes(onnx: Path, text: str) -> list[str]:
+    """The nodes of a graph whose names occur in ``text``, as "Conv 'node_conv2d_3'"."""
+    words = {word.strip(".:") for word in re.findall(r"[\w./:-]+", text.replace("...", " "))}
+    return [f"{node.op_type} {node.name!r}" for node in ir.load(onnx).graph if node.name in words]

@@ -9,6 +9,7 @@ that of the uncut model as one engine.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,17 @@ _ATTENTION = re.compile(r"mha|fmha|flash_?attention", re.IGNORECASE)
 _COPIES = re.compile(r"^__myl_(?:Tran|Resh|Move|Copy)+_|[Rr]eformat(?:ting)?")
 
 
-def fusion_facts(
-    segment: Segment, layers: Sequence[Layer], attentions: int
-) -> tuple[int, dict[str, int]]:
-    """Kernels, and the counts that the report shows, of one engine.
+@dataclass(frozen=True)
+class Fusions:
+    """What the layer list of one engine shows."""
+
+    kernels: int
+    counts: Mapping[str, int]
+    copied: tuple[str, ...]  # boundary tensors that a kernel does nothing to but lay out anew
+
+
+def fusion_facts(segment: Segment, layers: Sequence[Layer], attentions: int) -> Fusions:
+    """Kernels of one engine, and what was fused in them.
 
     Args:
         segment: what was built.
@@ -35,20 +43,21 @@ def fusion_facts(
     """
     kernels = [layer for layer in layers if not layer.host]
     boundary = {t.name for t in (*segment.inputs, *segment.outputs)}
-    copies = [
-        layer
+    touched = [
+        boundary & {*layer.inputs, *layer.outputs}
         for layer in kernels
-        if _COPIES.search(layer.name) and boundary & {*layer.inputs, *layer.outputs}
+        if _COPIES.search(layer.name)
     ]
     aligned = [t.name for t in segment.inputs if t.name.startswith("scale_")]
     fused = [name for name in aligned if _is_one_kernel(name, kernels)]
-    return len(kernels), {
+    counts = {
         "attentions": attentions,
         "attentions_fused": sum(bool(_ATTENTION.search(layer.name)) for layer in kernels),
         "scale_shifts": len(aligned),
         "scale_shifts_fused": len(fused),
-        "boundary_copies": len(copies),
+        "boundary_copies": sum(bool(names) for names in touched),
     }
+    return Fusions(len(kernels), counts, tuple(sorted(set().union(*touched))))
 
 
 def _is_one_kernel(scale: str, kernels: Sequence[Layer]) -> bool:
@@ -67,7 +76,7 @@ class BuildReport:
     segments: tuple[Segment, ...]  # the ones built, in the bundle's order
     reused: frozenset[str]  # segments whose engine was there already
     seconds: float  # wall time of the whole build
-    peak_rss_bytes: int  # of this process and its workers
+    peak_rss_bytes: int  # most memory of one building process; 0 where nothing was built
 
     @property
     def entries(self) -> Mapping[str, EngineEntry]:
@@ -104,6 +113,14 @@ class BuildReport:
             self.entries[s.name].facts.get(fact, 0) for s in self.segments if s.role != "whole"
         )
 
+    def copied(self) -> dict[str, int]:
+        """Boundary tensors laid out anew, counted by kind: all of ``prompt_3`` count as prompt."""
+        names = [name for s in self.segments if s.role != "whole" for name in self._copied(s)]
+        return dict(Counter(re.sub(r"(_\d+)+$", "", name) for name in names).most_common())
+
+    def _copied(self, segment: Segment) -> Sequence[str]:
+        return self.entries[segment.name].copied
+
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data."""
         return {
@@ -117,6 +134,7 @@ class BuildReport:
             "plan_bytes": self.plan_bytes,
             "step_kernels": self.step_kernels,
             "whole_kernels": self.whole_kernels or None,
+            "copied": self.copied(),
             "split_tax": self.split_tax and round(self.split_tax, 4),
             "engines": [self._row(segment) for segment in self.segments],
         }
@@ -132,6 +150,7 @@ class BuildReport:
             "scratch_bytes": entry.scratch_bytes,
             "reused": segment.name in self.reused,
             **entry.facts,
+            "copied": list(entry.copied),
         }
 
 
@@ -173,8 +192,9 @@ def _caption(report: BuildReport) -> str:
         + "; ".join(str(profile) for profile in report.engines.profiles),
         f"kernels a step: {report.step_kernels}; attention fused "
         f"{_of(report.total('attentions_fused'), report.total('attentions'))}, scale-shift fused "
-        f"{_of(report.total('scale_shifts_fused'), report.total('scale_shifts'))}, boundary copies "
-        f"{report.total('boundary_copies')}",
+        f"{_of(report.total('scale_shifts_fused'), report.total('scale_shifts'))}",
+        f"boundary copies {report.total('boundary_copies')}, of tensors: "
+        + (", ".join(f"{kind} {count}" for kind, count in report.copied().items()) or "none"),
     ]
     if report.split_tax is not None:
         lines.append(

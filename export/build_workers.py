@@ -1,7 +1,7 @@
-"""Build engines one after the other, or side by side within a memory budget.
+"""Build engines in processes of their own, side by side within a memory budget.
 
-Side by side means processes of their own: the library has one logger a process, and a crash or an
-out-of-memory kill then costs one engine, not the build.
+The library has one logger a process, and a crash of its builder (TensorRT-RTX 1.7 has some) or an
+out-of-memory kill then costs one engine and names it, instead of ending everything.
 """
 
 from __future__ import annotations
@@ -49,8 +49,15 @@ def next_job(waiting: Sequence[Job], running: Sequence[Job], jobs: int, budget: 
 
 
 def run_jobs(jobs: Sequence[Job], count: int, budget: int, finished: Finished) -> None:
-    """Build all; ``finished`` hears each one in this thread as it ends."""
-    if count == 1 or len(jobs) < 2:
+    """Build all, ``count`` at a time; ``finished`` hears each one in this thread as it ends.
+
+    A count of 0 builds in this process.
+
+    Raises:
+        EngineError: a build failed or its process died.
+        ExportError: a node that the parser does not understand.
+    """
+    if count == 0 or not jobs:
         for job in jobs:
             finished(job, build_engine(job.recipe, job.plan))
         return
@@ -76,8 +83,10 @@ def _run_side_by_side(
     except BrokenProcessPool as error:
         names = ", ".join(job.recipe.segment.name for job in running.values())
         raise EngineError(
-            f"Expected engines of {names}, a build process died: out of memory is likely. Run the "
-            f"same command again, it resumes; with a smaller --memory-gb or --jobs 1."
+            f"Expected engines of {names}, their build process died: killed for memory, or the "
+            f"builder crashed. Run the same command with --jobs 1, it resumes: where it dies again "
+            f"with one engine, that one crashes the builder. Try another --level or precision, or "
+            f"narrow it down with 'polygraphy debug reduce'."
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

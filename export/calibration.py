@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blockcache.export.model import encode_text
+from blockcache.export.model import SourceModel, encode_text
 from blockcache.runtime.bundle import read_tensors
 from blockcache.runtime.errors import ConfigError
 
@@ -102,3 +102,27 @@ def read_calibration(path: Path) -> Calibration:
 def encode_prompts(source: str | Path, prompts: Sequence[str] = PROMPTS) -> Calibration:
     """Encode prompts with the text encoders of a diffusers pipeline (SD 1.x, 2.x, XL)."""
     return Calibration(*encode_text(source, prompts))
+
+
+def calibration_noise(model: SourceModel, jobs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Noise [N, C, H, W] of (prompt, seed) jobs: the same whatever the batching and the device."""
+    shape = (int(model.unet.config.in_channels), *model.sample_size)
+    return torch.stack(
+        [
+            torch.randn(shape, generator=torch.Generator().manual_seed(1_000_003 * seed + prompt))
+            for prompt, seed in jobs
+        ]
+    )
+
+
+def calibration_inputs(
+    model: SourceModel,
+    calibration: Calibration,
+    jobs: Sequence[tuple[int, int]],
+    guidance_scale: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Noise and conditions of (prompt, seed) jobs, on the device where the model is."""
+    device = next(model.unet.parameters()).device
+    conditions = calibration.pick([prompt for prompt, _ in jobs], guidance_scale != 1.0)
+    noise = calibration_noise(model, jobs).to(device)
+    return noise, {name: values.to(device) for name, values in conditions.items()}

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from blockcache.export import torch_kernels
 from blockcache.export.cached_unet import CachedUNet, denoise
-from blockcache.export.calibration import Calibration
+from blockcache.export.calibration import Calibration, calibration_inputs
 from blockcache.export.model import SourceModel
 from blockcache.runtime.bundle import read_tensors, write_tensors
 from blockcache.runtime.errors import ConfigError
@@ -71,12 +72,15 @@ def relative_change(fresh: torch.Tensor, previous: torch.Tensor, images: int) ->
 
     An image's entries in the batch (its conditional and unconditional halves) are taken together.
     """
+    fused = torch_kernels.relative_change(fresh, previous, images)
+    if fused is not None:
+        return fused
     batch = fresh.shape[0]
     difference = (fresh - previous).abs().double().reshape(batch, -1).sum(1)
     norm = fresh.abs().double().reshape(batch, -1).sum(1)
     # Halves come one after the other: entry i and entry images + i belong to image i.
     difference, norm = (t.reshape(-1, images).sum(0) for t in (difference, norm))
-    return (difference / norm.clamp_min(torch.finfo(torch.float64).tiny)).numpy()
+    return (difference / norm.clamp_min(torch.finfo(torch.float64).tiny)).cpu().numpy()
 
 
 def measure_change(
@@ -105,7 +109,7 @@ def measure_change(
     accumulator = _Accumulator(len(tables.timesteps), len(model.blocks))
     if checkpoint is not None and checkpoint.is_file():
         accumulator.load(checkpoint)
-    with CachedUNet(model) as cached:
+    with CachedUNet(model) as cached, torch_kernels.on_gpu(model.unet):
         while accumulator.images < len(jobs):
             if progress is not None:
                 progress(accumulator.images, len(jobs))
@@ -138,19 +142,7 @@ def _measure_batch(
                 accumulator.sums[:, step, k] += change.sum(), (change**2).sum()
         previous[:] = fresh
 
-    conditions = calibration.pick([prompt for prompt, _ in jobs], guidance_scale != 1.0)
+    noise, conditions = calibration_inputs(model, calibration, jobs, guidance_scale)
     schedule = Schedule.uncached(len(tables.timesteps), len(model.blocks))
-    noise = _noise(model, jobs)
     denoise(cached, tables, schedule, None, noise, conditions, guidance_scale, after_step)
     accumulator.images += images
-
-
-def _noise(model: SourceModel, jobs: list[tuple[int, int]]) -> torch.Tensor:
-    """One generator a (prompt, seed): the same noise whatever the batching."""
-    shape = (int(model.unet.config.in_channels), *model.sample_size)
-    return torch.stack(
-        [
-            torch.randn(shape, generator=torch.Generator().manual_seed(1_000_003 * seed + prompt))
-            for prompt, seed in jobs
-        ]
-    )

@@ -3,13 +3,15 @@
 Both are made from a segment's own graph and run on any CPU. The *reference* is the graph with every
 tensor in float32; its weights are the half-precision ones, exactly. The *rounded* graph does the
 same arithmetic but rounds the result of every operation to the bundle's precision: what a plain
-half-precision evaluation of this segment loses. An engine may lose at most twice that (``FACTOR``);
-the tolerance is measured with the same inputs, never guessed.
+half-precision evaluation of this segment loses. (Engines of float32 bundles multiply in TF32, which
+has the mantissa of float16: their rounded graph rounds to that.) An engine may lose at most twice
+as much (``FACTOR``); the tolerance is measured with the same inputs, never guessed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,10 +81,7 @@ def _widened(spec: TensorSpec) -> TensorSpec:
 def widened_graph(onnx: Path, *, rounded: bool) -> bytes:
     """A segment's graph in float32, weights inside; ``rounded`` rounds every result to half."""
     model = ir.load(onnx)
-    half = {
-        value: value.dtype for node in model.graph for value in node.outputs if value.dtype in _HALF
-    }
-    given = {value: value.dtype for value in model.graph.inputs if value.dtype in _HALF}
+    half, given = _half_values(model.graph)
     for value in (*model.graph.initializers.values(), *model.graph.inputs, *half):
         _widen(value)
     for node in list(model.graph):
@@ -94,6 +93,23 @@ def widened_graph(onnx: Path, *, rounded: bool) -> bytes:
     for value, dtype in given.items() if rounded else ():
         _round_value(model.graph, None, value, dtype)
     return bytes(ir.to_proto(model).SerializeToString())
+
+
+_Dtypes = dict[ir.Value, ir.DataType]
+
+
+def _half_values(graph: ir.Graph) -> tuple[_Dtypes, _Dtypes]:
+    """Results, and inputs, that are rounded, with the type to round to."""
+
+    def rounded(values: Iterable[ir.Value], to: Mapping[ir.DataType, ir.DataType]) -> _Dtypes:
+        return {v: to[v.dtype] for v in values if v.dtype is not None and v.dtype in to}
+
+    results = [value for node in graph for value in node.outputs]
+    itself = {dtype: dtype for dtype in _HALF}
+    if any(v.dtype in _HALF for v in (*results, *graph.inputs, *graph.initializers.values())):
+        return rounded(results, itself), rounded(graph.inputs, itself)
+    tf32 = {ir.DataType.FLOAT: ir.DataType.FLOAT16}
+    return rounded(results, tf32), rounded(graph.inputs, tf32)
 
 
 def _widen(value: ir.Value) -> None:

@@ -31,8 +31,9 @@ DEFAULT_TOKENS = 77
 """Prompt length where the folder names no tokenizer: that of CLIP."""
 
 _STAGE_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-BLOCK_CLASSES = ("Transformer2DModel",)
-"""Module classes whose residual branch is a block, by default (section 3.3)."""
+BLOCK_CLASSES = {"transformers": "Transformer2DModel", "resnets": "ResnetBlock2D"}
+"""What may be cached, by name: the module class whose residual branch is a block. The paper caches
+spatial transformers (section 3.3) and shows why ResBlocks are a bad choice (Fig. 8)."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,11 @@ class UNetCall(torch.nn.Module):
 
 
 def load_model(
-    source: str | Path, *, dtype: str = "float32", name: str | None = None
+    source: str | Path,
+    *,
+    dtype: str = "float32",
+    name: str | None = None,
+    cached: str = "transformers",
 ) -> SourceModel:
     """Load the U-Net of a diffusers folder or hub id in ``dtype``, ready for inference.
 
@@ -110,6 +115,7 @@ def load_model(
         source: the folder, or a hub id such as "owner/model".
         dtype: of the weights in memory: float32, float16 or bfloat16.
         name: what the bundle calls the model; default the folder's name.
+        cached: what the blocks are, a key of ``BLOCK_CLASSES``.
 
     Raises:
         ConfigError: no such folder, or one without a U-Net.
@@ -140,6 +146,7 @@ def load_model(
         scheduler=_read_json(folder / "scheduler" / "scheduler_config.json"),
         tokens=_tokens(folder),
         sha256=_hash_folder(unet_folder),
+        cached=cached,
     )
 
 
@@ -150,18 +157,23 @@ def describe(
     scheduler: Mapping[str, Any] | None = None,
     tokens: int = DEFAULT_TOKENS,
     sha256: str | None = None,
-    block_classes: Sequence[str] = BLOCK_CLASSES,
+    cached: str = "transformers",
 ) -> SourceModel:
     """Wrap a U-Net that is in memory already; refuses unsupported features by name."""
+    if cached not in BLOCK_CLASSES:
+        raise ConfigError(f"Expected blocks of {tuple(BLOCK_CLASSES)}, got {cached!r}.")
     config = dict(unet.config)
     check_supported(config)
     unet.eval().requires_grad_(False)
-    blocks = find_blocks(unet, block_classes)
+    blocks = find_blocks(unet, BLOCK_CLASSES[cached])
     if not blocks:
         raise UnsupportedModelError(
-            f"Expected a U-Net with spatial transformers ({', '.join(block_classes)}); {name} has "
-            f"none, so there is nothing to cache."
+            f"Expected a U-Net with {cached} ({BLOCK_CLASSES[cached]}); {name} has none, so there "
+            f"is nothing to cache."
         )
+    digest = sha256 or _hash_module(unet)
+    if cached != "transformers":  # the same weights cut elsewhere are another model to all stages
+        digest = hashlib.sha256(f"{digest} {cached}".encode()).hexdigest()
     return SourceModel(
         name=name,
         unet=unet,
@@ -169,17 +181,17 @@ def describe(
         blocks=blocks,
         conditions=_conditions(config),
         tokens=tokens,
-        sha256=sha256 or _hash_module(unet),
+        sha256=digest,
     )
 
 
 def find_blocks(
-    unet: UNet2DConditionModel, classes: Sequence[str] = BLOCK_CLASSES
+    unet: UNet2DConditionModel, class_name: str = BLOCK_CLASSES["transformers"]
 ) -> tuple[Block, ...]:
     """The cacheable blocks in execution order: down, middle, up."""
     found = []
     for path, module in unet.named_modules():
-        if type(module).__name__ in classes:
+        if type(module).__name__ == class_name:
             channels = getattr(module, "out_channels", None) or module.in_channels
             found.append(Block(path, int(channels)))
     # diffusers registers up_blocks before mid_block; the sort is stable within a stage.

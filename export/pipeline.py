@@ -1,4 +1,4 @@
-"""The order of the stages, once: profile, schedule, export, preset, bundle.
+"""The order of the stages, once: measure, export, schedule, align, bundle.
 
 ``compile_model`` is what ``blockcache compile`` runs. Every stage is keyed by what it depends on
 (``stages.py``); the manifest is written last, so that a folder with a manifest is a whole bundle.
@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 from filelock import FileLock, Timeout
 
+from blockcache.export.calibrated_stages import (
+    CalibratedStages,
+    CalibrationOptions,
+    Observer,
+    solver_config,
+)
 from blockcache.export.calibration import Calibration
-from blockcache.export.change import Profile, ProfileOptions, measure_change
 from blockcache.export.model import SourceModel
-from blockcache.export.schedule import threshold
+from blockcache.export.policies import Measured
+from blockcache.export.preset_options import PresetOptions
 from blockcache.export.stages import StageStore, stage_key
 from blockcache.export.time_tables import time_tables
+from blockcache.export.timings import Costs, Timings
 from blockcache.export.to_onnx import EXPORT_STAGES, ExportOptions, default_sizes, export_segments
 from blockcache.runtime.bundle import (
     MANIFEST,
@@ -31,11 +36,9 @@ from blockcache.runtime.bundle import (
     Manifest,
     PresetEntry,
     preset_bytes,
-    read_tensors,
     segment_from_plain,
     to_plain,
     write_preset,
-    write_tensors,
     write_text,
 )
 from blockcache.runtime.errors import BundleError, ConfigError
@@ -45,56 +48,10 @@ from blockcache.runtime.plan import (
     Dim,
     ModelFacts,
     Preset,
-    Schedule,
     Segment,
     TensorSpec,
 )
-from blockcache.runtime.solver import SolverConfig, SolverTables, solver_tables
-
-
-class Observer(Protocol):
-    """Hears how far a compile is; ``total`` is 0 where the length is not known."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """``done`` of ``total`` units of ``stage`` are finished."""
-
-
-SOLVERS = ("dpm", "ddim", "euler")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PresetOptions:
-    """One preset to make: ``dpm:20:0.5`` is 20 steps of DPM-Solver++ with delta 0.5."""
-
-    solver: str
-    steps: int
-    delta: float | None = None  # threshold of eq. 7; None recomputes everything
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise ConfigError(f"Expected a solver of {SOLVERS}, got {self.solver!r}.")
-        if self.steps < 1 or (self.delta is not None and not self.delta >= 0):
-            raise ConfigError(f"Expected steps of 1 or more and a delta of 0 or more; got {self}.")
-        if not self.name:
-            suffix = "" if self.delta is None else f"-d{self.delta:g}".replace("+", "")
-            object.__setattr__(self, "name", f"{self.solver}-{self.steps}{suffix}")
-
-    @classmethod
-    def parse(cls, text: str) -> PresetOptions:
-        """Read ``SOLVER:STEPS[:DELTA]``."""
-        parts = text.split(":")
-        try:
-            if len(parts) not in (2, 3):
-                raise ValueError
-            delta = float(parts[2]) if len(parts) == 3 else None
-            return cls(solver=parts[0], steps=int(parts[1]), delta=delta)
-        except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(
-                f"Expected a preset SOLVER:STEPS[:DELTA] such as dpm:20:0.5, got {text!r}."
-            ) from error
+from blockcache.runtime.solver import solver_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +60,17 @@ class CompileOptions:
 
     presets: tuple[PresetOptions, ...]
     export: ExportOptions = field(default_factory=ExportOptions)
-    profile: ProfileOptions = field(default_factory=ProfileOptions)
-    guidance_scale: float = 5.0  # as in the paper
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    timings: Timings | None = None  # what budgets count with; default FLOPs
 
     def __post_init__(self) -> None:
         names = [preset.name for preset in self.presets]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"Expected presets with different names, got {names}.")
+        needed = max(preset.outputs for preset in self.presets)
+        if needed > self.export.outputs:
+            export = dataclasses.replace(self.export, outputs=needed)
+            object.__setattr__(self, "export", export)
 
 
 def compile_model(
@@ -125,7 +86,7 @@ def compile_model(
         model: as ``load_model`` returned it, float32 where a preset needs a profile.
         folder: the bundle; made if missing.
         options: what to make.
-        calibration: prompts to profile with; needed where a preset has a delta.
+        calibration: prompts to measure with; needed where a preset is ``calibrated``.
         observer: progress.
 
     Raises:
@@ -168,24 +129,25 @@ def _compile(
     calibration: Calibration | None,
     observer: Observer,
 ) -> None:
-    for preset in options.presets:  # what cannot work is refused before any work
-        solver_tables(_solver_config(model, preset))
     store = StageStore(folder)
-    profiles = {
-        preset.name: _profile_stage(model, store, preset, options, calibration, observer)
-        for preset in options.presets
-    }
+    stages = CalibratedStages(
+        model, store, options.calibration, calibration, observer, options.export.precision
+    )
+    for preset in options.presets:  # what cannot work is refused before any work
+        solver_tables(solver_config(model, preset))
+        stages.check(preset)
+    for preset in options.presets:  # the export may convert the weights, so measure before
+        stages.measure(preset)
     segments = _export_stage(model, store, options.export, observer)
     facts = _model_facts(model, options.export, segments)
     presets = {}
     for done, preset in enumerate(options.presets):
         observer("presets", done, len(options.presets))
-        made = _make_preset(model, folder, preset, options, profiles[preset.name], segments, facts)
+        made = _make_preset(stages, folder, preset, options, segments, facts)
         name = f"presets/{preset.name}.safetensors"
         path = folder / name
         if not path.is_file() or path.read_bytes() != preset_bytes(made):
-            # From here on the folder is not a bundle until the new manifest is written.
-            (folder / MANIFEST).unlink(missing_ok=True)
+            store.invalidate()
             write_preset(path, made)
         store.commit(f"preset-{preset.name}", stage_key(preset=preset), [name], {})
         presets[preset.name] = _preset_entry(name, made, segments)
@@ -206,8 +168,7 @@ def _export_stage(
     observer("export", 0, parts)
     facts = store.reuse("export", key)
     if facts is None:
-        # As for presets: no manifest while its files change.
-        (store.folder / MANIFEST).unlink(missing_ok=True)
+        store.invalidate()
         target = store.folder / "segments"
         shutil.rmtree(target, ignore_errors=True)
 
@@ -223,84 +184,50 @@ def _export_stage(
     return tuple(segment_from_plain(entry) for entry in facts["segments"])
 
 
-def _profile_stage(
-    model: SourceModel,
-    store: StageStore,
-    preset: PresetOptions,
-    options: CompileOptions,
-    calibration: Calibration | None,
-    observer: Observer,
-) -> Profile | None:
-    """Measured change of a preset's solver and steps; shared by presets that differ in delta."""
-    if preset.delta is None:
-        return None
-    if calibration is None:
-        raise ConfigError(
-            f"Preset {preset.name!r} derives its schedule from measurements and needs prompts to "
-            f"measure with: give a calibration (--calibration FILE), or leave out the delta."
-        )
-    config = _solver_config(model, preset)
-    key = stage_key(
-        model=model.sha256,
-        solver=config.to_json(),
-        profile=dataclasses.asdict(options.profile),
-        guidance=options.guidance_scale,
-        calibration=_hash_calibration(calibration),
-    )
-    stage = f"profile-{key[:12]}"
-    name = f"profiles/{preset.solver}-{preset.steps}-{key[:8]}.safetensors"
-    facts = store.reuse(stage, key)
-    path = store.folder / name
-    if facts is None:
-        profile = measure_change(
-            model,
-            solver_tables(config),
-            calibration,
-            options.guidance_scale,
-            options.profile,
-            progress=lambda done, total: observer(
-                f"profile {preset.solver}-{preset.steps}", done, total
-            ),
-            checkpoint=store.scratch(stage),
-        )
-        write_tensors(path, {"mean": profile.mean, "std": profile.std})
-        store.commit(stage, key, [name], {"images": profile.images})
-        store.scratch(stage).unlink(missing_ok=True)
-        return dataclasses.replace(profile, file=name)
-    tensors = read_tensors(path)
-    return Profile(tensors["mean"], tensors["std"], int(facts["images"]), name)
+def _costs(segments: Sequence[Segment], timings: Timings | None) -> Costs:
+    """What a step costs. A budget needs proportions only, so GFLOP may stand in for time."""
+    if timings is None:
+        gflop = {segment.name: segment.flops / 1e9 for segment in segments}
+        timings = Timings("flops", "none", {}, gflop)
+    return timings.costs(segments)
 
 
 def _make_preset(
-    model: SourceModel,
+    stages: CalibratedStages,
     folder: Path,
     preset: PresetOptions,
     options: CompileOptions,
-    profile: Profile | None,
     segments: tuple[Segment, ...],
     facts: ModelFacts,
 ) -> Preset:
-    """Schedule, identity alignment and time tables of a preset."""
-    config = _solver_config(model, preset)
-    tables: SolverTables = solver_tables(config)
-    if profile is None or preset.delta is None:
-        schedule = Schedule.uncached(preset.steps, len(model.blocks))
-        policy: dict[str, object] = {"kind": "uncached"}
-    else:
-        schedule = threshold(profile.mean, preset.delta)
-        policy = {
-            "kind": "threshold",
-            "delta": preset.delta,
-            "images": profile.images,
-            "profile": profile.file,
-        }
+    """Schedule, alignment and time tables of a preset."""
+    profile = stages.profile(preset) if preset.policy.measured else None
+    measured = Measured(
+        steps=preset.steps,
+        paths=[block.path for block in facts.blocks],
+        costs=_costs(segments, options.timings),
+        change=None if profile is None else profile.mean,
+        sensitivity=stages.sensitivity(preset) if preset.policy.weighted else None,
+    )
+    schedule = preset.policy.schedule(measured)
+    policy: dict[str, object] = {"kind": preset.policy.kind}
+    if preset.policy.value:
+        policy["value"] = preset.policy.value
+    if profile is not None:
+        policy |= {"images": profile.images, "profile": profile.file}
+    alignment = Alignment.identity(preset.steps, facts.block_channels)
+    if preset.alignment != "none" and not schedule.recompute.all():
+        fit, report = stages.alignment(preset, schedule)
+        alignment = fit.alignment
+        policy |= {"alignment": preset.alignment, "alignment_report": report}
+    config = solver_config(stages.model, preset)
     return Preset(
         name=preset.name,
         solver=config.to_json(),
         schedule=schedule,
-        alignment=Alignment.identity(preset.steps, facts.block_channels, facts.outputs),
-        time_tables=time_tables(segments, folder / "segments", tables.timesteps),
-        guidance_scale=options.guidance_scale,
+        alignment=alignment.combining(facts.outputs),
+        time_tables=time_tables(segments, folder / "segments", solver_tables(config).timesteps),
+        guidance_scale=options.calibration.guidance_scale,
         policy=policy,
     )
 
@@ -338,23 +265,3 @@ def _model_facts(
             for c in model.conditions
         ),
     )
-
-
-def _solver_config(model: SourceModel, preset: PresetOptions) -> SolverConfig:
-    if not model.scheduler:
-        raise ConfigError(
-            f"Expected scheduler/scheduler_config.json beside the U-Net of {model.name!r}: the "
-            f"noise schedule it was trained with is in no other place. Save the pipeline's "
-            f"scheduler there."
-        )
-    return SolverConfig.from_diffusers(model.scheduler, solver=preset.solver, steps=preset.steps)
-
-
-def _hash_calibration(calibration: Calibration) -> str:
-    digest = hashlib.sha256()
-    sides: tuple[Mapping[str, Any], ...] = (calibration.positive, calibration.negative)
-    for side in sides:
-        for name, values in sorted(side.items()):
-            digest.update(f"{name} {values.shape}".encode())
-            digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()

@@ -1,10 +1,12 @@
-"""Schedules from measured change: numpy only.
+"""Schedules from measured change: the threshold of eq. 7, and the best one under a budget.
 
 ``change[s, k]`` is L1_rel of eq. 6 between step s-1 and step s of block k, in denoising order;
-``change[0]`` is 0 by definition, there is no step before.
+``change[0]`` is 0 by definition, there is no step before. numpy only.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,6 +39,147 @@ def threshold(change: np.ndarray, delta: float) -> Schedule:
         recompute[step] = accumulated > delta
         accumulated[recompute[step]] = 0.0
     return Schedule(recompute)
+
+
+def threshold_within(change: np.ndarray, cost: np.ndarray, spend: float) -> Schedule:
+    """The threshold's schedule with the smallest delta that costs no more than ``spend``.
+
+    Recomputes fall with delta, so bisection finds it.
+
+    Args:
+        change: float [S, K], finite, not negative.
+        cost: float [K], what one run of a block costs.
+        spend: what all runs of all blocks may cost, at least ``cost.sum()``.
+    """
+    low, high = 0.0, float(check_change(change).sum()) + 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        within = (threshold(change, middle).recompute * cost).sum() <= spend * (1 + 1e-12)
+        low, high = (low, middle) if within else (middle, high)
+    return threshold(change, high)
+
+
+def budget(
+    change: np.ndarray, cost: np.ndarray, spend: float, weight: np.ndarray | None = None
+) -> Schedule:
+    """The schedule with the least total accumulated change among those that cost no more.
+
+    Minimises ``sum(weight * accumulated_change(change, schedule))`` under
+    ``sum(cost * recompute) <= spend``. For one block and r recomputes the best steps are a
+    shortest path through the steps; a knapsack over the blocks' curves then shares out the budget.
+    A threshold's schedule is one of the candidates at its own cost, so this one never accumulates
+    more. That holds exactly up to ``MOST_POINTS`` combinations of cost and change, and beyond, to
+    their resolution of the budget.
+
+    Args:
+        change: float [S, K], finite, not negative.
+        cost: float [K], what one run of a block costs (FLOPs, milliseconds), more than 0.
+        spend: what all runs of all blocks may cost, in the same unit.
+        weight: float [S, K], what a unit of change in use at a step costs in quality
+            (``sensitivity.py``), finite, not negative; default 1 everywhere.
+
+    Raises:
+        ConfigError: the budget does not even pay for step 0, which recomputes every block; or a
+            cost or weight is out of range.
+    """
+    change, cost = check_change(change), np.asarray(cost, np.float64)
+    weight = np.ones(change.shape) if weight is None else np.asarray(weight, np.float64)
+    if cost.shape != change.shape[1:] or not (cost > 0).all():
+        raise ConfigError(
+            f"Expected a cost above 0 for each of {change.shape[1]} blocks, got {cost.tolist()}."
+        )
+    if weight.shape != change.shape or not ((weight >= 0) & np.isfinite(weight)).all():
+        raise ConfigError(
+            f"Expected finite weights of 0 or more, of the change's shape {change.shape}; got "
+            f"shape {weight.shape}. Measure the sensitivity again."
+        )
+    allowed = spend * (1 + 1e-12)  # a sum of the same costs in another order is no overrun
+    if not cost.sum() <= allowed:
+        raise ConfigError(
+            f"Expected a budget of at least {cost.sum():g}, one run of every block; got {spend:g}."
+        )
+    curves = [_curve(change[:, k], weight[:, k]) for k in range(change.shape[1])]
+    counts = _share_out([curve.change for curve in curves], cost, allowed)
+    chosen = [curve.recompute[count - 1] for curve, count in zip(curves, counts, strict=True)]
+    return Schedule(np.stack(chosen, axis=1))
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """One block: the least change for every number of recomputes, 1..S."""
+
+    change: np.ndarray  # float64 [S]
+    recompute: np.ndarray  # bool [S, S]: row r - 1 is the schedule with r recomputes
+
+
+def _curve(change: np.ndarray, weight: np.ndarray) -> _Curve:
+    """Shortest paths from step 0 to step S with 1..S edges; an edge is one cache lifetime."""
+    steps = len(change)
+    lifetime = _lifetime_change(change, weight)
+    least = np.full(steps + 1, np.inf)
+    least[0] = 0.0
+    totals, origins = [], []
+    for _ in range(steps):
+        paths = least[:, None] + lifetime
+        origins.append(paths.argmin(axis=0))
+        least = paths.min(axis=0)
+        totals.append(least[steps])
+    recompute = np.zeros((steps, steps), np.bool_)
+    for row in range(steps):
+        end = steps
+        for origin in reversed(origins[: row + 1]):
+            end = int(origin[end])
+            recompute[row, end] = True
+    return _Curve(np.array(totals), recompute)
+
+
+def _lifetime_change(change: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """[S + 1, S + 1]: total change in use if a block runs at step a and next at step b > a."""
+    steps = len(change)
+    table = np.full((steps + 1, steps + 1), np.inf)
+    for a in range(steps):
+        in_use = np.cumsum(change[a + 1 :])  # at steps a + 1, a + 2, ...
+        table[a, a + 1] = 0.0
+        table[a, a + 2 :] = np.cumsum(weight[a + 1 :] * in_use)
+    return table
+
+
+MOST_POINTS = 1 << 13
+"""Points kept on the frontier of cost and change; beyond, neighbours are merged."""
+
+
+def _share_out(curves: list[np.ndarray], cost: np.ndarray, allowed: float) -> np.ndarray:
+    """Recomputes of each block, 1..S: the knapsack over all blocks' curves. int [K].
+
+    Block after block, every combination is tried and the dominated ones are dropped: what is left
+    is the frontier of cost against change. It stays exact up to ``MOST_POINTS``.
+    """
+    spent, total = np.zeros(1), np.zeros(1)
+    counts = np.zeros((1, 0), np.int64)
+    reserve = np.append(np.cumsum(cost[::-1])[::-1], 0.0)  # step 0 of the blocks to come
+    for k, curve in enumerate(curves):
+        runs = np.arange(1, len(curve) + 1)
+        new_spent = (spent[:, None] + cost[k] * runs).ravel()
+        new_total = (total[:, None] + curve).ravel()
+        kept = np.flatnonzero(new_spent + reserve[k + 1] <= allowed)
+        kept = kept[_frontier(new_spent[kept], new_total[kept], allowed)]
+        rows, columns = np.divmod(kept, len(curve))
+        counts = np.column_stack([counts[rows], runs[columns]])
+        spent, total = new_spent[kept], new_total[kept]
+    result: np.ndarray = counts[total.argmin()]
+    return result
+
+
+def _frontier(spent: np.ndarray, total: np.ndarray, allowed: float) -> np.ndarray:
+    """Indices of the points that no cheaper point beats, in the order of their cost."""
+    order = np.lexsort((total, spent))
+    best = np.minimum.accumulate(total[order])
+    kept = order[np.append(True, best[1:] < best[:-1])]
+    if len(kept) > MOST_POINTS:  # of the points that cost nearly the same, the best
+        place = np.floor(spent[kept] * (MOST_POINTS / allowed))
+        kept = kept[np.append(place[1:] != place[:-1], True)]
+    result: np.ndarray = kept
+    return result
 
 
 def accumulated_change(change: np.ndarray, schedule: Schedule) -> np.ndarray:

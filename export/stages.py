@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from blockcache.runtime.bundle import FileEntry, hash_files, write_text
+from blockcache.runtime.bundle import MANIFEST, FileEntry, hash_files, write_text
 
 _TOOLS = ("blockcache", "torch", "diffusers", "onnx", "onnx_ir", "onnxscript")
 
@@ -69,6 +69,10 @@ class StageStore:
         }
         write_text(self._record(stage), json.dumps(content, indent=1, sort_keys=True))
         self._note(stage, key, entries)
+
+    def invalidate(self) -> None:
+        """From here on the folder is not a bundle until a new manifest is written."""
+        (self.folder / MANIFEST).unlink(missing_ok=True)
 
     def scratch(self, stage: str) -> Path:
         """A file in which an unfinished stage may keep what it has so far."""

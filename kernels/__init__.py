@@ -8,6 +8,7 @@ Letters: N samples, M elements of one sample (C * H * W), S steps, C channels, L
 """
 
 from blockcache.kernels._host import (
+    bind_guidance_rescale_factors,
     bind_guided_solver_step,
     guidance_rescale_factors,
     guided_solver_step,
@@ -36,6 +37,7 @@ __all__ = [
     "GuidedSolverStepArgs",
     "KernelError",
     "ScaleShiftResidualArgs",
+    "bind_guidance_rescale_factors",
     "bind_guided_solver_step",
     "check",
     "cuda_library",

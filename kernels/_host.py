@@ -6,13 +6,18 @@ C-contiguous; `[N, ...]` stands for any shape with N first, whose remaining prod
 """
 
 import ctypes
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from blockcache.kernels._arrays import (
+    Array,
+    FloatArray,
+    address,
+    dtype_name,
+    require,
+    samples_and_elements,
+)
 from blockcache.kernels._library import (
     DTYPES,
     LAYOUTS,
@@ -24,8 +29,8 @@ from blockcache.kernels._library import (
     host_library,
 )
 
-Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float32]
+_ERROR_STEP = -5  # BC_ERROR_STEP
+_WRITTEN = ("next_sample", "history_out", "next_input")
 
 
 def bind_guided_solver_step(
@@ -78,7 +83,8 @@ def bind_guided_solver_step(
         "history0": history0,
         "history1": history1,
     }
-    uniform = {"table": table, "guidance": _per_sample(guidance, next_sample), "rescale": rescale}
+    scales = None if guidance is None else _per_sample(guidance, next_sample.shape[:1])
+    uniform = {"table": table, "guidance": scales, "rescale": rescale}
     return _bind(floats, uniform, {"model_out": model_out, "next_input": next_input}, dtype)
 
 
@@ -91,24 +97,24 @@ def _bind(
     """Binds the arguments of `bind_guided_solver_step`, grouped by the shape they must have."""
     next_sample, table = _present(floats, "next_sample"), _present(uniform, "table")
     shape = next_sample.shape
-    N, M = _samples_and_elements("next_sample", next_sample)
+    N, M = samples_and_elements("next_sample", next_sample)
     S = table.shape[0] if table.ndim else 0
     for name, array in floats.items():
-        _require(name, array, shape, "float32", write=name in _WRITTEN)
+        require(name, array, shape, "float32", write=name in _WRITTEN)
     for name, array in uniform.items():
-        _require(name, array, (S, ROW) if name == "table" else (N,), "float32")
+        require(name, array, (S, ROW) if name == "table" else (N,), "float32")
     T = "float32"
     doubled = shape if uniform["guidance"] is None else (2 * N, *shape[1:])
     for name, array in typed.items():
         if array is not None:
-            T = _dtype_name(name, array, dtype)
+            T = dtype_name(name, array, dtype)
     for name, array in typed.items():
-        _require(name, array, doubled, T, dtype, write=name in _WRITTEN)
+        require(name, array, doubled, T, dtype, write=name in _WRITTEN)
 
     arrays = {**floats, **uniform, **typed}
     args = GuidedSolverStepArgs(N=N, M=M, S=S, dtype=DTYPES[T])
     for name, array in arrays.items():
-        setattr(args, name, _address(array))
+        setattr(args, name, address(array))
     library = host_library()
     call = library.bc_host_guided_solver_step
     pointer = ctypes.byref(args)  # keeps `args` alive
@@ -181,50 +187,81 @@ def guided_solver_step(
     run(step)
 
 
-def guidance_rescale_factors(
-    model_out: Array,
+def bind_guidance_rescale_factors(
+    factors: FloatArray,
     *,
+    model_out: Array,
     guidance: FloatArray | float,
-    phi: float,
-    out: FloatArray | None = None,
+    phi: FloatArray | float,
     dtype: str | None = None,
-) -> FloatArray:
-    """Per sample phi * std(c) / std(g) + 1 - phi: the `rescale` of `guided_solver_step`.
+) -> Callable[[], None]:
+    """Checks the arguments of `guidance_rescale_factors` once and returns it as a function.
+
+    The arrays are kept alive and read at every call.
 
     Args:
+        factors: float32 [N], written.
         model_out: T [2N, ...], the unconditional half first.
         guidance: the guidance scale, one or float32 [N].
-        phi: how far to rescale: 0 not at all, 1 to the conditional output's spread.
-        out: float32 [N] to write to; None: a new array.
+        phi: how far to rescale, one or float32 [N]: 0 not at all, 1 to the conditional output's
+            spread.
         dtype: T by name, where the array does not tell.
-
-    Returns:
-        float32 [N], which is `out` if given.
 
     Raises:
         KernelError: an array has the wrong dtype, shape or memory order.
     """
-    rows, M = _samples_and_elements("model_out", model_out)
+    rows, M = samples_and_elements("model_out", model_out)
     N = rows // 2
     if rows != 2 * N:
         raise KernelError(
             f"model_out: expected 2N samples, both halves of the guidance, got {rows}"
         )
-    factors = np.empty(N, np.float32) if out is None else out
-    scale = _per_sample(guidance, factors)
-    T = _dtype_name("model_out", model_out, dtype)
-    _require("out", factors, (N,), "float32", write=True)
-    _require("model_out", model_out, model_out.shape, T, dtype)
-    _require("guidance", scale, (N,), "float32")
+    T = dtype_name("model_out", model_out, dtype)
+    scales, phis = _per_sample(guidance, (N,)), _per_sample(phi, (N,))
+    require("factors", factors, (N,), "float32", write=True)
+    require("model_out", model_out, model_out.shape, T, dtype)
+    require("guidance", scales, (N,), "float32")
+    require("phi", phis, (N,), "float32")
     library = host_library()
-    addresses = (_address(factors), _address(model_out), _address(scale))
-    code = library.bc_host_guidance_rescale_factors(*addresses, phi, N, M, DTYPES[T])
-    check(library, "guidance_rescale_factors", code)
+    call = library.bc_host_guidance_rescale_factors
+    arrays = (factors, model_out, scales, phis)
+    arguments = (*map(address, arrays), N, M, DTYPES[T])
+
+    def run(_keep_alive: object = arrays) -> None:
+        code = call(*arguments)
+        if code:
+            check(library, "guidance_rescale_factors", code)
+
+    return run
+
+
+def guidance_rescale_factors(
+    model_out: Array,
+    *,
+    guidance: FloatArray | float,
+    phi: FloatArray | float,
+    dtype: str | None = None,
+) -> FloatArray:
+    """Per sample phi * std(c) / std(g) + 1 - phi: the `rescale` of `guided_solver_step`.
+
+    For the arguments see `bind_guidance_rescale_factors`.
+
+    Returns:
+        float32 [N].
+
+    Raises:
+        KernelError: an array has the wrong dtype, shape or memory order.
+    """
+    rows, _ = samples_and_elements("model_out", model_out)
+    factors = np.empty(rows // 2, np.float32)
+    bind_guidance_rescale_factors(
+        factors, model_out=model_out, guidance=guidance, phi=phi, dtype=dtype
+    )()
     return factors
 
 
 def relative_change(
-    now: Array, before: Array, *, dtype: str | None = None
+    now: Array, before: Array, *, images: int | None = None, dtype: str | None = None
 ) -> tuple[FloatArray, float]:
     """Eq. 6: sum |now - before| / sum |now|, in one pass over both.
 
@@ -233,25 +270,32 @@ def relative_change(
     Args:
         now: T [N, ...].
         before: T, shaped as `now`.
+        images: sample n belongs to image n % images, so that both halves of an image's guidance
+            count as one; None: every sample is an image of its own.
         dtype: T by name, where the arrays do not tell.
 
     Returns:
-        float32 [N], one change per sample, and the change over all samples together. 0/0 is NaN.
+        float32 [images], one change per image, and the change over all images together. No
+        difference is 0, also where all is 0.
 
     Raises:
-        KernelError: an array has the wrong dtype, shape or memory order.
+        KernelError: an array has the wrong dtype, shape or memory order, or `images` does not
+            divide N.
     """
-    N, M = _samples_and_elements("now", now)
-    T = _dtype_name("now", now, dtype)
-    _require("now", now, now.shape, T, dtype)
-    _require("before", before, now.shape, T, dtype)
-    per_sample = np.empty(N, np.float32)
+    N, M = samples_and_elements("now", now)
+    count = N if images is None else images
+    if count < 1 or N % count:
+        raise KernelError(f"images: expected a number that divides {N} samples, got {images}")
+    T = dtype_name("now", now, dtype)
+    require("now", now, now.shape, T, dtype)
+    require("before", before, now.shape, T, dtype)
+    per_image = np.empty(count, np.float32)
     whole = np.empty(1, np.float32)
     library = host_library()
-    addresses = (_address(per_sample), _address(whole), _address(now), _address(before))
-    code = library.bc_host_relative_change(*addresses, N, M, DTYPES[T])
+    addresses = (address(per_image), address(whole), address(now), address(before))
+    code = library.bc_host_relative_change(*addresses, count, N, M, DTYPES[T])
     check(library, "relative_change", code)
-    return per_sample, float(whole[0])
+    return per_image, float(whole[0])
 
 
 def scale_shift_residual(
@@ -285,25 +329,21 @@ def scale_shift_residual(
     """
     if layout not in LAYOUTS:
         raise KernelError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    N, M = _samples_and_elements("y", y)
+    N, M = samples_and_elements("y", y)
     if y.ndim < 2:
         raise KernelError(f"y: expected an array of at least 2 axes, got shape {y.shape}")
     C = y.shape[1] if layout == "nchw" else y.shape[-1]
-    T = _dtype_name("y", y, dtype)
-    _require("y", y, y.shape, T, dtype, write=True)
+    T = dtype_name("y", y, dtype)
+    require("y", y, y.shape, T, dtype, write=True)
     for name, array in {"x": x, "last": last, "before": before}.items():
-        _require(name, array, y.shape, T, dtype)
+        require(name, array, y.shape, T, dtype)
     for name, row in {"scale": scale, "shift": shift, "before_scale": before_scale}.items():
-        _require(name, row, (C,), "float32")
+        require(name, row, (C,), "float32")
     args = ScaleShiftResidualArgs(N=N, C=C, L=M // C, layout=LAYOUTS[layout], dtype=DTYPES[T])
-    args.y, args.x, args.last, args.before = map(_address, (y, x, last, before))
-    args.scale, args.shift, args.before_scale = map(_address, (scale, shift, before_scale))
+    args.y, args.x, args.last, args.before = map(address, (y, x, last, before))
+    args.scale, args.shift, args.before_scale = map(address, (scale, shift, before_scale))
     library = host_library()
     check(library, "scale_shift_residual", library.bc_host_scale_shift_residual(args))
-
-
-_ERROR_STEP = -5  # BC_ERROR_STEP
-_WRITTEN = ("next_sample", "history_out", "next_input")
 
 
 def _present(arrays: dict[str, Array | None], name: str) -> Array:
@@ -313,66 +353,6 @@ def _present(arrays: dict[str, Array | None], name: str) -> Array:
     return array
 
 
-def _per_sample(scale: FloatArray | float | None, like: Array) -> FloatArray | None:
-    """The guidance scale as float32 [N], N taken from `like`."""
-    if isinstance(scale, float | int):
-        return np.full(like.shape[:1], scale, np.float32)
-    return scale
-
-
-def _address(array: Array | None) -> int | None:
-    return None if array is None else array.ctypes.data
-
-
-@functools.cache
-def _name_of(dtype: np.dtype[Any]) -> str:
-    """`dtype.name`, which numpy works out anew each time, at more cost than a small kernel."""
-    name: str = dtype.name
-    return name
-
-
-def _samples_and_elements(name: str, array: Array) -> tuple[int, int]:
-    """N and M of an array [N, ...]."""
-    if array.ndim < 1 or array.size < 1:
-        raise KernelError(f"{name}: expected an array [N, ...] with elements, got {array.shape}")
-    return array.shape[0], array.size // array.shape[0]
-
-
-def _dtype_name(name: str, array: Array, dtype: str | None) -> str:
-    """T by name, from the argument if given, else from the array."""
-    T = _name_of(array.dtype) if dtype is None else dtype
-    if T not in DTYPES:
-        hint = "; pass dtype='bfloat16' for bfloat16 bits" if T == "uint16" else ""
-        raise KernelError(f"{name}: expected one of {', '.join(DTYPES)}, got {T}{hint}")
-    return T
-
-
-def _require_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise KernelError(f"{name}: expected shape {shape}, got {array.shape}")
-
-
-def _require(
-    name: str,
-    array: Array | None,
-    shape: tuple[int, ...],
-    T: str,
-    dtype: str | None = None,
-    *,
-    write: bool = False,
-) -> Array | None:
-    """The array itself, once it has this shape and dtype and an order the kernels can read."""
-    if array is None:
-        return None
-    _require_shape(name, array, shape)
-    is_bits = dtype == T == "bfloat16" and array.dtype == np.uint16
-    if _name_of(array.dtype) != T and not is_bits:
-        raise KernelError(f"{name}: expected {T}, got {array.dtype.name}")
-    if not array.flags.c_contiguous or not array.flags.aligned or not array.dtype.isnative:
-        raise KernelError(
-            f"{name}: expected a C-contiguous, aligned array in native byte order; "
-            "pass np.ascontiguousarray of it"
-        )
-    if write and not array.flags.writeable:
-        raise KernelError(f"{name}: expected a writable array, got a read-only one")
-    return array
+def _per_sample(value: FloatArray | float, shape: tuple[int, ...]) -> FloatArray:
+    """One number for all samples as float32 [N], `shape` being (N,)."""
+    return np.full(shape, value, np.float32) if isinstance(value, float | int) else value

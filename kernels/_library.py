@@ -4,11 +4,11 @@ import ctypes
 import functools
 import importlib.resources
 import os
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any, Final
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 """`BC_ABI_VERSION` of the header this file was written against."""
 
 ROW: Final = 8
@@ -81,12 +81,12 @@ class ScaleShiftResidualArgs(ctypes.Structure):
 _KERNELS: Final[dict[str, list[Any]]] = {
     "guided_solver_step": [POINTER(GuidedSolverStepArgs), c_int32],
     "guidance_rescale_factors": [
-        *(c_void_p, c_void_p, c_void_p),  # factors, model_out, guidance
-        *(c_float, c_int64, c_int64, c_int32),  # phi, N, M, dtype
+        *(c_void_p, c_void_p, c_void_p, c_void_p),  # factors, model_out, guidance, phi
+        *(c_int64, c_int64, c_int32),  # N, M, dtype
     ],
     "relative_change": [
-        *(c_void_p, c_void_p, c_void_p, c_void_p),  # per_sample, whole, now, before
-        *(c_int64, c_int64, c_int32),  # N, M, dtype
+        *(c_void_p, c_void_p, c_void_p, c_void_p),  # per_image, whole, now, before
+        *(c_int64, c_int64, c_int64, c_int32),  # images, N, M, dtype
     ],
     "scale_shift_residual": [POINTER(ScaleShiftResidualArgs)],
 }

@@ -27,7 +27,7 @@ extern "C" {
 #define BC_API __attribute__((visibility("default")))
 
 /* Raised whenever a struct or a signature below changes; a loader refuses another number. */
-#define BC_ABI_VERSION 1
+#define BC_ABI_VERSION 2
 
 /* Values of `dtype`. */
 #define BC_FLOAT32 0
@@ -107,31 +107,37 @@ BC_API int32_t bc_cuda_guided_solver_step(const bc_guided_solver_step_args *args
                                           void *stream);
 
 /* ------------------------------------------------------------------------------------------------
- * guidance_rescale_factors: the `rescale` argument above (diffusers' rescale_noise_cfg).
+ * guidance_rescale_factors: the `rescale` argument above (arXiv 2305.08891, section 3.4; diffusers'
+ * rescale_noise_cfg).
  *
- *   factors[n] = phi * std(c[n]) / std(g[n]) + (1 - phi)      factors float32 [N]
+ *   factors[n] = phi[n] * std(c[n]) / std(g[n]) + (1 - phi[n])      factors float32 [N]
  *
- * model_out T [2N, M], guidance float32 [N]. */
+ * model_out T [2N, M], guidance and phi float32 [N]: in memory, as a captured CUDA graph keeps its
+ * arguments. */
 BC_API int32_t bc_host_guidance_rescale_factors(float *factors, const void *model_out,
-                                                const float *guidance, float phi, int64_t N,
+                                                const float *guidance, const float *phi, int64_t N,
                                                 int64_t M, int32_t dtype);
 BC_API int32_t bc_cuda_guidance_rescale_factors(float *factors, const void *model_out,
-                                                const float *guidance, float phi, int64_t N,
+                                                const float *guidance, const float *phi, int64_t N,
                                                 int64_t M, int32_t dtype, void *stream);
 
 /* ------------------------------------------------------------------------------------------------
  * relative_change: eq. 6 of Block Caching, sum |now - before| / sum |now|.
  *
- * per_sample float32 [N] and whole float32 [1], each of which may be NULL; now, before T [N, M].
- * The order of summation depends on N, M, dtype and 16-byte alignment, never on timing or the
- * device. 0/0 is NaN, as in the formula. The workspace is device memory, 8-byte aligned; its size
- * is 0 for sizes that would be refused. */
-BC_API int32_t bc_host_relative_change(float *per_sample, float *whole, const void *now,
-                                       const void *before, int64_t N, int64_t M, int32_t dtype);
+ * now, before T [N, M]. Sample n belongs to image n % images, which must divide N: with guidance an
+ * image is its unconditional and its conditional half, with images = N every sample is its own.
+ * per_image float32 [images] and whole float32 [1], each of which may be NULL. The order of
+ * summation depends on the sizes, dtype and 16-byte alignment, never on timing or the device.
+ * No difference is a change of 0, also where all is 0. The workspace is device memory, 8-byte
+ * aligned; its size is 0 for sizes that would be refused. */
+BC_API int32_t bc_host_relative_change(float *per_image, float *whole, const void *now,
+                                       const void *before, int64_t images, int64_t N, int64_t M,
+                                       int32_t dtype);
 BC_API size_t bc_cuda_relative_change_workspace_bytes(int64_t N, int64_t M);
-BC_API int32_t bc_cuda_relative_change(float *per_sample, float *whole, const void *now,
-                                       const void *before, int64_t N, int64_t M, int32_t dtype,
-                                       void *workspace, size_t workspace_bytes, void *stream);
+BC_API int32_t bc_cuda_relative_change(float *per_image, float *whole, const void *now,
+                                       const void *before, int64_t images, int64_t N, int64_t M,
+                                       int32_t dtype, void *workspace, size_t workspace_bytes,
+                                       void *stream);
 
 /* ------------------------------------------------------------------------------------------------
  * scale_shift_residual: y = x + scale * last + before_scale * before + shift, per channel.

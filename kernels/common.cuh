@@ -1,6 +1,6 @@
 // What every kernel file shares, for the host compiler and nvcc alike.
-// defines: BC_INLINE, f16, bf16, to_float, from_float, load, store, tree_sum, dispatch_dtype,
-//          Span, clash, aligned, and under nvcc: launch, warp_sum, block_sum
+// defines: BC_INLINE, BC_CLONES, f16, bf16, to_float, from_float, load, store, tree_sum,
+//          dispatch_dtype, Span, clash, aligned, and under nvcc: launch, warp_sum, block_sum
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,15 @@
 #define BC_INLINE __host__ __device__ __forceinline__
 #else
 #define BC_INLINE inline __attribute__((always_inline))
+#endif
+
+// The host loops exist once per instruction set; the loader takes the widest that the machine has.
+// Without contraction (CMakeLists.txt) all give the same bits.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(BLOCKCACHE_BASELINE)
+#define BC_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define BC_CLONES
 #endif
 
 namespace blockcache {

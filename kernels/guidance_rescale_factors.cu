@@ -20,7 +20,7 @@ struct Args {
   float *factors;
   const void *model_out;
   const float *guidance;
-  float phi;
+  const float *phi;
   int64_t N;
   int64_t M;
 };
@@ -40,18 +40,20 @@ BC_INLINE void read(float (&c)[V], float (&g)[V], const Args &args, int64_t n, i
 }
 
 inline int32_t check(const Args &args, int32_t dtype) {
-  if (args.factors == nullptr || args.model_out == nullptr || args.guidance == nullptr) {
+  if (args.factors == nullptr || args.model_out == nullptr || args.guidance == nullptr ||
+      args.phi == nullptr) {
     return BC_ERROR_NULL;
   }
   if (dtype < BC_FLOAT32 || dtype > BC_BFLOAT16) return BC_ERROR_DTYPE;
   if (bad_sizes(args.N, args.M)) return BC_ERROR_SIZE;
-  if (!aligned(args.factors, 4) || !aligned(args.guidance, 4) ||
+  if (!aligned(args.factors, 4) || !aligned(args.guidance, 4) || !aligned(args.phi, 4) ||
       !aligned(args.model_out, dtype_bytes(dtype))) {
     return BC_ERROR_ALIGNMENT;
   }
   const Span factors = {args.factors, args.N, 4};
   if (clash(factors, {args.model_out, 2 * args.N * args.M, dtype_bytes(dtype)}, false) ||
-      clash(factors, {args.guidance, args.N, 4}, false)) {
+      clash(factors, {args.guidance, args.N, 4}, false) ||
+      clash(factors, {args.phi, args.N, 4}, false)) {
     return BC_ERROR_OVERLAP;
   }
   return BC_OK;
@@ -66,7 +68,7 @@ struct Sums {
 };
 
 template <class T, class Term>
-Sums sum(const Args &args, int64_t n, Term term) {
+BC_INLINE Sums sum(const Args &args, int64_t n, Term term) {
   constexpr int kLanes = 16;
   double lanes_c[kLanes] = {}, lanes_g[kLanes] = {};
   int64_t i = 0;
@@ -89,23 +91,23 @@ Sums sum(const Args &args, int64_t n, Term term) {
 }
 
 struct Value {
-  double c(float value) const { return value; }
-  double g(float value) const { return value; }
+  BC_INLINE double c(float value) const { return value; }
+  BC_INLINE double g(float value) const { return value; }
 };
 
 struct SquaredDistance {
   double mean_c, mean_g;
-  double c(float value) const { return (value - mean_c) * (value - mean_c); }
-  double g(float value) const { return (value - mean_g) * (value - mean_g); }
+  BC_INLINE double c(float value) const { return (value - mean_c) * (value - mean_c); }
+  BC_INLINE double g(float value) const { return (value - mean_g) * (value - mean_g); }
 };
 
 template <class T>
-void factors_on_host(const Args &args) {
+BC_CLONES static void factors_on_host(const Args &args) {
   for (int64_t n = 0; n < args.N; ++n) {
     const Sums sums = sum<T>(args, n, Value{});
     const double count = static_cast<double>(args.M);
     const Sums squares = sum<T>(args, n, SquaredDistance{sums.c / count, sums.g / count});
-    args.factors[n] = factor(squares.c, squares.g, args.phi);
+    args.factors[n] = factor(squares.c, squares.g, args.phi[n]);
   }
 }
 
@@ -139,7 +141,7 @@ __global__ void __launch_bounds__(kRescaleThreads) factors_kernel(const Args arg
     }
     const double total_c = block_sum<kRescaleThreads>(squares_c);
     const double total_g = block_sum<kRescaleThreads>(squares_g);
-    if (threadIdx.x == 0) args.factors[n] = factor(total_c, total_g, args.phi);
+    if (threadIdx.x == 0) args.factors[n] = factor(total_c, total_g, args.phi[n]);
   }
 }
 
@@ -158,8 +160,8 @@ int32_t launch_factors(const Args &args, void *stream) {
 
 #ifndef __CUDACC__
 int32_t bc_host_guidance_rescale_factors(float *factors, const void *model_out,
-                                         const float *guidance, float phi, int64_t N, int64_t M,
-                                         int32_t dtype) {
+                                         const float *guidance, const float *phi, int64_t N,
+                                         int64_t M, int32_t dtype) {
   using namespace blockcache;
   const rescale::Args args = {factors, model_out, guidance, phi, N, M};
   const int32_t refused = rescale::check(args, dtype);
@@ -171,8 +173,8 @@ int32_t bc_host_guidance_rescale_factors(float *factors, const void *model_out,
 }
 #else
 int32_t bc_cuda_guidance_rescale_factors(float *factors, const void *model_out,
-                                         const float *guidance, float phi, int64_t N, int64_t M,
-                                         int32_t dtype, void *stream) {
+                                         const float *guidance, const float *phi, int64_t N,
+                                         int64_t M, int32_t dtype, void *stream) {
   using namespace blockcache;
   const rescale::Args args = {factors, model_out, guidance, phi, N, M};
   const int32_t refused = rescale::check(args, dtype);

@@ -143,7 +143,7 @@ inline int32_t check(const Args *given, int32_t step) {
 // Reference: plain loops. A chunk fits the first-level cache and has room for every vector width.
 
 template <class T>
-void step_on_host(const Args &args, const Row &row) {
+BC_CLONES static void step_on_host(const Args &args, const Row &row) {
   constexpr int kChunk = 256;
   for (int64_t n = 0; n < args.N; ++n) {
     int64_t i = 0;

@@ -1,10 +1,11 @@
-// relative_change: eq. 6, sum |now - before| / sum |now|, per sample and over the whole batch.
+// relative_change: eq. 6, sum |now - before| / sum |now|, per image and over the whole batch.
 //
 // Idea. Both sums in one pass. Terms are not negative, so nothing cancels: a pack of V <= 8 terms
 // is added as a float32 tree (1 rounding of the difference, 3 of the tree), packs in float64.
 // Each sum is thus within 4 units of 2^-24 relative, the quotient within 9 with its own rounding.
 // Terms must stay below 2^125 for a pack's sum not to overflow. A block of threads leaves a pair
-// of sums in the workspace; one more block adds them up in a fixed order.
+// of sums in the workspace; one more block adds them up in a fixed order, by sample, then by image
+// (an image's two halves of guidance lie apart in the batch).
 //
 // Bytes per element: read 2b for T of b bytes; 16 bytes of workspace per 8192 elements or more.
 
@@ -14,10 +15,11 @@ namespace blockcache {
 namespace change {
 
 struct Args {
-  float *per_sample;
+  float *per_image;
   float *whole;
   const void *now;
   const void *before;
+  int64_t images;
   int64_t N;
   int64_t M;
 };
@@ -37,21 +39,28 @@ BC_INLINE void read(float (&difference)[V], float (&value)[V], const Args &args,
   for (int j = 0; j < V; ++j) value[j] = magnitude(value[j]);
 }
 
+BC_INLINE void add(Sums &sums, const Sums &more) {
+  sums.difference += more.difference;
+  sums.magnitude += more.magnitude;
+}
+
+// What did not change at all has a change of 0, also where all of it is 0.
 BC_INLINE float quotient(const Sums &sums) {
-  return static_cast<float>(sums.difference / sums.magnitude);
+  return sums.difference == 0 ? 0.0f : static_cast<float>(sums.difference / sums.magnitude);
 }
 
 inline int32_t check(const Args &args, int32_t dtype) {
-  if (args.per_sample == nullptr && args.whole == nullptr) return BC_ERROR_NULL;
+  if (args.per_image == nullptr && args.whole == nullptr) return BC_ERROR_NULL;
   if (args.now == nullptr || args.before == nullptr) return BC_ERROR_NULL;
   if (dtype < BC_FLOAT32 || dtype > BC_BFLOAT16) return BC_ERROR_DTYPE;
-  if (bad_sizes(args.N, args.M)) return BC_ERROR_SIZE;
+  if (bad_sizes(args.N, args.M) || args.images < 1) return BC_ERROR_SIZE;
+  if (args.N % args.images != 0) return BC_ERROR_SIZE;
   const int64_t bytes = dtype_bytes(dtype);
-  if (!aligned(args.per_sample, 4) || !aligned(args.whole, 4) || !aligned(args.now, bytes) ||
+  if (!aligned(args.per_image, 4) || !aligned(args.whole, 4) || !aligned(args.now, bytes) ||
       !aligned(args.before, bytes)) {
     return BC_ERROR_ALIGNMENT;
   }
-  const Span outputs[] = {{args.per_sample, args.N, 4}, {args.whole, 1, 4}};
+  const Span outputs[] = {{args.per_image, args.images, 4}, {args.whole, 1, 4}};
   const Span inputs[] = {{args.now, args.N * args.M, bytes}, {args.before, args.N * args.M, bytes}};
   bool overlap = clash(outputs[0], outputs[1], false);
   for (const Span &output : outputs) {
@@ -69,7 +78,7 @@ constexpr int kLanes = 16;
 constexpr int kRows = 8;
 
 template <class T>
-Sums sums_of_sample(const Args &args, int64_t n) {
+BC_INLINE Sums sums_of_sample(const Args &args, int64_t n) {
   double difference[kLanes] = {}, value[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes * kRows <= args.M; i += kLanes * kRows) {
@@ -92,13 +101,13 @@ Sums sums_of_sample(const Args &args, int64_t n) {
 }
 
 template <class T>
-void change_on_host(const Args &args) {
+BC_CLONES static void change_on_host(const Args &args) {
   Sums whole = {};
-  for (int64_t n = 0; n < args.N; ++n) {
-    const Sums sums = sums_of_sample<T>(args, n);
-    whole.difference += sums.difference;
-    whole.magnitude += sums.magnitude;
-    if (args.per_sample != nullptr) args.per_sample[n] = quotient(sums);
+  for (int64_t image = 0; image < args.images; ++image) {
+    Sums sums = {};
+    for (int64_t n = image; n < args.N; n += args.images) add(sums, sums_of_sample<T>(args, n));
+    if (args.per_image != nullptr) args.per_image[image] = quotient(sums);
+    add(whole, sums);
   }
   if (args.whole != nullptr) *args.whole = quotient(whole);
 }
@@ -134,33 +143,35 @@ __global__ void __launch_bounds__(kThreads) parts_kernel(const Args args, Sums *
   }
 }
 
-// A warp adds up one sample at a time; the first warp then adds up the samples.
+// A warp adds up one sample at a time; then a thread the samples of one image at a time, and the
+// first warp all of them.
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(float *per_sample, float *whole, const Sums *parts, Sums *samples, int64_t N,
-                  int64_t parts_per_sample) {
+    finish_kernel(const Args args, const Sums *parts, Sums *samples, int64_t parts_per_sample) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  for (int64_t n = warp; n < N; n += kThreads / kWarp) {
+  for (int64_t n = warp; n < args.N; n += kThreads / kWarp) {
     Sums sums = {};
     for (int64_t p = lane; p < parts_per_sample; p += kWarp) {
-      sums.difference += parts[n * parts_per_sample + p].difference;
-      sums.magnitude += parts[n * parts_per_sample + p].magnitude;
+      add(sums, parts[n * parts_per_sample + p]);
     }
     sums.difference = warp_sum(sums.difference);
     sums.magnitude = warp_sum(sums.magnitude);
     if (lane == 0) samples[n] = sums;
-    if (lane == 0 && per_sample != nullptr) per_sample[n] = quotient(sums);
   }
   __syncthreads();
-  if (whole == nullptr || warp != 0) return;
-  Sums sums = {};
-  for (int64_t n = lane; n < N; n += kWarp) {
-    sums.difference += samples[n].difference;
-    sums.magnitude += samples[n].magnitude;
+  if (args.per_image != nullptr) {
+    for (int64_t image = threadIdx.x; image < args.images; image += kThreads) {
+      Sums sums = {};
+      for (int64_t n = image; n < args.N; n += args.images) add(sums, samples[n]);
+      args.per_image[image] = quotient(sums);
+    }
   }
+  if (args.whole == nullptr || warp != 0) return;
+  Sums sums = {};
+  for (int64_t n = lane; n < args.N; n += kWarp) add(sums, samples[n]);
   sums.difference = warp_sum(sums.difference);
   sums.magnitude = warp_sum(sums.magnitude);
-  if (lane == 0) *whole = quotient(sums);
+  if (lane == 0) *args.whole = quotient(sums);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -175,8 +186,7 @@ int32_t launch_change(const Args &args, Sums *workspace, void *stream) {
   const int32_t status = launch(parts_kernel<T, V>, grid, kThreads, stream, args, workspace);
   if (status != BC_OK) return status;
   const Sums *sums = workspace;
-  return launch(finish_kernel, dim3(1), kThreads, stream, args.per_sample, args.whole, sums,
-                samples, args.N, parts);
+  return launch(finish_kernel, dim3(1), kThreads, stream, args, sums, samples, parts);
 }
 #endif
 
@@ -184,10 +194,11 @@ int32_t launch_change(const Args &args, Sums *workspace, void *stream) {
 }  // namespace blockcache
 
 #ifndef __CUDACC__
-int32_t bc_host_relative_change(float *per_sample, float *whole, const void *now,
-                                const void *before, int64_t N, int64_t M, int32_t dtype) {
+int32_t bc_host_relative_change(float *per_image, float *whole, const void *now,
+                                const void *before, int64_t images, int64_t N, int64_t M,
+                                int32_t dtype) {
   using namespace blockcache;
-  const change::Args args = {per_sample, whole, now, before, N, M};
+  const change::Args args = {per_image, whole, now, before, images, N, M};
   const int32_t refused = change::check(args, dtype);
   if (refused != BC_OK) return refused;
   return dispatch_dtype(dtype, [&](auto type) {
@@ -202,11 +213,12 @@ size_t bc_cuda_relative_change_workspace_bytes(int64_t N, int64_t M) {
   return static_cast<size_t>(N * (change::parts_of(M) + 1)) * sizeof(change::Sums);
 }
 
-int32_t bc_cuda_relative_change(float *per_sample, float *whole, const void *now,
-                                const void *before, int64_t N, int64_t M, int32_t dtype,
-                                void *workspace, size_t workspace_bytes, void *stream) {
+int32_t bc_cuda_relative_change(float *per_image, float *whole, const void *now,
+                                const void *before, int64_t images, int64_t N, int64_t M,
+                                int32_t dtype, void *workspace, size_t workspace_bytes,
+                                void *stream) {
   using namespace blockcache;
-  const change::Args args = {per_sample, whole, now, before, N, M};
+  const change::Args args = {per_image, whole, now, before, images, N, M};
   const int32_t refused = change::check(args, dtype);
   if (refused != BC_OK) return refused;
   if (workspace == nullptr || !aligned(workspace, alignof(change::Sums)) ||

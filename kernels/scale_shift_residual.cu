@@ -93,7 +93,7 @@ inline int32_t check(const Args *given) {
 // Reference: runs of one channel in NCHW, runs of all channels in NHWC.
 
 template <class T, int V>
-int64_t run_on_host(const Args &args, int64_t run, int64_t i) {
+BC_INLINE int64_t run_on_host(const Args &args, int64_t run, int64_t i) {
   const bool nchw = args.layout == BC_NCHW;
   const int64_t length = nchw ? args.L : args.C;
   if (i + V > length) return i;
@@ -107,7 +107,7 @@ int64_t run_on_host(const Args &args, int64_t run, int64_t i) {
 }
 
 template <class T>
-void residual_on_host(const Args &args) {
+BC_CLONES static void residual_on_host(const Args &args) {
   const int64_t runs = args.N * (args.layout == BC_NCHW ? args.C : args.L);
   for (int64_t run = 0; run < runs; ++run) {
     int64_t i = run_on_host<T, 128>(args, run, 0);

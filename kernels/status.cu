@@ -10,7 +10,9 @@ const char *bc_error_string(int32_t code) {
     case BC_ERROR_NULL: return "a required pointer is NULL";
     case BC_ERROR_DTYPE:
       return "dtype must be BC_FLOAT32 (0), BC_FLOAT16 (1) or BC_BFLOAT16 (2)";
-    case BC_ERROR_SIZE: return "every size must be at least 1 and their product at most 2^48";
+    case BC_ERROR_SIZE:
+      return "every size must be at least 1, their product at most 2^48, and a number of images "
+             "must divide the number of samples";
     case BC_ERROR_ALIGNMENT: return "a pointer is not aligned to its element";
     case BC_ERROR_STEP: return "the step must lie in 0..S-1 of the solver table";
     case BC_ERROR_OVERLAP:

@@ -4,6 +4,7 @@ It never imports torch, diffusers or onnx, so that a service can embed it.
 """
 
 from blockcache.runtime.bundle import Bundle, Manifest
+from blockcache.runtime.drift import DriftMonitor, DriftReport, Excess
 from blockcache.runtime.engine import Backend, EmptyBackend, Engine
 from blockcache.runtime.errors import (
     BlockCacheError,
@@ -41,11 +42,14 @@ __all__ = [
     "Cancelled",
     "ConfigError",
     "Denoised",
+    "DriftMonitor",
+    "DriftReport",
     "EmptyBackend",
     "Engine",
     "EngineError",
     "EnginesMissingError",
     "EnginesStaleError",
+    "Excess",
     "ExportError",
     "InputError",
     "Manifest",

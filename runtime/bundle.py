@@ -8,6 +8,7 @@
     presets/*.safetensors    schedule, alignment and time tables of a preset
     profiles/*.safetensors   measured change[S, K]: mean and standard deviation (not read here)
     engines/<target>/        built engines (only where ``blockcache build`` ran)
+    times/*.json             measured segment times (only where ``blockcache check`` ran)
 
 A folder without ``manifest.json`` is not a bundle: writers put the manifest last, and every file
 is written under a temporary name and renamed. Loading executes no code.

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
+import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from blockcache import kernels
-from blockcache.runtime.device import StepFunction, Tensor, encode
+from blockcache.runtime.cuda_kernels import SolverKernel, bind_change
+from blockcache.runtime.device import Guidance, StepFunction, Tensor, decode, encode, modes_of
 from blockcache.runtime.errors import EngineError, MissingExtraError
 from blockcache.runtime.interop import DeviceView
 
@@ -72,6 +72,11 @@ def device_capability() -> str:
     return f"{major}.{minor}"
 
 
+def device_label() -> str:
+    """The current device's name, such as "NVIDIA A100-SXM4-80GB"; EngineError without one."""
+    return _text(call("cudaGetDeviceProperties", call("cudaGetDevice")).name).rstrip("\0")
+
+
 def stream_handle(stream: Any) -> int:
     """The address of a caller's stream: a number, or an object with ``__cuda_stream__``."""
     if isinstance(stream, int):
@@ -110,35 +115,42 @@ def _free(pointer: int) -> None:
     _cudart().cudaFree(pointer)  # waits for the device; errors at exit do not matter
 
 
+class Context(Protocol):
+    """What a device knows of an engine's execution context."""
+
+    name: str
+
+    def set_memory(self, pointer: int, count: int) -> None:
+        """Where its activations go."""
+
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold its launches."""
+
+
 class Scratch:
     """Activation memory that all engines of a device share: the maximum of what they need.
 
     Contexts that use it are told when it moves; ``generation`` counts the moves, so that graphs
-    that hold the old address are not replayed.
+    that hold the old address are not replayed. Contexts are not kept alive.
     """
 
     def __init__(self, allocate: Callable[[int], Any]) -> None:
         self._allocate = allocate
         self._memory: Any = None
-        self._bytes = 0
-        self._users: list[Callable[[int, int], None]] = []
+        self.bytes = 0
+        self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.generation = 0
 
-    @property
-    def bytes(self) -> int:
-        """What is held now."""
-        return self._bytes
-
-    def use(self, count: int, set_memory: Callable[[int, int], None]) -> None:
-        """Register a user: ``set_memory(pointer, bytes)`` is called now and at every move."""
-        self._users.append(set_memory)
-        if count <= self._bytes and self._memory is not None:
-            set_memory(self._memory.pointer, self._bytes)
+    def use(self, count: int, context: Context) -> None:
+        """Register a context that needs ``count`` bytes: it is told now and at every move."""
+        self.contexts.add(context)
+        if count <= self.bytes and self._memory is not None:
+            context.set_memory(self._memory.pointer, self.bytes)
             return
-        old, self._memory, self._bytes = self._memory, self._allocate(count), count
+        old, self._memory, self.bytes = self._memory, self._allocate(count), count
         self.generation += 1
-        for user in self._users:
-            user(self._memory.pointer, self._bytes)
+        for each in self.contexts:
+            each.set_memory(self._memory.pointer, self.bytes)
         del old  # freed last: freeing waits for what still runs in it
 
 
@@ -149,6 +161,8 @@ class CudaDevice:
 
     def __init__(self, stream: Any = None) -> None:
         self.capability = device_capability()
+        self.index = int(call("cudaGetDevice"))
+        self.lock = threading.RLock()  # one request at a time on this stream
         runtime = _cudart()
         if stream is None:
             self.stream = int(call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking))
@@ -156,7 +170,7 @@ class CudaDevice:
         else:
             self.stream = stream_handle(stream)
         self._kinds = runtime.cudaMemcpyKind
-        self._solvers: dict[tuple[int, ...], _Solver] = {}
+        self._solvers: dict[tuple[int, ...], SolverKernel] = {}
         reference = weakref.ref(self)  # memory holds the device: the device must not hold itself
         self.scratch = Scratch(lambda count: _allocate(reference, count))
 
@@ -188,7 +202,7 @@ class CudaDevice:
 
     def view(self, tensor: Tensor) -> DeviceView:
         """The tensor as other libraries read it, without a copy."""
-        return DeviceView(tensor, self.stream)
+        return DeviceView(tensor, self.stream, self.index)
 
     def synchronize(self) -> None:
         """Wait for everything on the stream."""
@@ -207,24 +221,40 @@ class CudaDevice:
     def solver(
         self,
         coefficients: np.ndarray,
-        guidance_scale: float | None,
+        guidance: Guidance | None,
         latents: Tensor,
         history: Tensor,
         model_output: Tensor,
         model_input: Tensor,
     ) -> StepFunction:
         """The fused CUDA kernel; tables keep their address from request to request."""
-        guided = guidance_scale is not None
         tensors = (latents, history, model_output, model_input)
-        key = (*(t.pointer for t in tensors), latents.shape[0], len(coefficients), int(guided))
+        modes = modes_of(guidance)
+        key = (*(t.pointer for t in tensors), latents.shape[0], len(coefficients), *modes)
         if key not in self._solvers:
-            self._solvers[key] = _Solver(self, len(coefficients), guided, *tensors)
+            self._solvers[key] = SolverKernel(
+                self, self.stream, len(coefficients), *modes, *tensors
+            )
         solver = self._solvers[key]
-        solver.set(coefficients, guidance_scale)
+        solver.set(self, coefficients, guidance)
         return solver.step
 
+    def change(self, target: Tensor, now: Tensor, before: Tensor) -> Callable[[], None]:
+        """The CUDA kernel."""
+        return bind_change(self, self.stream, target, now, before)
+
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """Record what ``enqueue`` puts on the stream, without running it; returns its replay."""
+        """Record what ``enqueue`` puts on the stream, without running it; returns its replay.
+
+        Raises:
+            EngineError: the driver, or an engine of this device, cannot do it.
+        """
+        refusing = sorted({c.name for c in self.scratch.contexts if not c.capturable()})
+        if refusing:
+            raise EngineError(
+                f"Expected engines that a CUDA graph can hold, these cannot be captured: "
+                f"{', '.join(refusing)}. Build them again with this version of blockcache."
+            )
         mode = _cudart().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         call("cudaStreamBeginCapture", self.stream, mode)
         try:
@@ -259,15 +289,6 @@ def _allocate(device: weakref.ref[CudaDevice], count: int) -> CudaMemory:
     return alive.allocate(count)
 
 
-def decode(content: np.ndarray, dtype: str) -> np.ndarray:
-    """Bytes of a tensor as numbers: the reverse of ``device.encode``."""
-    if dtype == "bfloat16":
-        single: np.ndarray = (content.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        return single
-    numbers: np.ndarray = content.view(dtype)
-    return numbers.astype(np.float32) if dtype == "float16" else numbers.copy()
-
-
 class _Replay:
     """A captured graph, freed with the object."""
 
@@ -277,61 +298,3 @@ class _Replay:
 
     def __call__(self) -> None:
         call("cudaGraphLaunch", self._executable, self._stream)
-
-
-class _Solver:
-    """Arguments of the guidance and solver kernel, in memory that stays."""
-
-    def __init__(
-        self,
-        device: CudaDevice,
-        steps: int,
-        guided: bool,
-        latents: Tensor,
-        history: Tensor,
-        model_output: Tensor,
-        model_input: Tensor,
-    ) -> None:
-        library = kernels.cuda_library()
-        if library is None:
-            raise EngineError(
-                "Expected blockcache's CUDA kernels, they were not built. Install blockcache where "
-                "nvcc is found (CUDA toolkit 12 or later), from source."
-            )
-        self._library, self._stream = library, device.stream
-        images = latents.shape[0]
-        self._device = weakref.ref(device)  # the device keeps this object
-        self._table = device.tensor(
-            device.allocate(steps * kernels.ROW * 4), 0, (steps, kernels.ROW), "float32"
-        )
-        self._guidance = device.tensor(device.allocate(images * 4), 0, (images,), "float32")
-        self._tensors = (latents, history, model_output, model_input)
-        self._arguments = kernels.GuidedSolverStepArgs(
-            next_sample=latents.pointer,
-            history_out=history.pointer,
-            next_input=model_input.pointer,
-            sample=latents.pointer,
-            model_out=model_output.pointer,
-            history0=history.pointer,
-            table=self._table.pointer,
-            guidance=self._guidance.pointer if guided else None,
-            N=images,
-            M=math.prod(latents.shape[1:]),
-            S=steps,
-            dtype=kernels.DTYPES[model_output.dtype],
-        )
-
-    def set(self, coefficients: np.ndarray, guidance_scale: float | None) -> None:
-        """Upload a request's coefficients and guidance."""
-        device = self._device()
-        assert device is not None
-        device.upload(self._table, coefficients)
-        if guidance_scale is not None:
-            scale = np.full(self._guidance.shape, guidance_scale, np.float32)
-            device.upload(self._guidance, scale)
-
-    def step(self, step: int) -> None:
-        """Guidance and solver update of ``step``."""
-        code = self._library.bc_cuda_guided_solver_step(self._arguments, step, self._stream)
-        if code:
-            kernels.check(self._library, "bc_cuda_guided_solver_step", code)

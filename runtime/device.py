@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from blockcache import kernels
+from blockcache.runtime.errors import InputError
 from blockcache.runtime.solver import solver_step_numpy
 
 StepFunction: TypeAlias = Callable[[int], None]
@@ -42,6 +43,15 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(values.astype(_NUMPY_DTYPES[dtype])).view(np.uint8)
 
 
+def decode(content: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes of a tensor as numbers: the reverse of ``encode``."""
+    if dtype == "bfloat16":
+        single: np.ndarray = (content.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return single
+    numbers: np.ndarray = content.view(dtype)
+    return numbers.astype(np.float32) if dtype == "float16" else numbers.copy()
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A tensor at a fixed address."""
@@ -56,6 +66,23 @@ class Tensor:
     def bytes(self) -> int:
         """Size in bytes."""
         return math.prod(self.shape) * _item_bytes(self.dtype)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of one request."""
+
+    scale: float
+    rescale: float = 0.0  # phi of arXiv 2305.08891, section 3.4; 0: off
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rescale <= 1:
+            raise InputError(f"guidance_rescale: expected 0 (off) to 1, got {self.rescale}.")
+
+
+def modes_of(guidance: Guidance | None) -> tuple[bool, bool]:
+    """(guided, rescaled): what decides which kernels a step launches."""
+    return guidance is not None, guidance is not None and guidance.rescale != 0
 
 
 class Device(Protocol):
@@ -83,7 +110,7 @@ class Device(Protocol):
     def solver(
         self,
         coefficients: np.ndarray,
-        guidance_scale: float | None,
+        guidance: Guidance | None,
         latents: Tensor,
         history: Tensor,
         model_output: Tensor,
@@ -93,6 +120,13 @@ class Device(Protocol):
 
         ``coefficients`` is float32 [S, 8] (``SolverTables``), latents and history float32
         [N, C, H, W], model output and input [2N, C, H, W], or [N, ...] without guidance.
+        """
+
+    def change(self, target: Tensor, now: Tensor, before: Tensor) -> Callable[[], None]:
+        """A function that puts eq. 6 per image into ``target``, float32 [images].
+
+        ``now`` and ``before`` are [images, ...], or with guidance [2 * images, ...]: an image's
+        two halves count together.
         """
 
 
@@ -134,7 +168,7 @@ class HostDevice:
     def solver(
         self,
         coefficients: np.ndarray,
-        guidance_scale: float | None,
+        guidance: Guidance | None,
         latents: Tensor,
         history: Tensor,
         model_output: Tensor,
@@ -144,25 +178,82 @@ class HostDevice:
         images = latents.shape[0]
         sample, past = (_view(t).reshape(images, -1) for t in (latents, history))
         output, following = (_view(t).reshape(t.shape[0], -1) for t in (model_output, model_input))
-        if kernels.host_available():
-            uses_history = bool(coefficients[:, 2:6].any())
-            return kernels.bind_guided_solver_step(
-                sample,
-                sample=sample,
-                model_out=output,
-                table=coefficients,
-                history_out=past if uses_history else None,
-                history0=past if uses_history else None,
-                next_input=following,
-                guidance=guidance_scale,
-            )
-        scratch = np.empty_like(sample)
+        bind = _bind_kernels if kernels.host_available() else _bind_numpy
+        return bind(coefficients, guidance, sample, past, output, following)
 
-        def step_in_numpy(step: int) -> None:
-            row = coefficients[step]
-            solver_step_numpy(row, guidance_scale, sample, past, output, following, scratch)
+    def change(self, target: Tensor, now: Tensor, before: Tensor) -> Callable[[], None]:
+        """The compiled kernel."""
+        result, fresh, previous = map(_view, (target, now, before))
 
-        return step_in_numpy
+        def measure() -> None:
+            images, dtype = len(result), now.dtype
+            result[:], _ = kernels.relative_change(fresh, previous, images=images, dtype=dtype)
+
+        return measure
+
+
+def _bind_kernels(
+    coefficients: np.ndarray,
+    guidance: Guidance | None,
+    sample: np.ndarray,
+    past: np.ndarray,
+    output: np.ndarray,
+    following: np.ndarray,
+) -> StepFunction:
+    """The solver step as one pass of compiled code, and one before it for the rescale's factors."""
+    uses_history = bool(coefficients[:, 2:6].any())
+    factors = np.empty(len(sample), np.float32) if modes_of(guidance)[1] else None
+    solver_step = kernels.bind_guided_solver_step(
+        sample,
+        sample=sample,
+        model_out=output,
+        table=coefficients,
+        history_out=past if uses_history else None,
+        history0=past if uses_history else None,
+        next_input=following,
+        guidance=None if guidance is None else guidance.scale,
+        rescale=factors,
+    )
+    if guidance is None or factors is None:
+        return solver_step
+    find_factors = kernels.bind_guidance_rescale_factors(
+        factors, model_out=output, guidance=guidance.scale, phi=guidance.rescale
+    )
+
+    def rescaled_step(step: int) -> None:
+        find_factors()
+        solver_step(step)
+
+    return rescaled_step
+
+
+def _bind_numpy(
+    coefficients: np.ndarray,
+    guidance: Guidance | None,
+    sample: np.ndarray,
+    past: np.ndarray,
+    output: np.ndarray,
+    following: np.ndarray,
+) -> StepFunction:
+    """The same in numpy, several passes."""
+    scratch = np.empty_like(sample)
+    scale = None if guidance is None else guidance.scale
+
+    def step_in_numpy(step: int) -> None:
+        if guidance is not None and guidance.rescale:
+            _rescale_in_numpy(output, guidance)
+        solver_step_numpy(coefficients[step], scale, sample, past, output, following, scratch)
+
+    return step_in_numpy
+
+
+def _rescale_in_numpy(output: np.ndarray, guidance: Guidance) -> None:
+    """Scale both halves of ``output`` [2N, M] alike: their guided output is the rescaled one."""
+    unconditional, conditional = output.reshape(2, -1, output.shape[1])
+    guided = unconditional + np.float32(guidance.scale) * (conditional - unconditional)
+    spread = conditional.std(axis=1, keepdims=True) / guided.std(axis=1, keepdims=True)
+    factors = guidance.rescale * spread + (1 - guidance.rescale)
+    output *= np.tile(factors.astype(np.float32), (2, 1))
 
 
 def _view(tensor: Tensor) -> np.ndarray:

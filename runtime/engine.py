@@ -90,6 +90,7 @@ def make_backend(
     threads: int | None = None,
     bundle: Bundle | None = None,
     stream: Any = None,
+    graphs: str = "auto",
     verify: bool = True,
 ) -> Backend:
     """The engine library called ``name``.
@@ -101,6 +102,7 @@ def make_backend(
         threads: of ONNX Runtime on the CPU.
         bundle: what it will run, for ``auto``.
         stream: the caller's CUDA stream.
+        graphs: CUDA graphs of ``trt``: auto, off, or check (compare addresses at each replay).
         verify: check the sha256 of engines.
 
     Raises:
@@ -119,7 +121,7 @@ def make_backend(
     if name == "trt":
         from blockcache.runtime.engine_trt import TrtBackend
 
-        return TrtBackend(stream=stream, verify=verify)
+        return TrtBackend(stream=stream, graphs=graphs, verify=verify)
     if name in ("ort-cuda", "ort-tensorrt"):
         from blockcache.runtime.engine_ort_cuda import OrtCudaBackend
 

@@ -14,7 +14,7 @@ engines of an earlier compile are noticed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -43,10 +43,6 @@ class ShapeProfile:
     optimum: Sizes
     maximum: Sizes
 
-    def holds(self, sizes: Sizes) -> bool:
-        """Whether ``sizes`` lie inside."""
-        return all(self.minimum[a] <= n <= self.maximum[a] for a, n in sizes.items())
-
     def __str__(self) -> str:
         def extent(axis: str) -> str:
             low, high = self.minimum[axis], self.maximum[axis]
@@ -70,6 +66,10 @@ class EngineEntry:
     kernels: int  # launches of one execution
     scratch_bytes: int  # at the largest profile; 0 where the library did not say
     facts: Mapping[str, int] = field(default_factory=dict)  # fusions seen, see the build report
+    copied: Sequence[str] = ()  # boundary tensors that a kernel does nothing to but lay out anew
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "copied", tuple(self.copied))  # JSON has lists
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,6 @@ class EngineSet:
                 f"{where} is malformed: {type(error).__name__}: {error}. Build the engines again "
                 f"with blockcache build."
             ) from error
-
-    def profile_of(self, sizes: Sizes) -> int:
-        """Index of the first profile that holds ``sizes``; -1 where none does."""
-        for index, profile in enumerate(self.profiles):
-            if profile.holds(sizes):
-                return index
-        return -1
 
 
 def engines_folder(bundle: Bundle, target: str) -> Path:

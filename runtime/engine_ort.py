@@ -53,13 +53,16 @@ class OrtBackend:
 
     def open_model(self, segment: Segment, model: str | bytes) -> OrtEngine:
         """Load a segment from a file, or from a graph in memory."""
+        return OrtEngine(segment, self.open_session(segment, model))
+
+    def open_session(self, segment: Segment, model: str | bytes) -> Any:
+        """ONNX Runtime's own session of a segment; EngineError where it refuses the graph."""
         try:
-            session = ort.InferenceSession(model, self._options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(model, self._options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise EngineError(
                 f"ONNX Runtime {ort.__version__} cannot load segment {segment.name!r}: {error}"
             ) from error
-        return OrtEngine(segment, session)
 
 
 @functools.cache

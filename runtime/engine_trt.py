@@ -8,6 +8,7 @@ has one context for each combination of buffers.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,6 +82,11 @@ class TrtBackend:
         self._caches: dict[Path, RuntimeCache] = {}
 
     @property
+    def engine(self) -> str:
+        """Library and version."""
+        return f"{self.library.name} {self.library.version}"
+
+    @property
     def name(self) -> str:
         """Equal names load interchangeable engines."""
         return f"trt-{self.library.name}-{self._target}-{self.device.capability}"
@@ -103,7 +109,7 @@ class TrtBackend:
                     f"{errors_of(log)}. Build again for this GPU: blockcache build "
                     f"{bundle.folder} --target sm{self.device.capability.replace('.', '')}"
                 )
-            self._refit(bundle, engines, segment, engine, log)
+            refit(self.library, bundle, engines, segment, engine, log)
         folder = plan.parent
         if folder not in self._caches:
             name = f"runtime-{self.device.capability}-{self.library.version}.cache"
@@ -124,31 +130,36 @@ class TrtBackend:
             self._sets[bundle.folder] = engines
         return self._sets[bundle.folder]
 
-    def _refit(
-        self,
-        bundle: Bundle,
-        engines: EngineSet,
-        segment: Segment,
-        engine: Any,
-        log: list[tuple[str, str]],
-    ) -> None:
-        """Give a plan built without weights, or with those of an earlier compile, the bundle's."""
-        weights = bundle.manifest.files.get(WEIGHTS_FILE)
-        current = engines.engines[segment.name].weights_file_sha256 == (
-            weights.sha256 if weights else ""
+
+def refit(
+    library: TensorRT,
+    bundle: Bundle,
+    engines: EngineSet,
+    segment: Segment,
+    engine: Any,
+    log: list[tuple[str, str]],
+) -> bool:
+    """Give a plan without weights, or with those of an earlier compile, the bundle's; True if so.
+
+    Raises:
+        EngineError: the library refuses the weights.
+    """
+    weights = bundle.manifest.files.get(WEIGHTS_FILE)
+    current = engines.engines[segment.name].weights_file_sha256 == (
+        weights.sha256 if weights else ""
+    )
+    if engines.weights == "included" or (engines.weights == "refittable" and current):
+        return False
+    refitter = library.module.Refitter(engine, library.logger)
+    parser = library.module.OnnxParserRefitter(refitter, library.logger)
+    path = str(bundle.segment_path(segment))
+    if not parser.refit_from_file(path) or not refitter.refit_cuda_engine():
+        raise EngineError(
+            f"Expected the weights of {path} to fit the engine of segment {segment.name!r}, "
+            f"{library.name} says: {errors_of(log)}. Build again: blockcache build "
+            f"{bundle.folder} --target {engines.target}"
         )
-        if engines.weights == "included" or (engines.weights == "refittable" and current):
-            return
-        trt = self.library.module
-        refitter = trt.Refitter(engine, self.library.logger)
-        parser = trt.OnnxParserRefitter(refitter, self.library.logger)
-        path = str(bundle.segment_path(segment))
-        if not parser.refit_from_file(path) or not refitter.refit_cuda_engine():
-            raise EngineError(
-                f"Expected the weights of {path} to fit the engine of segment {segment.name!r}, "
-                f"{self.library.name} says: {errors_of(log)}. Build again: blockcache build "
-                f"{bundle.folder} --target {engines.target}"
-            )
+    return True
 
 
 class RuntimeCache:
@@ -179,7 +190,7 @@ class RuntimeCache:
             content = bytes(memoryview(self._cache.serialize()))
             if len(content) <= self._bytes:
                 return
-            partial = self._path.with_name(f"{self._path.name}.partial")
+            partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
             try:
                 partial.write_bytes(content)
                 partial.replace(self._path)
@@ -218,9 +229,9 @@ class TrtEngine:
                     f"the address of {name!r}",
                     log,
                 )
-            size = self._engine.get_device_memory_size_for_profile_v2(profile)
-            device.scratch.use(size, context.set_device_memory)
-        return self._launch(context, device.stream, bound)
+        launch = BoundContext(self._segment.name, context, device.stream, bound)
+        device.scratch.use(self._engine.get_device_memory_size_for_profile_v2(profile), launch)
+        return launch
 
     def _profile(self, tensors: Mapping[str, Tensor]) -> int:
         """The first profile that holds the shapes of all inputs."""
@@ -245,11 +256,17 @@ class TrtEngine:
 
     def _context(self) -> Any:
         """A context whose activation memory is given from outside."""
-        strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        module = self._library.module
+        strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self._library.is_rtx:
             return self._engine.create_execution_context(strategy)
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
+        # The default compiles kernels for a new shape in the background and runs slower ones until
+        # then: a graph captured meanwhile would hold those for good.
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            module.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
         self._cache.attach(config)
         return self._engine.create_execution_context(config)
 
@@ -260,11 +277,30 @@ class TrtEngine:
                 f"{errors_of(log)}."
             )
 
-    def _launch(self, context: Any, stream: int, tensors: Mapping[str, Tensor]) -> Launch:
-        execute, name = context.execute_async_v3, self._segment.name
 
-        def launch(_keep: Mapping[str, Tensor] = tensors) -> None:
-            if not execute(stream):
-                raise EngineError(f"TensorRT failed in segment {name!r}; see its log.")
+class BoundContext:
+    """An execution context whose addresses are set: calling it launches the segment."""
 
-        return launch
+    def __init__(self, name: str, context: Any, stream: int, tensors: Mapping[str, Tensor]) -> None:
+        self.name = name
+        self._context, self._execute, self._stream = context, context.execute_async_v3, stream
+        self._tensors = tensors  # keeps their memory alive
+        self._ran = False
+
+    def __call__(self) -> None:
+        """Launch on the stream the context was bound to."""
+        self._ran = True
+        if not self._execute(self._stream):
+            raise EngineError(f"TensorRT failed in segment {self.name!r}; see its log.")
+
+    def set_memory(self, pointer: int, count: int) -> None:
+        """Where the activations go."""
+        self._context.set_device_memory(pointer, count)
+
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold the launch; only TensorRT-RTX can say no.
+
+        A context that has not run is in no graph, and may still have its kernels to compile.
+        """
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return ask is None or not self._ran or bool(ask(self._stream))

@@ -237,6 +237,17 @@ class Alignment:
             tables.append(table)
         return cls(tuple(tables))
 
+    def combining(self, outputs: int) -> Alignment:
+        """The same alignment as tables that combine ``outputs`` outputs, 1 or 2."""
+        if outputs == self.outputs:
+            return self
+        if outputs < self.outputs:
+            raise ConfigError(
+                f"An alignment that combines {self.outputs} outputs of a block needs segments "
+                f"that do; these combine {outputs}. Compile with --history."
+            )
+        return Alignment(tuple(np.insert(table, 1, 0.0, axis=1) for table in self.tables))
+
     def check(self, schedule: Schedule) -> None:
         """Raise ConfigError unless every recomputed entry is the identity."""
         for k, table in enumerate(self.tables):

@@ -2,20 +2,21 @@
 
 Tensors live in four places. Boundary tensors of the trunk share an arena by lifetime. A block's
 output has a buffer of its own that persists from step to step (two, written in turn, where the
-alignment combines the last two outputs): a reused block costs nothing, the trunk segment behind it
-reads the value that is still there. What changes with the step number alone (hoisted time
-projections, alignment) is one row of a table, copied into place at the start of the step. Request
-tensors (latents, prompt) are plain buffers.
+alignment combines the last two outputs or a monitor compares them): a reused block costs nothing,
+the trunk segment behind it reads the value that is still there. What changes with the step number
+alone (hoisted time projections, alignment) is one row of a table, copied into place at the start of
+the step. Request tensors (latents, prompt) are plain buffers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from blockcache.runtime.change_meter import ChangeMeter, previous_steps
 from blockcache.runtime.device import Device, StepFunction, Tensor, encode
 from blockcache.runtime.engine import Engine, Launch
 from blockcache.runtime.memory import Lifetime, aligned, plan_arena
@@ -53,6 +54,7 @@ class Run:
     first: int
     launches: tuple[tuple[tuple[int, Launch], ...], ...]  # per step: (segment index, launch)
     load_row: StepFunction
+    meter: ChangeMeter | None  # where a monitor wants the change of what is recomputed
 
 
 class Program:
@@ -67,12 +69,15 @@ class Program:
         device: Device,
         sizes: Sizes,
         images: int,
+        measured: bool = False,
     ) -> None:
         self.loop = tuple(segment for segment in segments if segment.role in LOOP_ROLES)
         self._preset, self._device, self._engines = preset, device, engines
         self._outputs = model.outputs
+        self._buffers = 2 if measured else model.outputs
+        self._measured, self._images = measured, images
         prompts = [segment for segment in segments if segment.role == "prompt"]
-        groups = _group(model, self.loop, prompts)
+        groups = _group(model, self.loop, prompts, self._buffers)
         self._rows = groups.rows
         self.tensors: dict[str, Tensor] = {}
         arena_bytes = self._place_boundary(groups.boundary, sizes)
@@ -99,7 +104,8 @@ class Program:
         if first not in self._runs:
             schedule = self._preset.schedule.started_at(first)
             launches = ((),) * first + tuple(self._launches(schedule))
-            self._runs[first] = Run(first, launches, self._row_loader(first))
+            meter = self._meter(first) if self._measured else None
+            self._runs[first] = Run(first, launches, self._row_loader(first), meter)
         return self._runs[first]
 
     # -- memory --------------------------------------------------------------------------------
@@ -184,10 +190,11 @@ class Program:
         Before the second recompute there is no earlier output: both are the last one, so that
         nothing of an earlier request is ever read.
         """
-        last = (computed - 1) % self._outputs
-        return last, last if computed < 2 else (computed - 2) % self._outputs
+        last = (computed - 1) % self._buffers
+        return last, last if computed < 2 else (computed - 2) % self._buffers
 
     def _launch(self, segment: Segment, last: int, before: int) -> Launch:
+        before = before if self._outputs == 2 else last  # of one output nobody reads the one before
         key = (segment.name, last, before)
         if key not in self._bound:
             self._bound[key] = self._bind(segment, last, before)
@@ -198,12 +205,32 @@ class Program:
         tensors = {}
         for spec in (*segment.inputs, *segment.outputs):
             name = spec.name
-            if name.startswith("block_") and self._outputs == 2:
+            if name.startswith("block_") and self._buffers == 2:
                 stem = name.removesuffix("_before")
                 slot = before if name != stem else last
                 name = f"{stem}_before" if slot else stem
             tensors[spec.name] = self.tensors[name]
         return self._engines[segment.name].bind(tensors)
+
+    # -- measurements --------------------------------------------------------------------------
+
+    def _meter(self, first: int) -> ChangeMeter:
+        """Compare a recomputed output with the one before, where a whole run has the same two.
+
+        A late start recomputes all: the next recompute is then fewer steps away than usual.
+        """
+        usual = self._preset.schedule.recompute
+        recompute = usual & (np.arange(len(usual)) > first)[:, None]
+        recompute[first] = True
+        before, computed = previous_steps(recompute), np.cumsum(recompute, axis=0)
+        compared = recompute & (before >= 0) & (before == previous_steps(usual))
+
+        def last_two(step: int, k: int) -> tuple[Tensor, Tensor]:
+            buffers = (self.tensors[block_output_name(k)], self.tensors[previous_output_name(k)])
+            last, earlier = self._slots(int(computed[step, k]))
+            return buffers[last], buffers[earlier]
+
+        return ChangeMeter(self._device, self._images, compared, last_two)
 
 
 @dataclass(frozen=True)
@@ -216,7 +243,9 @@ class _Groups:
     requests: tuple[TensorSpec, ...]  # sample, model output, conditions, prompt tensors
 
 
-def _group(model: ModelFacts, loop: Sequence[Segment], prompts: Sequence[Segment]) -> _Groups:
+def _group(
+    model: ModelFacts, loop: Sequence[Segment], prompts: Sequence[Segment], buffers: int
+) -> _Groups:
     """Sort all tensors of the loop, and what feeds it, by place."""
     outputs = {t.name: t for segment in loop for t in segment.outputs}
     inputs = {t.name: t for segment in loop for t in segment.inputs}
@@ -225,9 +254,10 @@ def _group(model: ModelFacts, loop: Sequence[Segment], prompts: Sequence[Segment
     requests |= {"sample": inputs["sample"], "model_output": outputs["model_output"]}
     names = [block_output_name(k) for k in range(len(model.blocks))]
     blocks = {name: outputs[name] for name in names}
-    if model.outputs == 2:
-        before = [previous_output_name(k) for k in range(len(model.blocks))]
-        blocks |= {name: inputs[name] for name in before}
+    if buffers == 2:
+        for k, name in enumerate(names):
+            before = previous_output_name(k)
+            blocks[before] = replace(outputs[name], name=before)
     apart = requests.keys() | blocks.keys()
     return _Groups(
         boundary=tuple(t for name, t in outputs.items() if name not in apart),

@@ -20,6 +20,8 @@ class RunRecord:
     segment_ns: np.ndarray = field(init=False)  # int64 [S, segments], 0 where it did not run
     prompt_ns: int = 0  # the prompt segment, once
     total_ns: int = 0  # the loop, from the first launch to the last solver step
+    change: np.ndarray | None = None
+    """With a drift monitor: eq. 6 of recomputed blocks, float32 [S, K, N], NaN elsewhere."""
 
     def __post_init__(self) -> None:
         shape = (self.steps.stop, len(self.segments))

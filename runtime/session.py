@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.device import StepFunction, Tensor
+from blockcache.runtime.device import Guidance, StepFunction, Tensor, modes_of
+from blockcache.runtime.drift import DriftMonitor
 from blockcache.runtime.engine import Backend, Launch, load_shared, make_backend
 from blockcache.runtime.errors import BundleFormatError, Cancelled, ConfigError, InputError
 from blockcache.runtime.graphs import LoopGraphs, player_for
@@ -66,7 +67,13 @@ class Session:
     share the engines of a bundle and have buffers of their own, for the last ``SHAPES`` shapes.
     """
 
-    def __init__(self, bundle: Bundle, preset: Preset, backend: Backend) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        preset: Preset,
+        backend: Backend,
+        drift: DriftMonitor | None = None,
+    ) -> None:
         if preset.alignment.outputs != bundle.model.outputs:
             raise BundleFormatError(
                 f"Preset {preset.name!r} combines {preset.alignment.outputs} outputs of a block, "
@@ -75,11 +82,15 @@ class Session:
         self.bundle = bundle
         self.preset = preset
         self.backend = backend
+        self.drift = drift
+        if drift is not None:
+            drift.watch(bundle, preset)
         needed = [s for s in bundle.segments if s.role in (*LOOP_ROLES, "prompt")]
         self._engines = {s.name: load_shared(backend, bundle, s) for s in needed}
         self._tables = solver_tables(SolverConfig.from_json(preset.solver))
         self._programs: dict[tuple[int, ...], Program] = {}
-        self._lock = threading.RLock()
+        # Sessions on one stream take turns: a graph must not capture another one's launches.
+        self._lock = getattr(backend.device, "lock", None) or threading.RLock()
         self._running = False
         self._graphs = player_for(backend)
 
@@ -92,7 +103,9 @@ class Session:
         backend: str | Backend = "auto",
         threads: int | None = None,
         stream: Any = None,
+        graphs: str = "auto",
         verify: bool = True,
+        drift: DriftMonitor | None = None,
     ) -> Session:
         """Open a bundle and load its engines.
 
@@ -101,8 +114,12 @@ class Session:
             preset: One of the bundle's presets; default its first.
             backend: "auto", "trt", "ort", "ort-cuda", "empty", or a Backend.
             threads: CPU threads of the engine library; default one a physical core.
-            stream: The caller's CUDA stream: a number or an object with ``__cuda_stream__``.
+            stream: The caller's CUDA stream: a number or an object with ``__cuda_stream__``. It
+                belongs to one thread at a time, as CUDA has it.
+            graphs: With TensorRT: "auto" captures the loop in CUDA graphs and replays them, "off"
+                launches one by one, "check" also compares addresses before each replay.
             verify: Check the sha256 of every file first.
+            drift: Compare live traffic with the preset's profile; None costs nothing.
 
         Raises:
             BundleError: see ``Bundle.open`` and ``Bundle.preset``.
@@ -114,9 +131,14 @@ class Session:
         chosen = opened.preset(name or "")
         if isinstance(backend, str):
             backend = make_backend(
-                backend, threads=threads, bundle=opened, stream=stream, verify=verify
+                backend,
+                threads=threads,
+                bundle=opened,
+                stream=stream,
+                graphs=graphs,
+                verify=verify,
             )
-        return cls(opened, chosen, backend)
+        return cls(opened, chosen, backend, drift)
 
     @property
     def steps(self) -> int:
@@ -163,6 +185,7 @@ class Session:
         conditions: Mapping[str, np.ndarray] | None = None,
         negative_conditions: Mapping[str, np.ndarray] | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
         image_latents: np.ndarray | None = None,
         start_step: int = 0,
         callback: Callable[[Progress], None] | None = None,
@@ -170,6 +193,9 @@ class Session:
         check_finite: bool = False,
     ) -> Denoised:
         """Denoise N images by the preset's schedule.
+
+        Tensors are numpy arrays, or those of torch, CuPy, JAX, on the host or the GPU, also in
+        16 bits; a GPU tensor is read after what its library has put on its current stream.
 
         Args:
             noise: float32 [N, C, H, W], standard normal; ``self.noise(seeds)`` makes it.
@@ -180,6 +206,8 @@ class Session:
             negative_conditions: the same for the unconditional half; ``time_ids`` and
                 ``class_labels`` default to the positive ones.
             guidance_scale: classifier-free guidance; default the preset's. 1 turns it off.
+            guidance_rescale: bring the guided output's spread back to the conditional one's, 0
+                (off) to 1 (all the way): diffusers' argument, arXiv 2305.08891, section 3.4.
             image_latents: float32 [N, C, H, W] to start from (image-to-image), noised to the level
                 of ``start_step``.
             start_step: the first step to execute; it recomputes every block.
@@ -193,8 +221,8 @@ class Session:
             EngineError: the engine library failed.
         """
         scale = self.preset.guidance_scale if guidance_scale is None else float(guidance_scale)
-        guided = scale != 1.0
-        noise = host_array(noise)
+        guidance = Guidance(scale, float(guidance_rescale)) if scale != 1.0 else None
+        noise, guided = host_array(noise), guidance is not None
         request = Request(self.bundle, noise, guided, start_step, self.steps, check_finite)
         positive = {"encoder_hidden_states": prompt_embeds, **(conditions or {})}
         negative = dict(negative_conditions or {})
@@ -206,7 +234,10 @@ class Session:
             program = self._program(request.sizes, request.images)
             for name, values in inputs.items():
                 self.backend.device.upload(program.tensors[name], values)
-            return self._run(program, request, start, scale, callback, cancelled)
+            result = self._run(program, request, start, guidance, callback, cancelled)
+        if self.drift is not None and result.record.change is not None:
+            self.drift.add(result.record.change)
+        return result
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -230,7 +261,7 @@ class Session:
         program: Program,
         request: Request,
         start: np.ndarray,
-        guidance_scale: float,
+        guidance: Guidance | None,
         callback: Callable[[Progress], None] | None,
         cancelled: Callable[[], bool] | None,
     ) -> Denoised:
@@ -238,13 +269,15 @@ class Session:
         run = program.run_from(request.first)
         record = RunRecord(program.loop, range(request.first, self.steps))
         latents = program.tensors["latents"]
-        solver = self._solver(program, request, guidance_scale)
+        solver = self._solver(program, request, guidance)
+        if run.meter is not None:
+            solver = run.meter.after(solver)
         begin = perf_counter_ns()
         for launch in program.prompt:
             launch()
         record.prompt_ns = perf_counter_ns() - begin
         self._set_latents(program, request, start)
-        graphs = self._loop_graphs(program, request)
+        graphs = self._loop_graphs(program, request, guidance)
         begin = perf_counter_ns()
 
         def do_step(step: int) -> None:
@@ -261,6 +294,8 @@ class Session:
                     self._report(callback, step, latents)
         result = self.backend.device.download(latents)
         record.total_ns = perf_counter_ns() - begin
+        if run.meter is not None:
+            record.change = run.meter.read()
         if graphs is not None:
             record.launched(run.launches)
         if request.check_finite:
@@ -292,11 +327,14 @@ class Session:
 
     # -- preparation ---------------------------------------------------------------------------
 
-    def _loop_graphs(self, program: Program, request: Request) -> LoopGraphs | None:
+    def _loop_graphs(
+        self, program: Program, request: Request, guidance: Guidance | None
+    ) -> LoopGraphs | None:
         """CUDA graphs of this request's shape and first step; None where launches stay single."""
         if self._graphs is None:
             return None
-        shape = (*request.sizes.values(), request.images, request.first, int(request.guided))
+        sizes = request.sizes.values()
+        shape = (*sizes, request.images, request.first, *modes_of(guidance))
         return LoopGraphs(self._graphs, shape, program.tensors)
 
     def _program(self, sizes: Sizes, images: int) -> Program:
@@ -316,6 +354,7 @@ class Session:
             self.backend.device,
             sizes,
             images,
+            measured=self.drift is not None,
         )
         return self._programs[key]
 
@@ -341,13 +380,15 @@ class Session:
         halves = [start * self._tables.input_scale[request.first]] * (2 if request.guided else 1)
         device.upload(program.tensors["sample"], np.concatenate(halves))
 
-    def _solver(self, program: Program, request: Request, guidance_scale: float) -> StepFunction:
+    def _solver(
+        self, program: Program, request: Request, guidance: Guidance | None
+    ) -> StepFunction:
         coefficients = self._tables.coefficients.copy()
         coefficients[request.first] = self._tables.first[request.first]
         tensors = program.tensors
         return self.backend.device.solver(
             coefficients,
-            guidance_scale if request.guided else None,
+            guidance,
             tensors["latents"],
             tensors["history"],
             tensors["model_output"],

@@ -45,11 +45,10 @@ class TensorRT:
 
     @property
     def network_flags(self) -> int:
-        """Argument of ``create_network`` for strong typing: a flag in 10.x, always on later."""
+        """Argument of ``create_network`` for strong typing: needed in 10.x, later ignored."""
         flags = getattr(self.module, "NetworkDefinitionCreationFlag", None)
-        if self.is_rtx or self.major >= 11 or not hasattr(flags, "STRONGLY_TYPED"):
-            return 0
-        return 1 << int(flags.STRONGLY_TYPED)  # type: ignore[union-attr]
+        strong = getattr(flags, "STRONGLY_TYPED", None)
+        return 0 if strong is None else 1 << int(strong)
 
     @property
     def capabilities(self) -> tuple[str, ...]:

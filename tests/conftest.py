@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import enum
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,9 +129,9 @@ def compiled(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
             from blockcache.export.pipeline import (
                 CompileOptions,
                 ExportOptions,
-                PresetOptions,
                 compile_model,
             )
+            from blockcache.export.preset_options import PresetOptions
 
             folder = tmp_path_factory.mktemp(f"{kind}-{outputs}-{precision}") / "bundle"
             presets = tuple(PresetOptions.parse(text) for text in ("ddim:4", "dpm:20"))
@@ -149,3 +152,94 @@ def bundle_copy(compiled: Any, tmp_path: Path) -> Path:
 
     _, bundle = compiled("sd")
     return Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
+
+
+class TwinLibrary:
+    """The CUDA library's functions on host memory: the host library's, less what only CUDA takes.
+
+    Both are compiled from one source, so that arguments that are right here are right there.
+    """
+
+    @property
+    def _host(self) -> Any:
+        from blockcache import kernels
+
+        return kernels.host_library()
+
+    def bc_error_string(self, code: int) -> bytes:
+        text: bytes = self._host.bc_error_string(code)
+        return text
+
+    def bc_cuda_guidance_rescale_factors(self, *arguments: Any) -> Any:
+        return self._host.bc_host_guidance_rescale_factors(*arguments[:-1])
+
+    def bc_cuda_guided_solver_step(self, *arguments: Any) -> Any:
+        return self._host.bc_host_guided_solver_step(*arguments[:-1])
+
+    def bc_cuda_scale_shift_residual(self, *arguments: Any) -> Any:
+        return self._host.bc_host_scale_shift_residual(*arguments[:-1])
+
+    def bc_cuda_relative_change_workspace_bytes(self, samples: int, _elements: int) -> int:
+        return 16 * samples
+
+    def bc_cuda_relative_change(self, *arguments: Any) -> Any:
+        *rest, workspace, size, _stream = arguments
+        assert workspace
+        assert size == 16 * rest[5]
+        return self._host.bc_host_relative_change(*rest)
+
+
+@pytest.fixture(scope="session")
+def twin_library() -> TwinLibrary:
+    """Stands in for ``kernels.cuda_library()`` where tensors are on the host."""
+    return TwinLibrary()
+
+
+TENSORRT_API = Path(__file__).parent / "golden" / "tensorrt_api.json"
+
+
+class Recorded:
+    """A fake object limited to the members that its class has in a library's wheel."""
+
+    def __init__(self, where: str, members: list[str], fake: Any) -> None:
+        object.__setattr__(self, "_recorded", (where, frozenset(members), fake))
+
+    def _fake(self, name: str) -> Any:
+        where, members, fake = object.__getattribute__(self, "_recorded")
+        if name not in members:
+            raise AttributeError(f"{where} has no {name!r}")
+        return fake
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fake(name), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._fake(name), name, value)
+
+
+class TensorRTModule(SimpleNamespace):
+    """The enumerations of a library as its wheel has them, and recorded fakes of its classes."""
+
+    def __init__(self, title: str) -> None:
+        self.name, self.__version__ = title.split()
+        self.api = json.loads(TENSORRT_API.read_text())[title]
+        enums = {name: m for name, m in self.api.items() if isinstance(m, dict)}
+        for name, members in enums.items():
+            setattr(self, name, enum.IntEnum(name, members))
+
+    def recorded(self, kind: str, fake: Any) -> Recorded:
+        """``fake`` with nothing but what ``kind`` has in this library."""
+        return Recorded(f"{self.name} {self.__version__}: {kind}", self.api.get(kind, []), fake)
+
+
+@pytest.fixture(params=sorted(json.loads(TENSORRT_API.read_text())))
+def tensorrt_module(request: pytest.FixtureRequest) -> TensorRTModule:
+    """Each recorded library in turn; the names are those of ``tools/dev``'s recorder."""
+    return TensorRTModule(request.param)
+
+
+@pytest.fixture
+def tensorrt_module_of() -> Any:
+    """``tensorrt_module_of("tensorrt 10.8")``: a recorded library by the start of its title."""
+    titles = json.loads(TENSORRT_API.read_text())
+    return lambda start: TensorRTModule(next(t for t in titles if t.startswith(start)))

@@ -25,7 +25,17 @@ def _app() -> Any:
         import typer
     except ImportError as error:
         raise MissingExtraError.of("typer", "export", "The command line") from error
-    from blockcache.tools.commands import bench, build, check, compile, demo, estimate, run, show
+    from blockcache.tools.commands import (
+        bench,
+        build,
+        check,
+        compile,
+        demo,
+        estimate,
+        evaluate,
+        run,
+        show,
+    )
 
     app = typer.Typer(
         name="blockcache",
@@ -42,6 +52,7 @@ def _app() -> Any:
     app.command("check")(check.check)
     app.command("bench")(bench.bench)
     app.command("estimate")(estimate.estimate)
+    app.command("evaluate")(evaluate.evaluate)
     return app
 
 

@@ -1,8 +1,12 @@
-"""Engines against the CPU: each segment alone, then the whole loop."""
+"""Engines against ONNX Runtime on the CPU: each segment by Polygraphy, then the whole loop."""
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,14 +18,27 @@ from blockcache.export.check import (
     widened_graph,
 )
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.device import Device, Tensor
-from blockcache.runtime.engine import Backend
+from blockcache.runtime.device import Tensor
+from blockcache.runtime.engine import Backend, Launch, load_shared
 from blockcache.runtime.engine_ort import OrtBackend, OrtEngine
-from blockcache.runtime.plan import LOOP_ROLES, Segment, TensorSpec
+from blockcache.runtime.errors import MissingExtraError
+from blockcache.runtime.plan import LOOP_ROLES, Segment, Sizes, TensorSpec
 from blockcache.runtime.session import Session
+
+try:
+    from polygraphy.backend.base import BaseRunner
+    from polygraphy.backend.onnxrt import OnnxrtRunner
+    from polygraphy.common import TensorMetadata
+    from polygraphy.comparator import Comparator
+    from polygraphy.datatype import DataType
+    from polygraphy.json import save_json
+    from polygraphy.logger import G_LOGGER
+except ImportError as error:
+    raise MissingExtraError.of("polygraphy", "tensorrt-rtx", "Checking engines") from error
 
 Layouts = Mapping[str, str]
 Observer = Callable[[str, int, int], None]
+EXACT, ROUNDED, ENGINE = ALL_RUNNERS = ("float32", "rounded", "engine")
 
 
 class WidenedBackend(OrtBackend):
@@ -38,43 +55,71 @@ class WidenedBackend(OrtBackend):
         return self.open_model(segment, graph)
 
 
-def run_segment(
-    backend: Backend,
-    bundle: Bundle,
-    segment: Segment,
-    inputs: Mapping[str, np.ndarray],
-    sizes: Mapping[str, int],
-    layouts: Layouts,
-) -> dict[str, np.ndarray]:
-    """Run one segment on float32 inputs; outputs float32, in NCHW whatever the engine's layout."""
-    device = backend.device
-    tensors = {}
+class SegmentRunner(BaseRunner):
+    """Polygraphy's view of one engine, run as a session runs it: bound once, then launched."""
+
+    def __init__(
+        self, backend: Backend, bundle: Bundle, segment: Segment, sizes: Sizes, layouts: Layouts
+    ) -> None:
+        super().__init__(name=ENGINE)
+        self._backend, self._bundle, self._segment = backend, bundle, segment
+        self._sizes, self._layouts = sizes, layouts
+
+    def activate_impl(self) -> None:
+        """Allocate, load, bind."""
+        self._tensors, self._launch = bound_segment(
+            self._backend, self._bundle, self._segment, self._sizes
+        )
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """Inputs are given in float32, whatever the engine's precision."""
+        meta = TensorMetadata()
+        for spec in self._segment.inputs:
+            dtype = np.int64 if spec.dtype == "int64" else np.float32
+            meta.add(spec.name, DataType.from_dtype(dtype), spec.shape(self._sizes))
+        return meta
+
+    def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Upload in the engine's layout, launch, download in NCHW."""
+        device = self._backend.device
+        for spec in self._segment.inputs:
+            values = feed_dict[spec.name]
+            if self._layouts.get(spec.name) == "hwc8":
+                values = values.transpose(0, 2, 3, 1).reshape(values.shape)
+            device.upload(self._tensors[spec.name], np.ascontiguousarray(values))
+        begin = time.perf_counter()
+        self._launch()
+        made = {spec.name: self._download(spec) for spec in self._segment.outputs}
+        self.inference_time = time.perf_counter() - begin
+        return made
+
+    def _download(self, spec: TensorSpec) -> np.ndarray:
+        values: np.ndarray = self._backend.device.download(self._tensors[spec.name])
+        if self._layouts.get(spec.name) != "hwc8":
+            return values
+        n, c, h, w = spec.shape(self._sizes)
+        planar: np.ndarray = values.reshape(n, h, w, c).transpose(0, 3, 1, 2)
+        return planar
+
+    def deactivate_impl(self) -> None:
+        """Free engine and memory."""
+        del self._tensors, self._launch
+
+
+def bound_segment(
+    backend: Backend, bundle: Bundle, segment: Segment, sizes: Sizes
+) -> tuple[dict[str, Tensor], Launch]:
+    """A segment's engine bound to memory of its own."""
+    device, tensors = backend.device, {}
     for spec in (*segment.inputs, *segment.outputs):
         memory = device.allocate(spec.bytes(sizes))
         tensors[spec.name] = device.tensor(memory, 0, spec.shape(sizes), spec.dtype)
-    launch = backend.load(bundle, segment).bind(tensors)
-    for spec in segment.inputs:
-        values = inputs[spec.name]
-        channels_last = layouts.get(spec.name) == "hwc8"
-        laid_out = values.transpose(0, 2, 3, 1).reshape(values.shape) if channels_last else values
-        device.upload(tensors[spec.name], np.ascontiguousarray(laid_out))
-    launch()
-    return {s.name: _download(device, tensors[s.name], s, sizes, layouts) for s in segment.outputs}
+    return tensors, load_shared(backend, bundle, segment).bind(tensors)
 
 
-def _download(
-    device: Device,
-    tensor: Tensor,
-    spec: TensorSpec,
-    sizes: Mapping[str, int],
-    layouts: Layouts,
-) -> np.ndarray:
-    values: np.ndarray = device.download(tensor)
-    if layouts.get(spec.name) != "hwc8":
-        return values
-    n, c, h, w = spec.shape(sizes)
-    planar: np.ndarray = values.reshape(n, h, w, c).transpose(0, 3, 1, 2)
-    return planar
+def checked_segments(bundle: Bundle) -> tuple[Segment, ...]:
+    """The segments that a session runs."""
+    return tuple(s for s in bundle.segments if s.role in (*LOOP_ROLES, "prompt"))
 
 
 def check_segments(
@@ -83,28 +128,73 @@ def check_segments(
     layouts: Layouts,
     *,
     batch: int = 2,
+    save: Path | None = None,
     observer: Observer = lambda name, done, total: None,
 ) -> list[Comparison]:
-    """Every segment on random inputs: the engine and the rounded graph against float32."""
-    wide = widened_bundle(bundle)
-    wide_segments = {segment.name: segment for segment in wide.segments}
-    exact = WidenedBackend(bundle, rounded=False)
-    rounded = WidenedBackend(bundle, rounded=True)
+    """Every segment on random inputs: the engine and the rounded graph against float32.
+
+    Polygraphy runs the three. With ``save``, inputs and outputs of each segment are written there,
+    for ``polygraphy inspect data`` and ``polygraphy run --load-inputs``.
+    """
     sizes = {**bundle.model.sizes, "batch": batch}
-    checked = [s for s in bundle.segments if s.role in (*LOOP_ROLES, "prompt")]
+    segments = checked_segments(bundle)
     found = []
-    for done, segment in enumerate(checked, 1):
-        inputs = random_inputs(segment, sizes)
-        same = wide_segments[segment.name]
-        reference = run_segment(exact, wide, same, inputs, sizes, {})
-        plain = run_segment(rounded, wide, same, inputs, sizes, {})
-        made = run_segment(backend, bundle, segment, inputs, sizes, layouts)
-        errors = {name: relative_error(made[name], reference[name]) for name in reference}
-        worst = max(errors, key=lambda name: errors[name])
-        plain_error = relative_error(plain[worst], reference[worst])
-        found.append(Comparison(segment.name, errors[worst], plain_error))
-        observer(segment.name, done, len(checked))
+    for done, segment in enumerate(segments, 1):
+        runners = [
+            _onnxruntime(EXACT, bundle, segment, rounded=False),
+            _onnxruntime(ROUNDED, bundle, segment, rounded=True),
+            SegmentRunner(backend, bundle, segment, sizes, layouts),
+        ]
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+            inputs = random_inputs(segment, sizes)
+            results = Comparator.run(runners, data_loader=[inputs])
+            if save is not None:
+                save_json([inputs], str(save / f"{segment.name}.inputs.json"))
+                results.save(str(save / f"{segment.name}.outputs.json"))
+        found.append(_compared(segment.name, *(results[name][0] for name in ALL_RUNNERS)))
+        observer(segment.name, done, len(segments))
     return found
+
+
+def _onnxruntime(name: str, bundle: Bundle, segment: Segment, *, rounded: bool) -> OnnxrtRunner:
+    """ONNX Runtime on the CPU with a segment's graph in float32."""
+
+    def opened() -> Any:
+        graph = widened_graph(bundle.segment_path(segment), rounded=rounded)
+        return OrtBackend().open_session(segment, graph)
+
+    return OnnxrtRunner(opened, name=name)
+
+
+def _compared(
+    name: str,
+    exact: Mapping[str, np.ndarray],
+    rounded: Mapping[str, np.ndarray],
+    made: Mapping[str, np.ndarray],
+) -> Comparison:
+    """The output that the engine got worst, beside what rounding makes of it."""
+    errors = {output: relative_error(made[output], exact[output]) for output in exact}
+    worst = max(errors, key=lambda output: errors[output])
+    return Comparison(name, errors[worst], relative_error(rounded[worst], exact[worst]))
+
+
+def time_segments(
+    bundle: Bundle, backend: Backend, *, batch: int = 2, repeats: int = 20
+) -> dict[str, float]:
+    """GPU milliseconds of one launch of every segment, by name: the median after a warm-up.
+
+    ``backend`` is one on a GPU: its device times what is put on its stream.
+    """
+    sizes = {**bundle.model.sizes, "batch": batch}
+    device: Any = backend.device
+    measured = {}
+    for segment in checked_segments(bundle):
+        _, launch = bound_segment(backend, bundle, segment, sizes)
+        for _ in range(3):  # the first launch may compile
+            launch()
+        times = [device.time_ms(launch) for _ in range(repeats)]
+        measured[segment.name] = statistics.median(times)
+    return measured
 
 
 def check_loop(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,66 @@ def plot_latency(rows: Sequence[Row], file: Path, title: str = "") -> None:
     _save(figure, file)
 
 
+def plot_alignment(
+    before: np.ndarray, after: np.ndarray, paths: Sequence[str], file: Path, title: str = ""
+) -> None:
+    """What alignment repairs: the error of reused outputs per block and step, before and after.
+
+    ``before`` and ``after`` are [S, K] relative errors of the output used against the true one,
+    NaN where the block is recomputed (drawn grey). One colour scale for both.
+    """
+    figure, axes = _pyplot().subplots(
+        1, 2, figsize=(0.42 * len(before) + 4, 0.32 * len(paths) + 1.4), sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    top = float(np.nanmax([before, after])) if np.isfinite([before, after]).any() else 1.0
+    colours = _pyplot().colormaps["magma"].with_extremes(bad="#d9d9d9")
+    for cell, errors, name in zip(axes, (before, after), ("before", "after"), strict=True):
+        image = cell.imshow(errors.T, vmin=0, vmax=top, cmap=colours, aspect="auto")
+        mean = np.nanmean(errors) if np.isfinite(errors).any() else 0.0
+        cell.set_title(f"{name}: mean {mean:.3f}", fontsize=9, loc="left")
+        cell.set_xlabel("step")
+    axes[0].set_yticks(range(len(paths)), paths, fontsize=8)
+    figure.colorbar(image, ax=axes, label="relative error")
+    figure.suptitle(title, fontsize=10)
+    _save(figure, file)
+
+
+def plot_features(features: Sequence[tuple[str, np.ndarray]], file: Path) -> None:
+    """Outputs of blocks over the steps, their first three components as colours (Fig. 2a).
+
+    ``features`` holds (path, float [S, C, h, w]); the components are of all steps of a block.
+    """
+    steps = len(features[0][1])
+    shown = np.unique(np.linspace(0, steps - 1, min(steps, 10)).round().astype(int))
+    figure, axes = _pyplot().subplots(
+        len(features), len(shown), figsize=(1.15 * len(shown) + 2.4, 1.25 * len(features) + 0.3),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for cell, step in zip(axes[0], shown, strict=True):
+        cell.set_title(f"step {step}", fontsize=8)
+    for row, (path, values) in zip(axes, features, strict=True):
+        colours = principal_colours(values)
+        for cell, step in zip(row, shown, strict=True):
+            cell.imshow(colours[step], interpolation="nearest")
+            cell.set_xticks([])
+            cell.set_yticks([])
+        row[0].set_ylabel(path, rotation=0, ha="right", va="center", fontsize=8)
+    _save(figure, file)
+
+
+def principal_colours(features: np.ndarray) -> np.ndarray:
+    """Three principal components as red, green, blue in 0..1: [S, C, h, w] to [S, h, w, 3]."""
+    steps, channels, height, width = features.shape
+    rows = features.transpose(0, 2, 3, 1).reshape(-1, channels).astype(np.float64)
+    centred = rows - rows.mean(0)
+    _, vectors = np.linalg.eigh(centred.T @ centred)
+    components = centred @ vectors[:, ::-1][:, :3]
+    low, high = np.quantile(components, [0.01, 0.99], axis=0)
+    scaled = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
+    return scaled.reshape(steps, height, width, -1)
+
+
 def save_pictures(pictures: np.ndarray, file: Path, scale: int = 2) -> None:
     """uint8 [N, H, W, 3] side by side, enlarged."""
     image = _pillow().fromarray(np.concatenate(list(pictures), axis=1))
@@ -104,6 +165,70 @@ def save_grid(rows: Sequence[tuple[str, np.ndarray]], columns: Sequence[str], fi
         )
     figure.tight_layout()
     _save(figure, file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """Points of one method with their intervals."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    dashed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes."""
+
+    title: str
+    x: str
+    y: str
+    lines: Sequence[Line]
+
+
+def plot_frontiers(panels: Sequence[Panel], file: Path) -> None:
+    """Quality against speed-up, one line a method, panels two in a row (as the paper's Fig. 7)."""
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = _pyplot().subplots(
+        rows, columns, figsize=(6.2 * columns, 4.2 * rows), squeeze=False, layout="constrained"
+    )
+    for cell in axes.flat[len(panels) :]:
+        cell.set_axis_off()
+    for cell, panel in zip(axes.flat, panels, strict=False):
+        cell.axhline(0, color="#666666", lw=0.8)
+        for line in panel.lines:
+            _draw_line(cell, line)
+        cell.set_xlabel(panel.x)
+        cell.set_ylabel(panel.y)
+        cell.set_title(panel.title, fontsize=10, loc="left")
+        cell.grid(alpha=0.25)
+        cell.legend(fontsize=7)
+    _save(figure, file)
+
+
+def plot_against_delta(quality: Line, speedups: Sequence[float], title: str, file: Path) -> None:
+    """Quality (left axis) and speed-up (right axis) against the threshold (Fig. 7)."""
+    figure, axes = _figure(6.2, 4)
+    _draw_line(axes, quality)
+    axes.set_xlabel("threshold δ")
+    axes.set_ylabel(quality.label)
+    right = axes.twinx()
+    right.plot(quality.x, speedups, "s--", color="#b8562b", ms=4, lw=1.2)
+    right.set_ylabel("speed-up", color="#b8562b")
+    axes.set_title(title, fontsize=10, loc="left")
+    _save(figure, file)
+
+
+def _draw_line(axes: Any, line: Line) -> None:
+    """Points joined by a line, with error bars."""
+    y = np.asarray(line.y)
+    errors = np.clip([y - np.asarray(line.low), np.asarray(line.high) - y], 0, None)
+    style = "o--" if line.dashed else "o-"
+    axes.errorbar(line.x, y, errors, fmt=style, ms=4, lw=1.3, capsize=2, label=line.label)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -28,15 +28,21 @@ class StageProgress:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[detail]}"),
             console=Console(stderr=True, quiet=quiet),
         )
         self._tasks: dict[str, TaskID] = {}
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """``done`` of ``total`` units of ``stage`` are finished; 0 means unknown length."""
+    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        """``done`` of ``total`` units of ``stage`` are finished; 0 means unknown length.
+
+        ``detail`` names the unit that finished last.
+        """
         if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total or None)
-        self._progress.update(self._tasks[stage], completed=done, total=total or None)
+            self._tasks[stage] = self._progress.add_task(stage, total=total or None, detail="")
+        self._progress.update(
+            self._tasks[stage], completed=done, total=total or None, detail=detail
+        )
 
     def __enter__(self) -> StageProgress:
         self._progress.start()

@@ -73,15 +73,18 @@ def codec_for(model: str) -> Codec:
     return DiffusersCodec(folder)
 
 
-def load_source(model: str, dtype: str = "float32") -> SourceModel:
-    """The source model of ``demo``, a diffusers folder or a hub id."""
+def load_source(model: str, dtype: str = "float32", cached: str = "transformers") -> SourceModel:
+    """The source model of ``demo``, a diffusers folder or a hub id.
+
+    ``cached`` says what its blocks are: "transformers" or "resnets".
+    """
     from blockcache.export.model import load_model
 
     if model == DEMO:
         from blockcache.tools.demo.model import MODEL_DIR
 
-        return load_model(MODEL_DIR, dtype=dtype, name=DEMO)
-    return load_model(model, dtype=dtype)
+        return load_model(MODEL_DIR, dtype=dtype, name=DEMO, cached=cached)
+    return load_model(model, dtype=dtype, cached=cached)
 
 
 def calibration_for(model: str, file: Path | None, prompts: Path | None) -> Calibration:
@@ -90,7 +93,7 @@ def calibration_for(model: str, file: Path | None, prompts: Path | None) -> Cali
 
     if file is not None:
         return calibration.read_calibration(file)
-    texts = _lines(prompts) if prompts is not None else None
+    texts = read_prompts(prompts) if prompts is not None else None
     if model == DEMO:
         from blockcache.tools.demo.model import default_prompts
 
@@ -99,7 +102,7 @@ def calibration_for(model: str, file: Path | None, prompts: Path | None) -> Cali
     return calibration.encode_prompts(model, texts or calibration.PROMPTS)
 
 
-def _lines(file: Path) -> list[str]:
+def read_prompts(file: Path) -> list[str]:
     """The prompts of a file, one a line, empty lines left out."""
     if not file.is_file():
         raise ConfigError(f"Expected a file of prompts at {file}, found none.")

@@ -1,10 +1,10 @@
 """Pass: every block's residual Add becomes ``x + scale * C + shift`` (section 3.4).
 
 On a diffusers U-Net each spatial transformer's module path owns exactly one top-level Add, whose
-inputs are (C_i, x). ``scale`` and ``shift`` become graph inputs, float32 [1, C_k, 1, 1], so that
-the step's row of the alignment table is all that changes between steps. With two outputs
-(history) a third input brings the output computed before the last one:
-``y = x + scale * C_last + before * C_before + shift``.
+inputs are (C_i, x). So does each ResBlock's, x being what its ``conv_shortcut`` gives, if any.
+``scale`` and ``shift`` become graph inputs, float32 [1, C_k, 1, 1], so that the step's row of the
+alignment table is all that changes between steps. With two outputs (history) a third input brings
+the output computed before the last one: ``y = x + scale * C_last + before * C_before + shift``.
 
 In half-precision graphs the sum is formed in float32 and rounded once: engines fuse it into one
 kernel either way, and a scale of 1.003 survives.
@@ -53,7 +53,9 @@ def _residual_adds(graph: ir.Graph, block_paths: Sequence[str]) -> list[tuple[ir
         if node.op_type != "Add" or path not in found:
             continue
         inside = [value for value in node.inputs if value is not None and _is_inside(value, path)]
-        if len(inside) == 1:
+        # A ResBlock also adds its time projection, but uses the sum itself.
+        users = [user for user, _ in node.outputs[0].uses()]
+        if len(inside) == 1 and not all(f"unet.{path}" in _scopes(user) for user in users):
             found[path].append((node, inside[0]))
     for path, adds in found.items():
         if len(adds) != 1:
@@ -71,8 +73,10 @@ def _scopes(node: ir.Node) -> list[str]:
 
 
 def _is_inside(value: ir.Value, path: str) -> bool:
+    """Whether a value is computed by the residual branch of the module at ``path``."""
     producer = value.producer()
-    return producer is not None and f"unet.{path}" in _scopes(producer)
+    scopes = [] if producer is None else _scopes(producer)
+    return f"unet.{path}" in scopes and f"unet.{path}.conv_shortcut" not in scopes
 
 
 def _rewrite(

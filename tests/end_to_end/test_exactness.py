@@ -14,6 +14,7 @@ ort = pytest.importorskip("onnxruntime")
 
 from blockcache.export.cached_unet import CachedUNet, denoise  # noqa: E402
 from blockcache.export.calibration import Calibration  # noqa: E402
+from blockcache.export.change import relative_change  # noqa: E402
 from blockcache.export.model import UNetCall  # noqa: E402
 from blockcache.runtime import Alignment, Schedule, Session  # noqa: E402
 from blockcache.runtime.plan import AXES  # noqa: E402
@@ -93,9 +94,9 @@ def random_preset(preset, seed, outputs):
 @settings(
     max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(seed=st.integers(0, 2**32 - 1))
+@given(seed=st.integers(0, 2**32 - 1), rescale=st.sampled_from([0.0, 0.7]))
 def test_the_loop_equals_the_reference_under_any_schedule(
-    compiled, conditions_of, kind, outputs, seed
+    compiled, conditions_of, kind, outputs, seed, rescale
 ):
     model, bundle = compiled(kind, outputs)
     session = Session.open(bundle, preset="dpm-20", verify=False)
@@ -110,16 +111,55 @@ def test_the_loop_equals_the_reference_under_any_schedule(
         conditions={k: v for k, v in positive.items() if k != "encoder_hidden_states"},
         negative_conditions={k: v for k, v in negative.items() if k != "encoder_hidden_states"},
         guidance_scale=3.0,
+        guidance_rescale=rescale,
     )
     tables = solver_tables(SolverConfig.from_json(preset.solver))
     picked = Calibration(positive, negative).pick([0, 1], guided=True)
     with CachedUNet(model, outputs) as cached:
-        reference = denoise(
-            cached, tables, preset.schedule, preset.alignment, torch.from_numpy(noise), picked, 3.0
-        ).numpy()
+        how = (preset.schedule, preset.alignment, torch.from_numpy(noise), picked, 3.0)
+        reference = denoise(cached, tables, *how, guidance_rescale=rescale).numpy()
     assert relative(ours.latents, reference) <= 1e-4
     blocks = [i for i, s in enumerate(ours.record.segments) if s.role == "block"]
     np.testing.assert_array_equal(ours.record.ran[:, blocks], preset.schedule.recompute)
+
+
+class Listener:
+    """In a monitor's place: takes any preset, hears nothing."""
+
+    def watch(self, bundle, preset):
+        pass
+
+    def add(self, change):
+        self.change = change
+
+
+@pytest.mark.parametrize(("kind", "outputs"), [("sd", 1), ("sdxl", 2)])
+def test_the_measured_change_is_the_profiles_own(compiled, conditions_of, kind, outputs):
+    """Eq. 6 as ``export/change.py`` has it, between the last two computed outputs."""
+    model, bundle = compiled(kind, outputs)
+    session = Session.open(bundle, preset="dpm-20", verify=False)
+    preset, listener = random_preset(session.preset, 5, outputs), Listener()
+    session = Session(bundle, preset, session.backend, listener)
+    conditions, noise = conditions_of(model, 2, seed=1), session.noise([0, 1])
+    added = {k: v for k, v in conditions.items() if k != "encoder_hidden_states"}
+    embeds = conditions["encoder_hidden_states"]
+    session.denoise(
+        noise, embeds, -embeds, conditions=added, negative_conditions=added, guidance_scale=3.0
+    )
+    picked = Calibration(conditions, {"encoder_hidden_states": -embeds}).pick([0, 1], guided=True)
+    wanted = np.full_like(listener.change, np.nan)
+
+    def after_step(step):
+        for k, block in enumerate(cached.blocks):
+            if len(block.history) == 2 and preset.schedule.recompute[step, k]:
+                wanted[step, k] = relative_change(*block.history, 2)
+
+    tables = solver_tables(SolverConfig.from_json(preset.solver))
+    with CachedUNet(model, 2) as cached:
+        how = (preset.schedule, preset.alignment, torch.from_numpy(noise), picked, 3.0)
+        denoise(cached, tables, *how, after_step)
+    np.testing.assert_allclose(listener.change, wanted, rtol=1e-3)
+    assert np.isfinite(wanted).any()
 
 
 def test_the_reference_is_the_model_itself_when_nothing_is_reused(tiny_models, conditions_of):

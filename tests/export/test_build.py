@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 
 import pytest
 
@@ -18,20 +17,37 @@ from blockcache.export.build_report import report_table
 from blockcache.export.targets import Target
 from blockcache.runtime.bundle import Bundle, FileEntry, write_text
 from blockcache.runtime.engine_files import built_targets, check_engine, read_engines
-from blockcache.runtime.errors import ConfigError, ExportError
+from blockcache.runtime.errors import ConfigError, EngineError, ExportError
+from blockcache.runtime.plan import Dim, Segment, TensorSpec
+from blockcache.runtime.tensorrt_library import load_library
 
-pytest.importorskip("tensorrt_rtx")
+tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 SM80 = Target.parse("sm80")
+FEW = ("trunk_06", "trunk_07", "block_00", "block_01")
 
 
 @pytest.fixture(scope="session")
-def built(compiled, tmp_path_factory):
+def demo_bundle(tmp_path_factory):
+    """``demo_bundle()``: the shipped model as ``blockcache compile demo --precision bfloat16``."""
+
+    def make():
+        from blockcache.tools.commands.compile import compile_bundle
+
+        folder = tmp_path_factory.mktemp("demo") / "bundle"
+        compile_bundle("demo", folder, preset=["dpm:20"], precision="bfloat16", as_json=True)
+        return Bundle.open(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def built(compiled, demo_bundle, tmp_path_factory):
     """``built(kind, outputs)``: (Bundle, BuildReport) of a bfloat16 bundle built for SM80."""
     made = {}
 
     def get(kind, outputs):
         if kind not in made:
-            _, bundle = compiled(kind, outputs, "bfloat16")
+            bundle = demo_bundle() if kind == "demo" else compiled(kind, outputs, "bfloat16")[1]
             folder = tmp_path_factory.mktemp("built") / kind
             own = Bundle.open(shutil.copytree(bundle.folder, folder))
             made[kind] = own, build_engines(own, SM80)
@@ -56,12 +72,16 @@ def tiny_build(bundle, *names):
 # -- every segment, as bfloat16, for SM80, with dynamic batch -------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "outputs"), [("sd", 1), ("sdxl", 2)])
+MODELS = [("sd", 1), ("sdxl", 2), ("demo", 1)]
+
+
+@pytest.mark.parametrize(("kind", "outputs"), MODELS)
 def test_every_segment_builds(built, kind, outputs):
     bundle, report = built(kind, outputs)
     engines = read_engines(bundle, "sm80")
     assert (engines.library, engines.capabilities) == ("tensorrt_rtx", ("8.0",))
-    assert str(engines.profiles[0]) == "batch 1..8, height 16, width 16, tokens 7"
+    assert (engines.precision, bundle.model.precision) == ("bfloat16", "bfloat16")
+    assert str(engines.profiles[0]).startswith("batch 1..8, height 16, width 16, tokens")
     wanted = [s for s in bundle.segments if s.role in ("prompt", "condition", "trunk", "block")]
     assert [s.name for s in report.segments] == [s.name for s in wanted]
     assert set(engines.engines) == {s.name for s in wanted}
@@ -70,14 +90,17 @@ def test_every_segment_builds(built, kind, outputs):
         assert engines.engines[segment.name].kernels > 0
 
 
-@pytest.mark.parametrize(("kind", "outputs"), [("sd", 1), ("sdxl", 2)])
+@pytest.mark.parametrize(("kind", "outputs"), MODELS)
 def test_attention_and_scale_shift_are_fused(built, kind, outputs):
     bundle, report = built(kind, outputs)
     blocks = [s for s in bundle.segments if s.role == "block"]
     for segment in blocks:
         facts = report.entries[segment.name].facts
         assert facts["attentions"] >= 2
-        assert facts["attentions_fused"] == facts["attentions"], segment.name
+        # The demo model has single-headed attention on its first level, which is not one kernel.
+        if kind != "demo" or facts["attentions_fused"]:
+            assert facts["attentions_fused"] == facts["attentions"], segment.name
+    assert report.total("attentions_fused") > report.total("attentions") / 2
     assert report.total("scale_shifts") == len(blocks)
     assert report.total("scale_shifts_fused") == len(blocks)
 
@@ -100,6 +123,8 @@ def test_the_report_is_plain_data_and_a_table(built):
         row["kernels"] for row in content["engines"] if row["role"] in ("trunk", "block")
     )
     assert content["split_tax"] is None
+    assert content["copied"] == report.copied()
+    assert report.copied()["prompt"] >= 14  # keys and values of seven cross-attentions
     assert report_table(report).row_count == len(report.segments)
 
 
@@ -124,23 +149,48 @@ def test_a_damaged_plan_is_built_again_and_equal(built_copy):
     assert plan.stat().st_size == size
 
 
-def test_changed_weights_rebuild_only_the_segments_that_read_them(built_copy):
+def with_other_weights(bundle, name):
+    """The bundle after a change of one weight that only segment ``name`` reads."""
     import onnx_ir as ir
 
-    graph = ir.load(built_copy.folder / "segments/trunk_00.onnx").graph
+    graph = ir.load(bundle.folder / f"segments/{name}.onnx").graph
     tensors = [value.const_value for value in graph.initializers.values()]
     weight = next(t for t in tensors if isinstance(t, ir.ExternalTensor) and t.length > 1000)
-    weights = built_copy.folder / "segments/weights.bin"
+    weights = bundle.folder / "segments/weights.bin"
     with weights.open("r+b") as file:
         file.seek(weight.offset)
         file.write(b"\x01\x02")
-    manifest = built_copy.manifest
-    files = {**manifest.files, "segments/weights.bin": FileEntry.of(weights)}
-    write_text(
-        built_copy.folder / "manifest.json", dataclasses.replace(manifest, files=files).to_json()
-    )
-    report = build_engines(Bundle.open(built_copy.folder), SM80)
+    files = {**bundle.manifest.files, "segments/weights.bin": FileEntry.of(weights)}
+    manifest = dataclasses.replace(bundle.manifest, files=files)
+    write_text(bundle.folder / "manifest.json", manifest.to_json())
+    return Bundle.open(bundle.folder)
+
+
+def test_changed_weights_rebuild_only_the_segments_that_read_them(built_copy):
+    report = build_engines(with_other_weights(built_copy, "trunk_00"), SM80)
     assert {s.name for s in report.segments} - report.reused == {"trunk_00"}
+
+
+@pytest.mark.parametrize(("weights", "again"), [("included", {"trunk_00"}), ("refittable", set())])
+def test_new_weights_do_not_rebuild_what_can_be_refitted(built_copy, weights, again):
+    """A LoRA merged into the weights: planned only, since refittable engines need a driver."""
+    library, options = load_library("tensorrt_rtx"), BuildOptions(weights=weights)
+    store = build_module.EngineStore(built_copy.folder / "engines" / "planned")
+
+    def plan(bundle):
+        segments = [s for s in bundle.segments if s.name in ("trunk_00", *FEW)]
+        recipes = [build_module._recipe(bundle, s, SM80, options, library) for s in segments]
+        return build_module._plan_jobs(bundle, store, recipes, library.version)[1]
+
+    entry = next(iter(read_engines(built_copy, "sm80").engines.values()))
+    for job in plan(built_copy):
+        job.plan.write_bytes(b"plan")
+        file = FileEntry.of(job.plan)
+        made = dataclasses.replace(entry, key=job.key, bytes=file.bytes, sha256=file.sha256)
+        store.commit(job.recipe.segment.name, made)
+    assert plan(built_copy) == []
+    changed = with_other_weights(built_copy, "trunk_00")
+    assert {job.recipe.segment.name for job in plan(changed)} == again
 
 
 def test_other_options_make_other_engines(built_copy):
@@ -163,6 +213,20 @@ def test_the_split_tax_is_published(built_copy):
     assert report.split_tax == pytest.approx(report.step_kernels / report.whole_kernels)
     assert report.whole_kernels > 100
     assert report.entries["whole"].facts["attentions_fused"] == 14
+
+
+# -- other precisions ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_other_precisions_build(compiled, tmp_path, precision):
+    _, bundle = compiled("sd", 1, precision)
+    own = Bundle.open(shutil.copytree(bundle.folder, tmp_path / "bundle"))
+    report = build_engines(tiny_build(own, *FEW), SM80)
+    assert report.engines.precision == precision
+    layout = report.entries["block_00"].formats["block_0"]
+    assert layout == ("hwc8" if precision == "float16" else "linear")
+    assert (report.total("attentions_fused") == 4) is (precision == "float16")
 
 
 # -- shapes ---------------------------------------------------------------------------------------
@@ -194,6 +258,7 @@ def test_two_builds_in_parallel_processes(built_copy):
     few = tiny_build(built_copy, "trunk_06", "trunk_07")
     report = build_engines(few, Target.parse("sm86"), BuildOptions(jobs=2))
     assert report.reused == frozenset()
+    assert 1e7 < report.peak_rss_bytes < 4e8, "of a worker: this process has torch in memory"
     assert set(report.entries) == {"trunk_06", "trunk_07"}
 
 
@@ -212,6 +277,43 @@ def test_a_node_that_does_not_parse_is_named(built_copy):
         build_engines(tiny_build(built_copy, "trunk_07"), Target.parse("sm89"))
 
 
+def broken(bundle, text):
+    """The bundle with a graph of this text in the place of its last trunk segment's."""
+    import onnx
+
+    model = onnx.parser.parse_model(text)
+    model.graph.node[0].name = "the_odd_one"
+    onnx.save(model, bundle.folder / "segments/trunk_07.onnx")
+    dims = tuple(Dim.parse(dim) for dim in ("batch", 8, "tokens", 8))
+    tensors = [TensorSpec(name, "bfloat16", dims) for name in "xy"]
+    segment = Segment("trunk_07", "trunk", "trunk_07.onnx", (tensors[0],), (tensors[1],))
+    return Bundle(bundle.folder, dataclasses.replace(bundle.manifest, segments=(segment,)))
+
+
+def test_a_node_that_does_not_build_is_named(built_copy):
+    odd = broken(
+        built_copy,
+        """<ir_version: 10, opset_import: ["" : 22]>
+        g (bfloat16[N,8,T,8] x) => (bfloat16[N,8,T,8] y)
+        <int64[4] shape = {2, 8, 9, 9}> { z = Reshape(x, shape) y = Relu(z) }""",
+    )
+    with pytest.raises(EngineError, match=r"trunk_07.*nodes: Reshape 'the_odd_one'\. Try"):
+        build_engines(odd, Target.parse("sm89"))
+
+
+def test_a_crash_of_the_builder_costs_one_engine_and_names_it(built_copy):
+    if tensorrt_rtx.__version__ != "1.7.1.116":
+        pytest.skip("the crash is one of TensorRT-RTX 1.7.1's builder")
+    odd = broken(
+        built_copy,
+        """<ir_version: 10, opset_import: ["" : 23]>
+        g (bfloat16[N,8,T,8] x) => (bfloat16[N,8,T,8] y) { y = Attention(x, x, x) }""",
+    )
+    with pytest.raises(EngineError, match=r"trunk_07, their build process died.*crash"):
+        build_engines(odd, Target.parse("sm89"), BuildOptions(jobs=1))
+    assert "sm89" not in built_targets(built_copy)
+
+
 def test_a_capability_that_the_library_lacks_is_refused(built_copy):
     with pytest.raises(ConfigError, match=r"SM90.*'current'"):
         build_engines(built_copy, Target.parse("h100"))
@@ -219,7 +321,6 @@ def test_a_capability_that_the_library_lacks_is_refused(built_copy):
 
 def test_stripped_weights_without_a_driver_say_what_to_do(built_copy):
     from blockcache.runtime.cuda import device_count
-    from blockcache.runtime.errors import EngineError
 
     if device_count():
         pytest.skip("there is a driver here")
@@ -231,17 +332,36 @@ def test_stripped_weights_without_a_driver_say_what_to_do(built_copy):
 # -- two builds at once, and a kill ---------------------------------------------------------------
 
 
-def test_a_second_build_of_the_same_target_is_refused(built_copy):
-    from filelock import FileLock
+def _build_and_wait(folder, started, go_on):
+    """In another process: build, but stop after the first engine until told to go on."""
 
-    lock = FileLock(built_copy.folder / "engines/sm80/.lock")
-    with lock, pytest.raises(ConfigError, match="Another build"):
-        build_engines(built_copy, SM80)
+    def observe(*told):
+        started.put(told)
+        assert go_on.wait(timeout=120)
+
+    build_engines(tiny_build(Bundle.open(folder), *FEW), Target.parse("sm86"), observer=observe)
+
+
+def test_two_builds_at_once(built_copy):
+    context = multiprocessing.get_context("fork")
+    started, go_on = context.Queue(), context.Event()
+    process = context.Process(target=_build_and_wait, args=(built_copy.folder, started, go_on))
+    process.start()
+    started.get(timeout=120)
+    few = tiny_build(built_copy, *FEW)
+    with pytest.raises(ConfigError, match=r"Another build is writing.*sm86"):
+        build_engines(few, Target.parse("sm86"))
+    build_engines(few, Target.parse("sm89"))  # another target is another folder
+    assert set(built_targets(built_copy)) == {"sm80", "sm89"}
+    go_on.set()
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    assert build_engines(few, Target.parse("sm86")).reused == set(FEW)
 
 
 def _build_and_report(folder, started):
     """In another process: build, and say when the first engine is done."""
-    bundle = tiny_build(Bundle.open(folder), "trunk_06", "trunk_07", "block_00", "block_01")
+    bundle = tiny_build(Bundle.open(folder), *FEW)
     build_engines(bundle, Target.parse("sm86"), observer=lambda *told: started.put(told))
 
 
@@ -253,11 +373,10 @@ def test_a_killed_build_resumes(built_copy):
     started.get(timeout=120)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    names = ("trunk_06", "trunk_07", "block_00", "block_01")
     assert "sm86" not in built_targets(built_copy)
-    report = build_engines(tiny_build(built_copy, *names), Target.parse("sm86"))
-    assert 1 <= len(report.reused) < len(names)
-    assert set(read_engines(built_copy, "sm86").engines) == set(names)
+    report = build_engines(tiny_build(built_copy, *FEW), Target.parse("sm86"))
+    assert 1 <= len(report.reused) < len(FEW)
+    assert set(read_engines(built_copy, "sm86").engines) == set(FEW)
     assert not list(built_copy.folder.glob("engines/sm86/*.partial"))
 
 
@@ -272,6 +391,5 @@ def test_engines_json_is_written_last(built_copy, monkeypatch):
         build_engines(built_copy, SM80)
     assert built_targets(built_copy) == ()
     monkeypatch.undo()
-    begin = time.perf_counter()
-    assert len(build_engines(built_copy, SM80).reused) == 15
-    assert time.perf_counter() - begin < 60
+    report = build_engines(built_copy, SM80)
+    assert {s.name for s in report.segments} - report.reused == {"trunk_00"}

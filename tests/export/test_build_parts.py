@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import enum
 import json
-from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from blockcache.export.bfloat16_resize import with_float32_resize
 from blockcache.export.build import BuildOptions, ShapeOptions
@@ -19,7 +19,7 @@ from blockcache.export.targets import Target
 from blockcache.runtime.engine_files import ShapeProfile
 from blockcache.runtime.errors import ConfigError, MissingExtraError
 from blockcache.runtime.plan import Dim, Segment, TensorSpec
-from blockcache.runtime.tensorrt_library import TensorRT, load_library
+from blockcache.runtime.tensorrt_library import load_library
 
 
 def spec(name, dtype, *dims):
@@ -37,69 +37,7 @@ def profile(batch, height, width=16):
     return ShapeProfile(sizes(0), sizes(1), sizes(2))
 
 
-# -- the libraries' differences, by the names that their wheels have -------------------------------
-
-Typed = enum.IntEnum("NetworkDefinitionCreationFlag", {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1})
-Untyped = enum.IntEnum("NetworkDefinitionCreationFlag", {"PREFER_AOT_PYTHON_PLUGINS": 3})
-OLD_FLAGS = {"FP16": 0, "BF16": 17, "REFIT": 2, "STRIP_PLAN": 18}
-NEW_FLAGS = {"REFIT": 2, "STRIP_PLAN": 18}
-RTX_FLAGS = {"REFIT": 2, "STRIP_PLAN": 18, "REQUIRE_USER_ALLOCATION": 24}
-Capability = enum.IntEnum("ComputeCapability", {"NONE": 0, "CURRENT": 1, "SM80": 80, "SM89": 89})
-
-
-def library(name, version, network_flags, builder_flags, **more):
-    flags = enum.IntEnum("BuilderFlag", builder_flags)
-    module = SimpleNamespace(
-        __version__=version, NetworkDefinitionCreationFlag=network_flags, BuilderFlag=flags, **more
-    )
-    return TensorRT(name, module, None)
-
-
-@pytest.mark.parametrize(
-    ("lib", "network_flags", "capabilities", "cache", "resize", "user_allocation"),
-    [
-        (library("tensorrt", "10.9.0", Typed, OLD_FLAGS), 2, (), True, False, False),
-        (library("tensorrt", "11.1.0", Untyped, NEW_FLAGS), 0, (), True, True, False),
-        (
-            library("tensorrt_rtx", "1.7.1", Typed, RTX_FLAGS, ComputeCapability=Capability),
-            0,
-            ("SM80", "SM89"),
-            False,
-            True,
-            True,
-        ),
-    ],
-)
-def test_differences(lib, network_flags, capabilities, cache, resize, user_allocation):
-    assert lib.network_flags == network_flags
-    assert lib.capabilities == capabilities
-    assert lib.has_timing_cache is cache
-    assert lib.resizes_bfloat16 is resize
-    assert lib.has_flag("REQUIRE_USER_ALLOCATION") is user_allocation
-    if not user_allocation:
-        with pytest.raises(ConfigError, match="REQUIRE_USER_ALLOCATION"):
-            lib.flag("REQUIRE_USER_ALLOCATION")
-
-
-def test_the_shipped_library_has_the_names_in_use():
-    trt = pytest.importorskip("tensorrt_rtx")
-    used = {
-        "IBuilderConfig": ["set_flag", "set_compute_capability", "add_optimization_profile"],
-        "OnnxParser": ["parse", "parse_from_file", "get_error"],
-        "ICudaEngine": ["create_runtime_config", "get_tensor_profile_shape",
-                        "get_device_memory_size_for_profile_v2", "create_engine_inspector"],
-        "IExecutionContext": ["set_tensor_address", "set_input_shape", "execute_async_v3",
-                              "set_device_memory", "set_optimization_profile_async"],
-        "IRuntimeConfig": ["create_runtime_cache", "set_runtime_cache",
-                           "set_execution_context_allocation_strategy"],
-        "IRuntimeCache": ["serialize", "deserialize"],
-        "OnnxParserRefitter": ["refit_from_file"],
-        "Refitter": ["refit_cuda_engine"],
-    }  # fmt: skip
-    missing = [f"{c}.{m}" for c, names in used.items() for m in names
-               if not hasattr(getattr(trt, c), m)]  # fmt: skip
-    assert missing == []
-    assert load_library("tensorrt_rtx").capabilities[:2] == ("SM75", "SM80")
+# -- the library ----------------------------------------------------------------------------------
 
 
 def test_a_missing_library_names_its_extra(monkeypatch):
@@ -153,7 +91,7 @@ def test_layouts(tensor, layout):
         lambda: ShapeOptions(dynamic=True),
         lambda: BuildOptions(weights="some"),
         lambda: BuildOptions(level=6),
-        lambda: BuildOptions(jobs=0),
+        lambda: BuildOptions(jobs=-1),
     ],
 )
 def test_options_that_cannot_work_are_refused(make):
@@ -232,8 +170,9 @@ def test_scale_shift_counts_as_fused_in_one_kernel_only(split, fused):
     inputs = ["block_3", "scale_3", "shift_3", "x"]
     lines = [log_line("__myl_MulAddAdd_1", "kgen", inputs[: 2 if split else 4], ["y"])]
     lines.append(log_line("__myl_TranMove_2", "kgen", ["trunk_0_0"], ["z"]))
-    kernels, facts = fusion_facts(segment, logged_layers(lines), attentions=0)
-    assert (kernels, facts["scale_shifts_fused"], facts["boundary_copies"]) == (2, fused, 1)
+    seen = fusion_facts(segment, logged_layers(lines), attentions=0)
+    assert (seen.kernels, seen.counts["scale_shifts_fused"]) == (2, fused)
+    assert (seen.counts["boundary_copies"], seen.copied) == (1, ("trunk_0_0",))
 
 
 # -- side by side within a memory budget -----------------------------------------------------------
@@ -251,6 +190,26 @@ def test_jobs_start_while_they_fit():
     assert next_job([job(3), job(0.1)], [job(2)], 2, budget) == 1
     assert next_job([job(3)], [job(2)], 2, budget) is None
     assert next_job([job(0.1)], [job(0.1), job(0.1)], 2, budget) is None
+
+
+@given(
+    sizes=st.lists(st.floats(0, 8), max_size=8),
+    count=st.integers(1, 4),
+    gigabytes=st.floats(0.1, 40),
+    choices=st.randoms(use_true_random=False),
+)
+def test_every_job_runs_and_memory_stays_within_the_budget(sizes, count, gigabytes, choices):
+    waiting, running, budget = [job(size) for size in sizes], [], int(gigabytes * 1e9)
+    started = 0
+    while waiting or running:
+        while (index := next_job(waiting, running, count, budget)) is not None:
+            running.append(waiting.pop(index))
+            started += 1
+        used = sum(each.memory_bytes for each in running)
+        assert 1 <= len(running) <= count
+        assert used <= budget or len(running) == 1
+        running.pop(choices.randrange(len(running)))
+    assert started == len(sizes)
 
 
 # -- keys and the bfloat16 Resize ------------------------------------------------------------------

@@ -16,61 +16,17 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 from filelock import FileLock
 
-from blockcache.export import change, pipeline
+from blockcache.export import calibrated_stages, change, pipeline
+from blockcache.export.calibrated_stages import CalibrationOptions
 from blockcache.export.calibration import Calibration
 from blockcache.export.change import ProfileOptions, measure_change
-from blockcache.export.pipeline import CompileOptions, PresetOptions, compile_model
+from blockcache.export.pipeline import CompileOptions, compile_model
+from blockcache.export.policies import Policy
+from blockcache.export.preset_options import PresetOptions
 from blockcache.export.to_onnx import ExportOptions
 from blockcache.runtime.solver import SolverConfig, solver_tables
 
 PROFILE = ProfileOptions(prompts=2, seeds=2, images_at_once=2)  # four images in two batches
-
-
-# -- options ---------------------------------------------------------------------------------------
-
-
-def test_a_preset_is_read_from_the_command_line():
-    assert PresetOptions.parse("dpm:20:0.5") == PresetOptions(
-        solver="dpm", steps=20, delta=0.5, name="dpm-20-d0.5"
-    )
-    assert PresetOptions.parse("ddim:4") == PresetOptions(solver="ddim", steps=4, name="ddim-4")
-
-
-@pytest.mark.parametrize("text", ["", "dpm", "dpm:x", "dpm:20:x", "dpm:20:0.5:1", "dpm:2.5"])
-def test_a_preset_that_cannot_be_read_shows_the_form(text):
-    with pytest.raises(ConfigError) as caught:
-        PresetOptions.parse(text)
-    assert str(caught.value) == (
-        f"Expected a preset SOLVER:STEPS[:DELTA] such as dpm:20:0.5, got {text!r}."
-    )
-
-
-@pytest.mark.parametrize("text", ["dpm:0", "dpm:-3", "dpm:20:-0.1", "dpm:20:nan"])
-def test_a_preset_out_of_range_is_refused(text):
-    with pytest.raises(ConfigError, match="Expected steps of 1 or more and a delta of 0 or more"):
-        PresetOptions.parse(text)
-
-
-def test_an_unknown_solver_is_refused_at_once():
-    with pytest.raises(ConfigError):
-        PresetOptions.parse("heun:20")
-
-
-def test_the_name_made_for_a_preset_is_a_name_that_presets_may_have():
-    assert "+" not in PresetOptions.parse("dpm:20:1e6").name
-
-
-@pytest.mark.parametrize("presets", [(), ("ddim:4", "ddim:4")])
-def test_presets_need_different_names(presets):
-    with pytest.raises(ConfigError, match="Expected presets with different names, got"):
-        CompileOptions(presets=tuple(PresetOptions.parse(text) for text in presets))
-
-
-def test_export_options_are_checked():
-    with pytest.raises(ConfigError, match=r"Expected a precision of .*, got 'int8'"):
-        ExportOptions(precision="int8")
-    with pytest.raises(ConfigError, match="A reuse combines 1 or 2 computed outputs; got 3"):
-        ExportOptions(outputs=3)
 
 
 # -- a compile without its expensive steps ---------------------------------------------------------
@@ -108,14 +64,15 @@ def calls(compiled, monkeypatch):
         accumulator.images += len(jobs)
 
     monkeypatch.setattr(pipeline, "export_segments", export)
-    monkeypatch.setattr(pipeline, "measure_change", profile)
+    monkeypatch.setattr(calibrated_stages, "measure_change", profile)
     monkeypatch.setattr(change, "_measure_batch", measure)
     return made
 
 
 def options(*presets, **changes):
     parsed = tuple(PresetOptions.parse(text) for text in presets or ("ddim:2:0.1",))
-    return CompileOptions(presets=parsed, profile=PROFILE, **changes)
+    calibrated = CalibrationOptions(profile=PROFILE)
+    return CompileOptions(presets=parsed, calibration=calibrated, **changes)
 
 
 def manifest(folder):
@@ -141,7 +98,7 @@ def test_a_compile_gives_a_bundle_that_verifies(model, calibration, calls, tmp_p
     assert made.manifest.presets["dpm-3"].computed_fraction == 1.0
     policy = dict(made.preset("ddim-2-d0.1").policy)
     assert policy.pop("profile") in made.manifest.files
-    assert policy == {"kind": "threshold", "delta": 0.1, "images": 4}
+    assert policy == {"kind": "threshold", "value": 0.1, "images": 4}
     stages = [stage for stage, _, _ in heard]
     assert list(dict.fromkeys(stages)) == ["profile ddim-2", "export", "presets"]
     for stage in set(stages):
@@ -214,19 +171,19 @@ def interrupted(function, times=1, error=SystemExit):
 
 
 STAGES = {
-    "after the profile": ("write_tensors", ["profile", "export"]),
-    "after the export": ("_model_facts", []),
-    "before the manifest": ("_preset_entry", []),
+    "after the profile": (calibrated_stages, "write_tensors", ["profile", "export"]),
+    "after the export": (pipeline, "_model_facts", []),
+    "before the manifest": (pipeline, "_preset_entry", []),
 }
 
 
-@pytest.mark.parametrize(("stage", "left"), STAGES.values(), ids=STAGES.keys())
+@pytest.mark.parametrize(("module", "stage", "left"), STAGES.values(), ids=STAGES.keys())
 def test_an_interrupted_compile_is_no_bundle_and_resumes(
-    model, calibration, calls, uninterrupted, tmp_path, monkeypatch, stage, left
+    model, calibration, calls, uninterrupted, tmp_path, monkeypatch, module, stage, left
 ):
     folder = tmp_path / "b"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, stage, interrupted(getattr(pipeline, stage)))
+        patch.setattr(module, stage, interrupted(getattr(module, stage)))
         with pytest.raises(SystemExit):
             compile_model(model, folder, options(), calibration)
     assert not (folder / "manifest.json").exists()
@@ -283,7 +240,9 @@ def test_an_interrupted_preset_leaves_no_old_manifest(
     """The same preset name with other content: the old manifest promises the old file."""
     folder = tmp_path / "b"
     compile_model(model, folder, options("ddim:2:0.1"), calibration)
-    named = PresetOptions(solver="ddim", steps=2, delta=9.0, name="ddim-2-d0.1")
+    named = PresetOptions(
+        solver="ddim", steps=2, policy=Policy("threshold", 9.0), name="ddim-2-d0.1"
+    )
     monkeypatch.setattr(pipeline, "write_preset", interrupted(pipeline.write_preset))
     with pytest.raises(SystemExit):
         compile_model(model, folder, dataclasses.replace(options(), presets=(named,)), calibration)
@@ -372,12 +331,12 @@ def test_another_operating_system_error_is_not_called_a_full_disk(
         compile_model(model, tmp_path / "b", options("ddim:2"))
 
 
-def test_a_delta_without_prompts_is_refused_before_any_work(model, calls, tmp_path):
+def test_a_measured_policy_without_prompts_is_refused_before_any_work(model, calls, tmp_path):
     with pytest.raises(ConfigError) as caught:
         compile_model(model, tmp_path / "b", options("ddim:2:0.1"))
     assert str(caught.value) == (
-        "Preset 'ddim-2-d0.1' derives its schedule from measurements and needs prompts to measure "
-        "with: give a calibration (--calibration FILE), or leave out the delta."
+        "Preset 'ddim-2-d0.1' is made from measurements and needs prompts to measure with: give a "
+        "calibration (--calibration FILE), or leave out policy and alignment."
     )
     assert calls == []
 
@@ -395,7 +354,7 @@ def test_a_missing_scheduler_is_refused(model, calls, tmp_path):
     )
 
 
-@pytest.mark.parametrize("preset", ["ddim:2", "heun:2", "ddim:2000"])
+@pytest.mark.parametrize("preset", ["ddim:2", "ddim:2000"])
 def test_a_solver_that_cannot_work_is_refused_before_the_export(model, calls, tmp_path, preset):
     source = without_scheduler(model) if preset == "ddim:2" else model
     with pytest.raises(ConfigError):

@@ -1,6 +1,8 @@
-"""Eq. 7, by hand and by property."""
+"""Eq. 7 and the budget, by hand, by property and by brute force."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from blockcache.export.schedule import accumulated_change, threshold
+from blockcache.export import schedule as schedule_module
+from blockcache.export.schedule import accumulated_change, budget, threshold, threshold_within
 from blockcache.runtime import ConfigError, Schedule
 
 # Multiples of 1/64: sums of them are exact in float64, so that properties need no tolerance.
@@ -145,3 +148,215 @@ def test_a_table_that_is_no_change_is_refused(change):
             f"Expected change[steps, blocks] of finite numbers, 0 or more; got shape "
             f"{change.shape}. Profile the model again."
         )
+
+
+# -- the budget ------------------------------------------------------------------------------------
+
+
+def sixty_fourths(least, most):
+    return st.integers(least, most).map(lambda count: count / 64)
+
+
+def table(shape, elements):
+    return hnp.arrays(np.float64, shape, elements=elements)
+
+
+@st.composite
+def problems(draw, steps=8, blocks=4):
+    """Change, weight, cost and a budget that pays for step 0 at least; every sum is exact."""
+    shape = (draw(st.integers(1, steps)), draw(st.integers(1, blocks)))
+    change = draw(table(shape, sixty_fourths(0, 128)))
+    weight = draw(table(shape, sixty_fourths(0, 256)))
+    cost = draw(table(shape[1], sixty_fourths(1, 640)))
+    share = draw(sixty_fourths(0, 64))
+    return change, weight, cost, cost.sum() * (1 + share * (shape[0] - 1))
+
+
+def spent(cost, schedule):
+    return float((cost * schedule.recompute).sum())
+
+
+def loss(change, schedule, weight=1.0):
+    return float((weight * accumulated_change(change, schedule)).sum())
+
+
+def test_a_hand_worked_budget():
+    """Five runs at most, costs 1 and 2, so beside step 0 block 0 runs twice or block 1 once.
+
+    Block 0: without more runs 1 + 2 + 3 = 6 is carried, with one (at step 2) 1 + 1 = 2, with two 1.
+    Block 1: without more runs 0 + 8 + 8 = 16, with one (at step 2) 0.
+    """
+    change = np.array([[0, 0], [1, 0], [1, 8], [1, 0]], np.float64)
+    cost = np.array([1.0, 2.0])
+    made = budget(change, cost, 5.0)
+    assert made.recompute.astype(int).T.tolist() == [[1, 0, 0, 0], [1, 0, 1, 0]]
+    assert loss(change, made) == 6
+    # Where block 1 hardly matters, block 0 gets both runs.
+    light = budget(change, cost, 5.0, np.array([[1, 1 / 64]] * 4))
+    assert light.recompute.astype(int).T.tolist()[1] == [1, 0, 0, 0]
+    assert loss(change, light) == 1 + 16
+    assert spent(cost, light) == 5
+
+
+def test_a_weight_moves_the_refresh_to_the_step_that_matters():
+    change = column(0, 1, 1, 1)
+    weight = column(1, 1, 1, 8)
+    made = budget(change, np.ones(1), 2.0, weight)
+    assert np.flatnonzero(made.recompute[:, 0]).tolist() == [0, 3]
+
+
+@given(problems())
+def test_a_budget_recomputes_all_at_step_0_and_is_not_overdrawn(problem):
+    change, weight, cost, spend = problem
+    made = budget(change, cost, spend, weight)
+    assert made.recompute.shape == change.shape
+    assert made.recompute[0].all()
+    assert spent(cost, made) <= spend
+
+
+@given(problems(steps=12), deltas)
+def test_a_budget_accumulates_no_more_than_the_threshold_at_its_cost(problem, delta):
+    change, weight, cost, _ = problem
+    greedy = threshold(change, delta)
+    spend = spent(cost, greedy)
+    assert loss(change, budget(change, cost, spend)) <= loss(change, greedy)
+    weighed = budget(change, cost, spend, weight)
+    assert loss(change, weighed, weight) <= loss(change, greedy, weight)
+    assert spent(cost, weighed) <= spend
+
+
+@given(problems(), st.randoms(use_true_random=False))
+def test_no_table_of_the_same_cost_accumulates_less(problem, random):
+    change, weight, cost, _ = problem
+    marks = np.array([[random.random() < 0.5 for _ in row] for row in change])
+    marks[0] = True
+    other = Schedule(marks)
+    made = budget(change, cost, spent(cost, other), weight)
+    assert loss(change, made, weight) <= loss(change, other, weight)
+
+
+@given(problems(steps=5, blocks=2))
+def test_a_budget_is_the_best_of_all_tables(problem):
+    change, weight, cost, spend = problem
+    steps, blocks = change.shape
+    best = np.inf
+    for marks in itertools.product((False, True), repeat=(steps - 1) * blocks):
+        rows = np.array(marks, np.bool_).reshape(steps - 1, blocks)
+        other = Schedule(np.concatenate([np.ones((1, blocks), np.bool_), rows]))
+        if spent(cost, other) <= spend:
+            best = min(best, loss(change, other, weight))
+    assert loss(change, budget(change, cost, spend, weight), weight) == best
+
+
+@given(problems(), sixty_fourths(0, 6400))
+def test_more_to_spend_never_accumulates_more(problem, more):
+    change, weight, cost, spend = problem
+    poor, rich = (budget(change, cost, spend + extra, weight) for extra in (0.0, more))
+    assert loss(change, rich, weight) <= loss(change, poor, weight)
+
+
+@given(problems())
+def test_a_budget_for_everything_accumulates_nothing(problem):
+    change, weight, cost, _ = problem
+    made = budget(change, cost, cost.sum() * len(change), weight)
+    assert loss(change, made, weight) == 0
+
+
+@given(problems())
+def test_a_budget_for_step_0_alone_is_spent_there(problem):
+    change, _, cost, _ = problem
+    assert not budget(change, cost, cost.sum()).recompute[1:].any()
+
+
+@given(problems(steps=6), st.permutations(range(4)))
+def test_the_order_of_the_blocks_changes_nothing(problem, order):
+    change, weight, cost, spend = problem
+    order = [k for k in order if k < change.shape[1]]
+    made = budget(change, cost, spend, weight)
+    moved = budget(change[:, order], cost[order], spend, weight[:, order])
+    assert loss(change[:, order], moved, weight[:, order]) == loss(change, made, weight)
+
+
+@given(st.data(), st.integers(1, 12), st.integers(1, 5))
+def test_costs_in_any_unit_are_not_overdrawn_nor_refused(data, steps, blocks):
+    """Milliseconds are no multiples of 1/64: a sum in another order may differ in its last place.
+
+    The budget is what a random table costs, so that the last run it pays for must fit exactly.
+    """
+    cost = data.draw(table(blocks, st.floats(1e-3, 1e3)))
+    change = data.draw(table((steps, blocks), sixty_fourths(0, 128)))
+    marks = data.draw(hnp.arrays(np.bool_, (steps, blocks)))
+    marks[0] = True
+    spend = spent(cost, Schedule(marks))
+    made = budget(change, cost, spend)
+    assert spent(cost, made) <= spend * (1 + 2e-12)
+    assert loss(change, made) <= loss(change, Schedule(marks))
+
+
+@given(problems(), st.integers(1, 8))
+def test_merged_points_never_overdraw(problem, points):
+    change, weight, cost, spend = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule_module, "MOST_POINTS", points)
+        merged = budget(change, cost, spend, weight)
+    assert merged.recompute[0].all()
+    assert spent(cost, merged) <= spend
+    assert loss(change, budget(change, cost, spend, weight), weight) <= loss(change, merged, weight)
+
+
+def test_merged_points_keep_close_to_the_best():
+    """64 points for four blocks of random cost: at the resolution of the budget, 1/64 a block."""
+    random = np.random.default_rng(0)
+    change, cost = random.random((12, 4)), random.random(4) + 0.1
+    spend = 0.5 * 12 * cost.sum()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule_module, "MOST_POINTS", 64)
+        merged = budget(change, cost, spend)
+    assert loss(change, merged) <= loss(change, budget(change, cost, spend * (1 - 4 / 64)))
+
+
+@given(problems())
+def test_a_budget_below_step_0_says_what_step_0_costs(problem):
+    change, _, cost, _ = problem
+    with pytest.raises(ConfigError) as caught:
+        budget(change, cost, cost.sum() - 1 / 64)
+    assert str(caught.value) == (
+        f"Expected a budget of at least {cost.sum():g}, one run of every block; "
+        f"got {cost.sum() - 1 / 64:g}."
+    )
+
+
+def test_a_budget_that_is_no_number_is_refused():
+    with pytest.raises(ConfigError, match="Expected a budget of at least 1, one run of every"):
+        budget(column(0, 1), np.ones(1), float("nan"))
+
+
+@pytest.mark.parametrize("cost", [[1.0, 1.0], [0.0], [-1.0], [float("nan")]])
+def test_costs_that_are_none_are_refused(cost):
+    with pytest.raises(ConfigError) as caught:
+        budget(column(0, 1), np.array(cost), 4.0)
+    assert str(caught.value) == f"Expected a cost above 0 for each of 1 blocks, got {cost}."
+
+
+@pytest.mark.parametrize("weight", [column(1), column(1, -1), column(1, np.nan), column(1, np.inf)])
+def test_weights_that_are_none_are_refused(weight):
+    with pytest.raises(ConfigError) as caught:
+        budget(column(0, 1), np.ones(1), 4.0, weight)
+    assert str(caught.value) == (
+        f"Expected finite weights of 0 or more, of the change's shape (2, 1); got shape "
+        f"{weight.shape}. Measure the sensitivity again."
+    )
+
+
+@given(changes, deltas, st.data())
+def test_a_threshold_within_a_spend_is_the_dearest_that_fits(change, delta, data):
+    cost = np.array([data.draw(st.integers(1, 64)) for _ in range(change.shape[1])], np.float64)
+    spend = cost.sum() + data.draw(st.integers(0, 64)) * cost.sum() / 8
+
+    def price(schedule):
+        return (schedule.recompute * cost).sum()
+
+    within = price(threshold_within(change, cost, spend))
+    other = price(threshold(change, delta))
+    assert within <= spend
+    assert other > spend or other <= within

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 
-from blockcache.export.build import build_engines
+from blockcache.export.build import BuildOptions, build_engines
+from blockcache.export.measured import measured
 from blockcache.export.targets import Target
 from blockcache.runtime import Session
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.cuda import device_capability, device_count
-from blockcache.runtime.engine_files import read_engines
-from blockcache.tools.engine_check import check_loop, check_segments
+from blockcache.runtime.cuda import call, device_capability, device_count
+from blockcache.runtime.engine_files import read_engines, write_engines
+from blockcache.runtime.interop import DeviceView, host_array
+from blockcache.tools.engine_check import check_loop, check_segments, time_segments
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,22 +24,35 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl"])
-def bundle(request, compiled, tmp_path_factory):
-    """A tiny bfloat16 bundle with engines built on this machine for this GPU."""
-    pytest.importorskip("tensorrt_rtx")
-    _, made = compiled(request.param, 2 if request.param == "sdxl" else 1, "bfloat16")
-    folder = tmp_path_factory.mktemp("gpu") / request.param
-    own = Bundle.open(shutil.copytree(made.folder, folder))
-    build_engines(own, Target.parse("current"))
-    return own
+@pytest.fixture(
+    scope="module",
+    params=[("tensorrt_rtx", "sd"), ("tensorrt_rtx", "sdxl"), ("tensorrt", "sd")],
+    ids="-".join,
+)
+def built(request, compiled, tmp_path_factory):
+    """(library, tiny bfloat16 bundle with engines built on this machine for this GPU)."""
+    library, kind = request.param
+    pytest.importorskip(library)
+    _, made = compiled(kind, 2 if kind == "sdxl" else 1, "bfloat16")
+    own = copy_of(made, tmp_path_factory.mktemp("gpu") / kind)
+    build_engines(own, Target.parse("current"), BuildOptions(library=library))
+    return library, own
+
+
+def copy_of(bundle, folder):
+    return Bundle.open(shutil.copytree(bundle.folder, folder))
 
 
 @pytest.fixture
-def backend():
+def bundle(built):
+    return built[1]
+
+
+@pytest.fixture
+def backend(built):
     from blockcache.runtime.engine_trt import TrtBackend
 
-    return TrtBackend(target="current", graphs="check")
+    return TrtBackend(target="current", library=built[0], graphs="check")
 
 
 def request_of(session, conditions_of, images=1):
@@ -58,26 +74,39 @@ def request_of(session, conditions_of, images=1):
     }
 
 
-def test_an_sm80_plan_opens_here(compiled):
+def test_sm80_plans_run_here(compiled, tmp_path):
     """Says whether this GPU runs plans for SM80; fails with the library's own words if not."""
     pytest.importorskip("tensorrt_rtx")
+    from blockcache.runtime.engine_trt import TrtBackend
     from blockcache.runtime.tensorrt_library import errors_of, load_library
 
-    _, made = compiled("sd", 1, "bfloat16")
-    report = build_engines(made, Target.parse("sm80"))
-    plan = made.folder / "engines/sm80" / report.entries["trunk_00"].file
+    own = copy_of(compiled("sd", 1, "bfloat16")[1], tmp_path / "bundle")
+    report = build_engines(own, Target.parse("sm80"))
+    plan = own.folder / "engines/sm80" / report.entries["trunk_00"].file
     library = load_library("tensorrt_rtx")
     with library.log() as log:
         runtime = library.module.Runtime(library.logger)
         engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     assert engine is not None, f"{device_capability()}: {errors_of(log)}"
+    accepted = (*report.engines.capabilities, device_capability())  # as if it had been built for
+    write_engines(own, dataclasses.replace(report.engines, capabilities=accepted))
+    backend = TrtBackend(target="sm80", library="tensorrt_rtx")
+    found = check_segments(own, backend, layouts_of(own, "sm80"))
+    times = time_segments(own, backend)
+    for comparison in found:
+        print(comparison, f"ratio {comparison.ratio:.2f}, {times[comparison.name]:.3f} ms")
+    assert all(comparison.passed for comparison in found)
+
+
+def layouts_of(bundle, target="current"):
+    layouts = {}
+    for entry in read_engines(bundle, target).engines.values():
+        layouts.update(entry.formats)
+    return layouts
 
 
 def test_every_segment_is_within_twice_the_plain_error(bundle, backend):
-    layouts = {}
-    for entry in read_engines(bundle, "current").engines.values():
-        layouts.update(entry.formats)
-    found = check_segments(bundle, backend, layouts)
+    found = check_segments(bundle, backend, layouts_of(bundle))
     for comparison in found:
         print(comparison, f"ratio {comparison.ratio:.2f}")
     assert all(comparison.passed for comparison in found)
@@ -104,12 +133,117 @@ def test_graphs_replay_the_same_latents(bundle, backend, conditions_of):
     assert watched == list(range(20))
 
 
+def test_one_graph_serves_every_guidance_and_rescale(bundle, backend, conditions_of):
+    session = Session.open(bundle, preset="dpm-20", backend=backend)
+    request = request_of(session, conditions_of)
+    for scale, rescale in [(3.0, 0.7), (8.0, 0.2), (8.0, 1.0), (3.0, 0.7)]:
+        how = {"guidance_scale": scale, "guidance_rescale": rescale}
+        replayed = session.denoise(**request, **how).latents
+        alone = Session.open(bundle, preset="dpm-20", backend=backend)
+        np.testing.assert_array_equal(replayed, alone.denoise(**request, **how).latents)
+    assert len(session._graphs) == 1
+    session.denoise(**request)
+    assert len(session._graphs) == 2  # without rescale there is one launch less
+
+
+class Listener:
+    """In a monitor's place: takes any preset."""
+
+    def watch(self, bundle, preset):
+        pass
+
+    def add(self, change):
+        self.change = change
+
+
+def test_a_monitor_measures_in_the_graph_and_changes_no_bit(bundle, backend, conditions_of):
+    listener, plain = Listener(), Session.open(bundle, preset="dpm-20", backend=backend)
+    watched = Session(bundle, plain.preset, backend, listener)
+    request = request_of(plain, conditions_of, images=2)
+    changes = []
+    for _ in range(2):  # launched, then replayed
+        ours, theirs = watched.denoise(**request), plain.denoise(**request)
+        np.testing.assert_array_equal(ours.latents, theirs.latents)
+        changes.append(listener.change)
+    np.testing.assert_array_equal(*changes)
+    assert np.isnan(changes[0][0]).all()
+    assert (changes[0][1:] > 0).all()
+    assert np.isfinite(changes[0][1:]).all()
+
+
 def test_two_images_are_the_same_alone_and_together(bundle, backend, conditions_of):
     session = Session.open(bundle, preset="ddim-4", backend=backend)
     request = request_of(session, conditions_of, images=2)
     both = session.denoise(**request).latents
     assert np.isfinite(both).all()
     assert np.abs(both[0] - both[1]).max() > 0
+
+
+def test_sessions_share_engines_and_one_scratch_memory(bundle, backend, conditions_of):
+    sessions = [Session.open(bundle, preset=p, backend=backend) for p in ("ddim-4", "dpm-20")]
+    assert sessions[0]._engines == sessions[1]._engines
+    for session in sessions:
+        session.denoise(**request_of(session, conditions_of))
+    engines = [made._engine for made in sessions[0]._engines.values()]
+    needed = [engine.get_device_memory_size_for_profile_v2(0) for engine in engines]
+    assert backend.device.scratch.bytes == max(needed)
+
+
+def test_kernels_compiled_at_first_run_are_kept(built, backend, conditions_of):
+    library, bundle = built
+    session = Session.open(bundle, preset="ddim-4", backend=backend)
+    session.denoise(**request_of(session, conditions_of))
+    kept = list(bundle.folder.glob("engines/current/runtime-*.cache"))
+    assert len(kept) == (library == "tensorrt_rtx")
+
+
+def test_the_callers_stream_and_a_result_in_place(built, conditions_of):
+    from blockcache.runtime.engine_trt import TrtBackend
+
+    library, bundle = built
+    stream = int(call("cudaStreamCreate"))
+    own = Session.open(bundle, preset="ddim-4", backend=TrtBackend(library=library))
+    given = Session.open(
+        bundle, preset="ddim-4", backend=TrtBackend(library=library, stream=stream)
+    )
+    assert given.backend.device.stream == stream
+    request = request_of(own, conditions_of)
+    expected, result = own.denoise(**request), given.denoise(**request)
+    np.testing.assert_array_equal(result.latents, expected.latents)
+    np.testing.assert_array_equal(host_array(result.device_latents), result.latents)
+    moved = {**request, "noise": DeviceView(upload(given, request["noise"]), stream, 0)}
+    np.testing.assert_array_equal(given.denoise(**moved).latents, expected.latents)
+
+
+def upload(session, values):
+    device = session.backend.device
+    tensor = device.tensor(device.allocate(values.nbytes), 0, values.shape, "float32")
+    device.upload(tensor, values)
+    return tensor
+
+
+@pytest.mark.parametrize("weights", ["stripped", "refittable"])
+def test_weights_come_from_the_bundle(built, tmp_path, weights):
+    from blockcache.runtime.engine_trt import TrtBackend
+
+    library, bundle = built
+    own = copy_of(bundle, tmp_path / "bundle")
+    build_engines(own, Target.parse("current"), BuildOptions(library=library, weights=weights))
+    backend = TrtBackend(target="current", library=library)
+    assert all(c.passed for c in check_segments(own, backend, layouts_of(own)))
+
+
+def test_the_check_command_records_times(built, tmp_path, capsys):
+    from blockcache.tools.commands.check import check
+
+    own = copy_of(built[1], tmp_path / "bundle")
+    check(own.folder, target="current", loop=False)
+    print(capsys.readouterr().out)
+    (times,) = measured(own)
+    costs = times.costs(own.segments)
+    print(times.device, times.backend, f"blocks {costs.block_ms.sum():.3f} ms of a step, ")
+    print(f"the rest {costs.trunk_ms:.3f} ms")
+    assert (costs.block_ms > 0).all()
 
 
 def test_time_of_the_loop(bundle, backend, conditions_of):

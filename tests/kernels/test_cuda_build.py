@@ -92,8 +92,9 @@ def test_it_loads_and_checks_arguments_without_a_gpu(built, monkeypatch):
     small, large = (library.bc_cuda_relative_change_workspace_bytes(2, M) for M in (1, 10**9))
     assert small == 2 * 2 * 16
     assert large == 2 * 1025 * 16
-    assert library.bc_cuda_relative_change(8, None, 8, 8, 1, 1, 0, None, 0, None) == -6
-    assert library.bc_cuda_relative_change(8, None, 16, 32, 1, 1, 0, None, 0, None) == -7
+    assert library.bc_cuda_relative_change(8, None, 8, 8, 1, 1, 1, 0, None, 0, None) == -6
+    assert library.bc_cuda_relative_change(8, None, 16, 32, 2, 1, 1, 0, None, 0, None) == -3
+    assert library.bc_cuda_relative_change(8, None, 16, 32, 1, 1, 1, 0, None, 0, None) == -7
     assert library.bc_cuda_guided_solver_step(None, 0, None) == -1
     assert b"invalid" in library.bc_error_string(1)  # cudaErrorInvalidValue
 

@@ -99,33 +99,42 @@ def test_guidance_rescale_factors(torch, T, size):
     """(M / 1024 + 4) units in each variance, so as much in the root of their quotient, and ends."""
     N, M = size
     m, guidance = device(torch, (2 * N, M), T), device(torch, (N,)).abs() * 5
-    factors = torch.empty(N, device="cuda")
-    pointers = (address(factors), address(m), address(guidance))
-    launch(torch, "guidance_rescale_factors", *pointers, 0.7, N, M, NUMBERS[T])
+    factors, phi = torch.empty(N, device="cuda"), torch.rand(N, device="cuda")
+    launch(
+        torch,
+        "guidance_rescale_factors",
+        *map(address, (factors, m, guidance, phi)),
+        *(N, M, NUMBERS[T]),
+    )
     expected = kernels.guidance_rescale_factors(
-        on_host(m), guidance=on_host(guidance), phi=0.7, dtype=T
+        on_host(m), guidance=on_host(guidance), phi=on_host(phi), dtype=T
     )
     np.testing.assert_allclose(on_host(factors), expected, rtol=(M / 1024 + 8) * UNIT)
 
 
 @pytest.mark.parametrize("T", NUMBERS)
-@pytest.mark.parametrize("size", [*SIZES, (2, 5_000_000)])
-def test_relative_change_and_its_determinism(torch, T, size):
-    N, M = size
+@pytest.mark.parametrize("size", [*SIZES, (2, 5_000_000), (600, 40)])
+@pytest.mark.parametrize("halves", [1, 2])
+def test_relative_change_and_its_determinism(torch, T, size, halves):
+    images, M = size
+    N = images * halves
+    size = (N, M)
     now, before = device(torch, size, T), device(torch, size, T)
     library = kernels.cuda_library()
     size_bytes = library.bc_cuda_relative_change_workspace_bytes(N, M)
     runs = []
     for filler in (0, 255):
         workspace = torch.full((size_bytes,), filler, dtype=torch.uint8, device="cuda")
-        changes = torch.empty(N + 1, device="cuda")
-        pointers = (address(changes), address(changes) + 4 * N, address(now), address(before))
-        tail = (N, M, NUMBERS[T], address(workspace), size_bytes)
+        changes = torch.empty(images + 1, device="cuda")
+        pointers = (address(changes), address(changes) + 4 * images, address(now), address(before))
+        tail = (images, N, M, NUMBERS[T], address(workspace), size_bytes)
         launch(torch, "relative_change", *pointers, *tail)
         runs.append(on_host(changes))
     np.testing.assert_array_equal(*runs)
-    per_sample, whole = kernels.relative_change(on_host(now), on_host(before), dtype=T)
-    expected = np.append(per_sample, np.float32(whole))
+    per_image, whole = kernels.relative_change(
+        on_host(now), on_host(before), images=images, dtype=T
+    )
+    expected = np.append(per_image, np.float32(whole))
     np.testing.assert_allclose(runs[0], expected, rtol=18 * UNIT)  # 9 units on either side
 
 

@@ -3,7 +3,9 @@
 import ctypes
 import shutil
 import subprocess
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -69,7 +71,7 @@ def test_another_abi_version_is_refused(fresh_loader, tmp_path, monkeypatch, sou
     command = [compiler, "-shared", "-fPIC", str(tmp_path / "other.c"), "-o", str(output)]
     subprocess.run(command, check=True)
     monkeypatch.setenv(_library.DIRECTORY_VARIABLE, str(tmp_path))
-    with pytest.raises(kernels.KernelError, match=f"ABI version 1, got {version} in"):
+    with pytest.raises(kernels.KernelError, match=f"ABI version 2, got {version} in"):
         kernels.host_available()
 
 
@@ -113,19 +115,65 @@ def test_reductions_and_residual_refuse_what_they_must():
     f = np.ones(64, np.float32)
     at = f.ctypes.data
     change = library.bc_host_relative_change
-    assert change(None, None, at, at + 64, 1, 4, 0) == -1
-    assert change(at, None, at, at + 64, 1, 4, 0) == -6
-    assert change(at + 128, None, at + 1, at + 64, 1, 4, 0) == -4
-    assert change(at + 128, None, at, at + 64, 1, 4, 0) == 0
+    assert change(None, None, at, at + 64, 1, 1, 4, 0) == -1
+    assert change(at, None, at, at + 64, 1, 1, 4, 0) == -6
+    assert change(at + 128, None, at + 1, at + 64, 1, 1, 4, 0) == -4
+    assert change(at + 128, None, at, at + 64, 1, 1, 4, 0) == 0
+    for images in (0, -1, 3, 8):
+        assert change(at + 128, None, at, at + 64, images, 4, 1, 0) == -3
     rescale = library.bc_host_guidance_rescale_factors
-    assert rescale(at, at, at + 128, 0.5, 1, 4, 0) == -6
-    assert rescale(at + 64, at, None, 0.5, 1, 4, 0) == -1
-    assert rescale(at + 64, at, at + 128, 0.5, 1, 4, 7) == -2
+    assert rescale(at, at, at + 128, at + 192, 1, 4, 0) == -6
+    assert rescale(at + 192, at, at + 128, at + 192, 1, 4, 0) == -6
+    assert rescale(at + 64, at, None, at + 192, 1, 4, 0) == -1
+    assert rescale(at + 64, at, at + 128, None, 1, 4, 0) == -1
+    assert rescale(at + 64, at, at + 128, at + 193, 1, 4, 0) == -4
+    assert rescale(at + 64, at, at + 128, at + 192, 1, 4, 7) == -2
     sizes = {"N": 1, "C": 2, "L": 2, "layout": 0, "dtype": 0}
     where = {"y": at, "x": at + 16, "last": at + 32, "scale": at + 64, "shift": at + 80}
     for changes, code in [({}, 0), ({"layout": 2}, -8), ({"x": at + 4}, -6), ({"L": 0}, -3)]:
         args = kernels.ScaleShiftResidualArgs(**{**sizes, **where, **changes})
         assert library.bc_host_scale_shift_residual(args) == code
+
+
+def results_of_every_kernel():
+    """What all host kernels make of the same random numbers, in every type."""
+    rng, made = np.random.default_rng(0), []
+    x, h = rng.standard_normal((2, 3, 5, 7, 11), np.float32)
+    table, rows = rng.standard_normal((1, 8), np.float32), rng.standard_normal((2, 5), np.float32)
+    for T in (np.float32, np.float16, ml_dtypes.bfloat16):
+        m = rng.standard_normal((6, 5, 7, 11)).astype(T)
+        out, history, following = np.empty_like(x), np.empty_like(x), np.empty_like(m)
+        factors = kernels.guidance_rescale_factors(m, guidance=5.0, phi=0.7)
+        kernels.guided_solver_step(
+            out, sample=x, model_out=m, table=table, step=0, history_out=history, history0=h,
+            history1=x, next_input=following, guidance=5.0, rescale=factors,
+        )  # fmt: skip
+        per_image, whole = kernels.relative_change(m, following, images=3)
+        residuals = [np.empty_like(m), np.empty_like(m)]
+        for layout, y in zip(("nchw", "nhwc"), residuals, strict=True):
+            shape = m.shape if layout == "nchw" else (6, 7, 11, 5)
+            tensors = {"x": m.reshape(shape), "last": following.reshape(shape)}
+            kernels.scale_shift_residual(
+                y.reshape(shape), scale=rows[0], shift=rows[1], layout=layout, **tensors
+            )
+        made += [factors, out, history, following, per_image, np.float32(whole), *residuals]
+    return [np.asarray(each).tobytes() for each in made]
+
+
+def test_every_instruction_set_gives_the_same_bits(fresh_loader, tmp_path, monkeypatch):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to build for the oldest machines")
+    installed = results_of_every_kernel()
+    source = Path(__file__).resolve().parents[2] / "kernels" / "host.cpp"
+    library = tmp_path / "libblockcache_host.so"
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off"]
+    subprocess.run(
+        [compiler, *flags, "-DBLOCKCACHE_BASELINE", str(source), "-o", str(library)], check=True
+    )
+    monkeypatch.setenv(_library.DIRECTORY_VARIABLE, str(tmp_path))
+    _library._load_host.cache_clear()
+    assert results_of_every_kernel() == installed
 
 
 def test_unknown_codes_have_a_text():

@@ -54,6 +54,7 @@ def bundle(bundle_copy):
         formats={"sample": "linear"},
         kernels=9,
         scratch_bytes=0,
+        copied=("prompt_0",),
     )
     engines = EngineSet(
         target="sm80",
@@ -77,15 +78,10 @@ def segment_of(bundle, name="trunk_00"):
 def test_round_trip(bundle):
     engines = read_engines(bundle, "sm80")
     assert EngineSet.from_json(engines.to_json()) == engines
+    assert engines.engines["trunk_00"].copied == ("prompt_0",)
     assert built_targets(bundle) == ("sm80",)
     check_engines(bundle, engines, "tensorrt_rtx", "1.7.1", "8.0")
     assert check_engine(bundle, engines, segment_of(bundle)).read_bytes() == b"a plan"
-
-
-def test_profiles_are_chosen_by_size(bundle):
-    engines = read_engines(bundle, "sm80")
-    assert engines.profile_of({**SIZES, "batch": 8}) == 0
-    assert engines.profile_of({**SIZES, "batch": 9}) == -1
 
 
 @pytest.mark.parametrize(
@@ -178,8 +174,8 @@ def test_auto_takes_engines_where_there_is_a_device(bundle, monkeypatch):
 
     monkeypatch.setattr(cuda, "device_count", lambda: 1)
     monkeypatch.setattr(engine_trt, "TrtBackend", lambda **options: ("trt", options))
-    chosen, options = make_backend("auto", bundle=bundle, verify=False)
-    assert (chosen, options) == ("trt", {"stream": None, "verify": False})
+    chosen, options = make_backend("auto", bundle=bundle, graphs="check", verify=False)
+    assert (chosen, options) == ("trt", {"stream": None, "graphs": "check", "verify": False})
 
 
 def test_tensorrt_without_a_device_says_what_to_do():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blockcache.runtime.cuda import Scratch
+from blockcache.runtime.cuda import CudaDevice, Scratch
 from blockcache.runtime.device import HostDevice
 from blockcache.runtime.errors import ConfigError, EngineError
 from blockcache.runtime.graphs import (
@@ -162,11 +162,31 @@ class Memory:
         self.pointer = pointer
 
 
+class User:
+    name = "trunk_00"
+
+    def set_memory(self, pointer, count):
+        self.memory = (pointer, count)
+
+    def capturable(self):
+        return True
+
+
 def test_scratch_is_the_maximum_and_tells_its_users():
     pointers = iter([1000, 2000, 3000])
-    told = {}
     scratch = Scratch(lambda count: Memory(next(pointers)))
-    for name, count in (("a", 10), ("b", 5), ("c", 20), ("d", 20)):
-        scratch.use(count, lambda *memory, name=name: told.update({name: memory}))
-    assert told == dict.fromkeys("abcd", (2000, 20))
+    users = [User() for _ in range(4)]
+    for count, user in zip((10, 5, 20, 20), users, strict=True):
+        scratch.use(count, user)
+    assert {user.memory for user in users} == {(2000, 20)}
     assert (scratch.bytes, scratch.generation) == (20, 2)
+
+
+def test_a_device_names_the_engines_that_cannot_be_captured():
+    device = CudaDevice.__new__(CudaDevice)  # without a GPU: it must refuse before any CUDA call
+    device.scratch = Scratch(lambda count: Memory(1000))
+    refusing = User()
+    refusing.capturable = lambda: False
+    device.scratch.use(10, refusing)
+    with pytest.raises(EngineError, match="cannot be captured: trunk_00"):
+        device.capture(lambda: None)

@@ -358,6 +358,16 @@ def test_guidance_between_equal_prompts_is_no_guidance(session):
     assert relative(same, plain) < 1e-4
 
 
+def test_a_guidance_rescale_changes_guided_requests_only(session):
+    plain = session.denoise(**request(session), guidance_scale=7.0).latents
+    rescaled = session.denoise(**request(session), guidance_scale=7.0, guidance_rescale=0.7).latents
+    assert relative(rescaled, plain) > 1e-3
+    unguided = session.denoise(**request(session), guidance_scale=1.0).latents
+    again = session.denoise(**request(session), guidance_scale=1.0, guidance_rescale=0.7).latents
+    np.testing.assert_array_equal(unguided, again)
+    assert "guidance_rescale: expected 0" in refusal(session, guidance_rescale=-1)
+
+
 def test_guidance_of_the_preset_is_the_default(session):
     default = session.denoise(**request(session)).latents
     given = session.denoise(**request(session), guidance_scale=session.preset.guidance_scale)

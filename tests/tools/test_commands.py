@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 
 from safetensors.numpy import save_file
 
+from blockcache.runtime import DriftMonitor, Session
 from blockcache.tools import cli
 
 
@@ -76,6 +77,15 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
     assert np.isfinite(first).all()
     blockcache(*run, "--seed", 3)
     np.testing.assert_array_equal(np.load(latents), first)
+    blockcache(*run, "--seed", 3, "--guidance-rescale", 0.7)
+    assert np.abs(np.load(latents) - first).max() > 1e-3
+    code, _, err = blockcache(*run, "--guidance-rescale", 2)
+    assert code == 1
+    assert "guidance_rescale: expected 0 (off) to 1, got 2.0" in err
+
+    monitor = DriftMonitor()  # takes the profile that the compile wrote
+    Session.open(bundle, preset="ddim-4-d0.2", backend="empty", drift=monitor)
+    assert monitor.report().measured > 0
 
     folder, timings = tmp_path / "bench", tmp_path / "timings.json"
     wanted = ["--engine", "ort", "--rounds", 1, "--threads", 1, "--out", folder]
@@ -116,7 +126,8 @@ def test_expected_errors_are_one_line_and_exit_code_1(blockcache, arguments, mes
 def test_help_names_every_command(blockcache):
     code, out, _ = blockcache("--help")
     assert code == 0
-    for command in ("demo", "compile", "run", "show", "build", "check", "bench", "estimate"):
+    known = ("demo", "compile", "run", "show", "build", "check", "bench", "estimate", "evaluate")
+    for command in known:
         assert f" {command} " in out
 
 

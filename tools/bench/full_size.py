@@ -92,7 +92,8 @@ def _export(out: Path, model: str, precision: str) -> None:
     from diffusers import UNet2DConditionModel
 
     from blockcache.export.model import TORCH_DTYPES, describe
-    from blockcache.export.pipeline import CompileOptions, PresetOptions, compile_model
+    from blockcache.export.pipeline import CompileOptions, compile_model
+    from blockcache.export.preset_options import PresetOptions
     from blockcache.export.to_onnx import ExportOptions
 
     if (out / "manifest.json").is_file():

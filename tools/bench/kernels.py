@@ -1,155 +1,74 @@
-"""Times each kernel against the unfused sequence it replaces.
+"""Times each kernel against the operations it replaces, and on a GPU against a copy.
 
-On a GPU the sequence is torch's, launched on the same stream; with `--host` it is numpy's. Both
-sides are timed in turn in one run; a figure is the median. `bc_bench` (kernels/bench.cu) has the
-bandwidth against a copy.
+    python -m blockcache.tools.bench.kernels            CUDA: torch, device copy, one table
+    python -m blockcache.tools.bench.kernels --host     CPU: numpy
 
-    python tools/bench/kernels.py            CUDA kernels against torch
-    python tools/bench/kernels.py --host     host kernels against numpy
+On a GPU everything is captured in a CUDA graph, so that the device's work is timed and not
+Python's, and every run starts with a cold second-level cache. The copy is of as many bytes within
+the device, half read and half written; "of copy" is the kernel's bandwidth as a share of its. All
+sides of a row take turns in one run; a figure is the median. `tools/bench/kernels.sh` runs this
+behind the tests and compute-sanitizer.
 """
 
+from __future__ import annotations
+
 import argparse
-import ctypes
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from blockcache import kernels
 
+if TYPE_CHECKING:
+    from blockcache.tools.bench.kernel_cases import Case
+
 Work = Callable[[], object]
-SHAPES = [(2, 4, 64, 64), (8, 4, 128, 128)]  # latents [N, C, H, W]
-FEATURES = [(2, 320, 64, 64), (16, 640, 64, 64)]  # a block's output, GPU only: 2.6 and 42 M
-ROW = (0.9, 0.1, 0.2, 0.0, 0.5, -0.5, 0.7, 0.0)
-GUIDANCE = 5.0
+Row = dict[str, Any]
 
 
-class Case(NamedTuple):
-    """One kernel at one shape beside what it replaces."""
-
-    kernel: str
-    shape: tuple[int, ...]
-    ours: Work
-    unfused: Work
-
-
-def host_cases(shape: tuple[int, ...]) -> list[Case]:
-    """float32, as ONNX Runtime has it on a CPU."""
-    N = shape[0]
-    rng = np.random.default_rng(0)
-    x, h0, out, history = (rng.standard_normal(shape).astype(np.float32) for _ in range(4))
-    m, next_input = (rng.standard_normal((2 * N, *shape[1:])).astype(np.float32) for _ in range(2))
-    scale, shift = rng.standard_normal((2, shape[1])).astype(np.float32)
-    table = np.array([ROW], np.float32)
-    row, guidance = table[0], np.float32(GUIDANCE)
-    step = kernels.bind_guided_solver_step(
-        out,
-        sample=x,
-        model_out=m,
-        table=table,
-        history_out=history,
-        next_input=next_input,
-        history0=h0,
-        guidance=GUIDANCE,
-    )
-
-    def numpy_step() -> None:
-        u, c = m[:N], m[N:]
-        g = u + guidance * (c - u)
-        out[...] = row[0] * x + row[1] * g + row[2] * h0
-        history[...] = row[4] * x + row[5] * g
-        next_input[:N] = next_input[N:] = row[6] * out
-
-    def numpy_change() -> None:
-        _ = np.abs(x - h0).sum() / np.abs(x).sum()
-
-    def numpy_residual() -> None:
-        out[...] = x + scale[:, None, None] * h0 + shift[:, None, None]
-
-    return [
-        Case("guided_solver_step", shape, lambda: step(0), numpy_step),
-        Case("relative_change", shape, lambda: kernels.relative_change(x, h0), numpy_change),
-        Case(
-            "scale_shift_residual",
-            shape,
-            lambda: kernels.scale_shift_residual(out, x=x, last=h0, scale=scale, shift=shift),
-            numpy_residual,
-        ),
-    ]
+def medians(works: dict[str, Work], time_us: Callable[[Work], float], runs: int) -> Row:
+    """Median microseconds of each, by name; they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for run in range(-3, runs):
+        for name, work in works.items():
+            taken = time_us(work)
+            if run >= 0:
+                times[name].append(taken)
+    return {f"{name}_us": statistics.median(each) for name, each in times.items()}
 
 
-def cuda_solver_case(torch: Any, library: ctypes.CDLL, shape: tuple[int, ...]) -> Case:
-    """bfloat16 model, float32 latents."""
-    N, M = shape[0], int(np.prod(shape[1:]))
-    x, h0, out, history = (torch.randn(shape, device="cuda") for _ in range(4))
-    m, next_input = (
-        torch.randn(2 * N, *shape[1:], device="cuda", dtype=torch.bfloat16) for _ in range(2)
-    )
-    table = torch.tensor([ROW], device="cuda")
-    guidance = torch.full((N,), GUIDANCE, device="cuda")
-    named = {"next_sample": out, "history_out": history, "next_input": next_input, "sample": x}
-    named |= {"model_out": m, "history0": h0, "table": table, "guidance": guidance}
-    args = kernels.GuidedSolverStepArgs(N=N, M=M, S=1, dtype=kernels.DTYPES["bfloat16"])
-    for name, tensor in named.items():
-        setattr(args, name, tensor.data_ptr())
-    stream = torch.cuda.current_stream().cuda_stream
-
-    def ours(_alive: object = named) -> None:
-        code = library.bc_cuda_guided_solver_step(ctypes.byref(args), 0, stream)
-        kernels.check(library, "guided_solver_step", code)
-
-    def unfused() -> None:
-        u, c = m.float().chunk(2)
-        g = u + GUIDANCE * (c - u)
-        out.copy_(ROW[0] * x + ROW[1] * g + ROW[2] * h0)
-        history.copy_(ROW[4] * x + ROW[5] * g)
-        next_input.copy_(torch.cat([ROW[6] * out] * 2))
-
-    return Case("guided_solver_step", shape, ours, unfused)
+def table(rows: Iterable[Row], columns: dict[str, Callable[[Row], str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
+    return "\n".join(lines)
 
 
-def cuda_feature_cases(torch: Any, library: ctypes.CDLL, shape: tuple[int, ...]) -> list[Case]:
-    """bfloat16, NCHW."""
-    N, C, H, W = shape
-    M, T = C * H * W, kernels.DTYPES["bfloat16"]
-    x, last, y = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    scale, shift = (torch.randn(C, device="cuda") for _ in range(2))
-    changes = torch.empty(N + 1, device="cuda")
-    size = library.bc_cuda_relative_change_workspace_bytes(N, M)
-    workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
-    stream = torch.cuda.current_stream().cuda_stream
-    args = kernels.ScaleShiftResidualArgs(N=N, C=C, L=H * W, layout=0, dtype=T)
-    named = {"y": y, "x": x, "last": last, "scale": scale, "shift": shift}
-    for name, tensor in named.items():
-        setattr(args, name, tensor.data_ptr())
+COMMON: dict[str, Callable[[Row], str]] = {
+    "kernel": lambda row: row["kernel"],
+    "shape": lambda row: " x ".join(map(str, row["shape"])),
+}
+HOST = COMMON | {
+    "us": lambda row: f"{row['ours_us']:.1f}",
+    "numpy us": lambda row: f"{row['unfused_us']:.1f}",
+    "numpy / ours": lambda row: f"{row['unfused_us'] / row['ours_us']:.2f}x",
+}
+CUDA = COMMON | {
+    "MB": lambda row: f"{row['bytes'] / 1e6:.1f}",
+    "us": lambda row: f"{row['ours_us']:.1f}",
+    "GB/s": lambda row: f"{row['bytes'] / row['ours_us'] / 1e3:.0f}",
+    "copy GB/s": lambda row: f"{row['bytes'] / row['copy_us'] / 1e3:.0f}",
+    "of copy": lambda row: f"{100 * row['copy_us'] / row['ours_us']:.0f} %",
+    "torch us": lambda row: f"{row['unfused_us']:.1f}",
+    "torch / ours": lambda row: f"{row['unfused_us'] / row['ours_us']:.1f}x",
+}
 
-    def change() -> None:
-        outputs = (changes.data_ptr(), changes.data_ptr() + 4 * N)
-        inputs = (x.data_ptr(), last.data_ptr(), N, M, T, workspace.data_ptr(), size, stream)
-        code = library.bc_cuda_relative_change(*outputs, *inputs)
-        kernels.check(library, "relative_change", code)
 
-    def residual(_alive: object = named) -> None:
-        code = library.bc_cuda_scale_shift_residual(ctypes.byref(args), stream)
-        kernels.check(library, "scale_shift_residual", code)
-
-    def torch_change() -> None:
-        difference = (x.float() - last.float()).abs().flatten(1).sum(1)
-        magnitude = x.float().abs().flatten(1).sum(1)
-        torch.div(difference, magnitude), torch.div(difference.sum(), magnitude.sum())
-
-    def torch_residual() -> None:
-        y.copy_(x + scale[:, None, None] * last + shift[:, None, None])
-
-    return [
-        Case("relative_change", shape, change, torch_change),
-        Case("scale_shift_residual", shape, residual, torch_residual),
-    ]
+# -- host ------------------------------------------------------------------------------------------
 
 
 def wall_us(work: Work) -> float:
@@ -159,16 +78,44 @@ def wall_us(work: Work) -> float:
     return (time.perf_counter_ns() - start) / 1000
 
 
-def cuda_timer(torch: Any) -> Callable[[Work], float]:
-    """A function that times one call on the stream, the second-level cache being cold."""
-    properties = torch.cuda.get_device_properties(0)
-    flush = torch.empty(4 * properties.L2_cache_size, dtype=torch.uint8, device="cuda")
+def host_rows(runs: int) -> list[Row]:
+    """Host kernels against numpy."""
+    from blockcache.tools.bench.host_kernel_cases import host_cases
+
+    return [
+        {"kernel": case.kernel, "shape": case.shape}
+        | medians({"ours": case.ours, "unfused": case.unfused}, wall_us, runs)
+        for case in host_cases()
+    ]
+
+
+# -- CUDA ------------------------------------------------------------------------------------------
+
+
+def captured(torch: Any, work: Work) -> Work:
+    """The work as a CUDA graph; returns its replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is set up on first use must not be captured
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    replay: Work = graph.replay
+    return replay
+
+
+def cold_timer(torch: Any) -> Callable[[Work], float]:
+    """A function that times a replay on the device, the second-level cache being cold."""
+    cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    filler = torch.zeros(cache_bytes, device="cuda")  # float32: four times the cache
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def time_us(work: Work) -> float:
-        flush.zero_()
+    def time_us(replay: Work) -> float:
+        filler.sum()  # reads: dirty lines would be written back during the measurement
         start.record()
-        work()
+        replay()
         stop.record()
         stop.synchronize()
         return float(start.elapsed_time(stop)) * 1000
@@ -176,67 +123,64 @@ def cuda_timer(torch: Any) -> Callable[[Work], float]:
     return time_us
 
 
-def measure(cases: list[Case], time_us: Callable[[Work], float], runs: int) -> list[dict[str, Any]]:
-    """Times both sides of every case in turn and prints a line each."""
-    results = []
-    print(f"{'kernel':22} {'shape':20} {'ours us':>10} {'unfused us':>11} {'ratio':>7}")
-    for case in cases:
-        ours, unfused = [], []
-        for run in range(-3, runs):
-            pair = time_us(case.ours), time_us(case.unfused)
-            if run >= 0:
-                ours.append(pair[0])
-                unfused.append(pair[1])
-        ours_us, unfused_us = statistics.median(ours), statistics.median(unfused)
-        names = {"kernel": case.kernel, "shape": list(case.shape)}
-        results.append({**names, "ours_us": ours_us, "unfused_us": unfused_us})
-        shape, ratio = "x".join(map(str, case.shape)), unfused_us / ours_us
-        print(f"{case.kernel:22} {shape:20} {ours_us:10.1f} {unfused_us:11.1f} {ratio:6.2f}x")
-    return results
+def cuda_row(torch: Any, case: Case, time_us: Callable[[Work], float], runs: int) -> Row:
+    """One case against torch and against a copy."""
+    source, target = (
+        torch.empty(case.bytes // 2, dtype=torch.uint8, device="cuda") for _ in range(2)
+    )
+    works = {"ours": case.ours, "unfused": case.unfused, "copy": lambda: target.copy_(source)}
+    replays = {name: captured(torch, work) for name, work in works.items()}
+    facts = {"kernel": case.kernel, "shape": case.shape, "bytes": case.bytes}
+    return facts | medians(replays, time_us, runs)
 
 
-def cuda_results(runs: int) -> list[dict[str, Any]]:
-    """Times the CUDA kernels.
+def cuda_rows(runs: int) -> tuple[str, list[Row]]:
+    """The device's name, and the CUDA kernels checked and timed.
 
     Raises:
-        kernels.KernelError: torch, a device or the CUDA library is missing.
+        kernels.KernelError: torch, a device or the CUDA library is missing, or a result is wrong.
     """
     try:
         import torch
     except ImportError as error:
         raise kernels.KernelError(f"expected torch to compare with: {error}") from error
-    library = kernels.cuda_library()
+    from blockcache.tools.bench.kernel_cases import Maker, check
+
     if not torch.cuda.is_available():
         raise kernels.KernelError("expected a CUDA device, found none; --host times the CPU's")
+    library = kernels.cuda_library()
     if library is None:
         raise kernels.KernelError(
             "expected libblockcache_cuda.so, found none; put nvcc on PATH and install again"
         )
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cold L2, {runs} runs")
-    cases = [cuda_solver_case(torch, library, shape) for shape in SHAPES]
-    for shape in FEATURES:
-        cases += cuda_feature_cases(torch, library, shape)
-    return measure(cases, cuda_timer(torch), runs)
+    maker = Maker(library, "cuda", lambda: torch.cuda.current_stream().cuda_stream)
+    time_us, rows = cold_timer(torch), []
+    for case in maker.cases():
+        check(case)
+        rows.append(cuda_row(torch, case, time_us, runs))
+    device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    return device, rows
 
 
 def main() -> int:
-    """Runs the benchmark; 0, or 1 with one line on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run the benchmark; 0, or 1 with one line on stderr."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--host", action="store_true", help="host kernels against numpy")
-    parser.add_argument("--runs", type=int, default=201, help="timed runs of each side")
+    parser.add_argument("--runs", type=int, default=101, help="timed runs of each side")
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
     options = parser.parse_args()
     try:
         if options.host:
-            cases = [case for shape in SHAPES for case in host_cases(shape)]
-            results = measure(cases, wall_us, options.runs)
+            device, rows, columns = "CPU", host_rows(options.runs), HOST
         else:
-            results = cuda_results(options.runs)
+            device, rows = cuda_rows(options.runs)
+            columns = CUDA
     except kernels.KernelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(f"{device}, median of {options.runs}\n\n{table(rows, columns)}")
     if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
+        Path(options.json).write_text(json.dumps({"device": device, "rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -131,7 +131,8 @@ def _compile(
     source: SourceModel, out: Path, precision: str, steps: int, meter: StageMeter
 ) -> Bundle:
     """The bundle with an uncached and a made-up preset of ``steps`` steps."""
-    from blockcache.export.pipeline import CompileOptions, PresetOptions, compile_model
+    from blockcache.export.pipeline import CompileOptions, compile_model
+    from blockcache.export.preset_options import PresetOptions
     from blockcache.export.to_onnx import ExportOptions
 
     options = CompileOptions(

@@ -40,7 +40,10 @@ def build(
         bool, typer.Option("--whole", help="Also the uncut model, to show the split tax.")
     ] = False,
     level: Annotated[int, typer.Option(help="Builder optimisation level, 0 to 5.")] = 3,
-    jobs: Annotated[int, typer.Option(help="Engines built at a time.")] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option(help="Engines built at a time, each in a process of its own; 0: in this one."),
+    ] = 1,
     memory_gb: Annotated[float, typer.Option(help="Memory that side-by-side builds may use.")] = 12,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -86,7 +89,7 @@ def _build_all(folder: Path, targets: list[str], options: BuildOptions, *, as_js
         with StageProgress() as progress:
 
             def observe(segment: str, done: int, total: int, name: str = target.name) -> None:
-                progress(f"engines {name}", done, total)
+                progress(f"engines {name}", done, total, segment)
 
             reports.append(build_engines(opened, target, options, observe))
     if as_json:

@@ -1,21 +1,34 @@
-"""``blockcache check``: do the engines compute what the graphs say?"""
+"""``blockcache check``: do the engines compute what the graphs say, and how long do they take?"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from blockcache.tools.commands.options import AsJson, BundleFolder
+
+if TYPE_CHECKING:
+    from blockcache.export.check import Comparison
+    from blockcache.runtime import Bundle
+
 
 def check(
-    bundle: Annotated[Path, typer.Argument(help="A bundle with built engines.")],
+    bundle: BundleFolder,
+    backend: Annotated[str, typer.Option(help="trt, ort-cuda or ort-tensorrt.")] = "trt",
     target: Annotated[str, typer.Option(help="Whose engines; default what fits this GPU.")] = "",
     preset: Annotated[str, typer.Option(help="Preset of the loop; default the first.")] = "",
     batch: Annotated[int, typer.Option(help="Engine batch of the segment checks.")] = 2,
     loop: Annotated[bool, typer.Option(help="Also run the whole denoising loop.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    times: Annotated[
+        bool, typer.Option(help="Time every engine and write that into the bundle, for budgets.")
+    ] = True,
+    save: Annotated[
+        Path | None, typer.Option(help="Keep every segment's inputs and outputs in this folder.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare every engine, then the whole loop, with float32 on the CPU. Needs a GPU.
 
@@ -24,45 +37,80 @@ def check(
 
     Example: blockcache check sd21 --target sm80
     """
-    from rich.console import Console
-
     from blockcache.runtime.bundle import Bundle
-    from blockcache.runtime.engine_files import read_engines
-    from blockcache.runtime.engine_trt import TrtBackend, fitting_target
-    from blockcache.tools.engine_check import check_loop, check_segments
+    from blockcache.tools.engine_check import check_loop, check_segments, time_segments
     from blockcache.tools.progress import StageProgress
 
     opened = Bundle.open(bundle)
-    backend = TrtBackend(target=target)
-    name = target or fitting_target(opened, backend.library, backend.device.capability)
+    engines, layouts = _engines(opened, backend, target)
+    if save is not None:
+        save.mkdir(parents=True, exist_ok=True)
+    with StageProgress(quiet=as_json) as progress:
+
+        def observe(name: str, done: int, total: int) -> None:
+            progress("check", done, total, name)
+
+        found = check_segments(opened, engines, layouts, batch=batch, save=save, observer=observe)
+        if loop:
+            found.append(check_loop(opened, engines, preset or opened.preset_names[0]))
+        measured = time_segments(opened, engines, batch=batch) if times else {}
+    if measured:
+        _record(opened, engines, measured, batch)
+    print(json.dumps(_as_json(found, measured), indent=1) if as_json else _text(found, measured))
+    if not all(comparison.passed for comparison in found):
+        raise typer.Exit(1)
+
+
+def _engines(bundle: Bundle, backend: str, target: str) -> tuple[Any, dict[str, str]]:
+    """The engine library, and the layouts that its engines expect."""
+    from blockcache.runtime.engine import make_backend
+    from blockcache.runtime.engine_files import read_engines
+    from blockcache.runtime.engine_trt import TrtBackend, fitting_target
+    from blockcache.runtime.errors import ConfigError
+
+    if backend in ("ort-cuda", "ort-tensorrt"):
+        return make_backend(backend, bundle=bundle), {}
+    if backend != "trt":
+        raise ConfigError(f"Expected a backend of trt, ort-cuda or ort-tensorrt, got {backend!r}.")
+    engines = TrtBackend(target=target)
+    name = target or fitting_target(bundle, engines.library, engines.device.capability)
     layouts: dict[str, str] = {}
-    for entry in read_engines(opened, name).engines.values():
+    for entry in read_engines(bundle, name).engines.values():
         layouts.update(entry.formats)
-    with StageProgress() as progress:
-        found = check_segments(
-            opened,
-            backend,
-            layouts,
-            batch=batch,
-            observer=lambda _, done, total: progress("check", done, total),
-        )
-    if loop:
-        found.append(check_loop(opened, backend, preset or opened.preset_names[0]))
-    worst = max(found, key=lambda each: each.ratio)
+    return engines, layouts
+
+
+def _record(bundle: Bundle, engines: Any, measured: dict[str, float], batch: int) -> None:
+    """Write the times into the bundle."""
+    from blockcache.export.measured import keep
+    from blockcache.export.timings import Timings
+    from blockcache.runtime.cuda import device_label
+
+    sizes = {**bundle.model.sizes, "batch": batch}
+    keep(bundle, Timings(engines.engine, device_label(), sizes, measured))
+
+
+def _as_json(found: list[Comparison], measured: dict[str, float]) -> dict[str, Any]:
     rows = [
-        {"name": c.name, "error": c.error, "plain_error": c.plain_error, "passed": c.passed}
+        {
+            "name": c.name,
+            "error": c.error,
+            "plain_error": c.plain_error,
+            "passed": c.passed,
+            "ms": measured.get(c.name),
+        }
         for c in found
     ]
-    if as_json:
-        print(json.dumps({"worst": worst.name, "rows": rows}, indent=1))
-    else:
-        console = Console()
-        for c in found:
-            mark = "[green]ok[/]  " if c.passed else "[red]high[/]"
-            console.print(
-                f"{mark} {c.name:<12} error {c.error:.2e}  plain {c.plain_error:.2e}  "
-                f"ratio {c.ratio:.2f}"
-            )
-        console.print(f"worst: {worst.name}, {worst.ratio:.2f} times the plain error")
-    if not all(c.passed for c in found):
-        raise typer.Exit(1)
+    return {"worst": max(found, key=lambda c: c.ratio).name, "rows": rows}
+
+
+def _text(found: list[Comparison], measured: dict[str, float]) -> str:
+    """One line a segment, then the worst."""
+    worst = max(found, key=lambda c: c.ratio)
+    lines = [
+        f"{'ok  ' if c.passed else 'HIGH'} {c.name:<12} error {c.error:.2e}  "
+        f"plain {c.plain_error:.2e}  ratio {c.ratio:.2f}"
+        + (f"  {measured[c.name]:.3f} ms" if c.name in measured else "")
+        for c in found
+    ]
+    return "\n".join([*lines, f"worst: {worst.name}, {worst.ratio:.2f} times the plain error"])

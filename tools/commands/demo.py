@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -30,8 +29,8 @@ PROMPTS = (
 """Default prompts, all among those whose embeddings ship with the model."""
 
 
-PROFILE_PROMPTS = 16
-"""Prompts to profile with: a quarter of the paper's images, enough for a demo's schedule."""
+IMAGES = 16
+"""Images to calibrate with: a quarter of the paper's, enough for a demo."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +50,18 @@ def demo(
         Path, typer.Option(help="Folder for the bundle, the picture and the figures.")
     ] = Path("demo-out"),
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    delta: Annotated[float, typer.Option(help="Threshold of eq. 7.")] = 0.5,
+    delta: Annotated[float, typer.Option(help="Threshold of eq. 7, for the paper's row.")] = 0.5,
+    speedup: Annotated[float, typer.Option(help="By FLOPs, for the budget's row.")] = 1.3,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.0,
     prompt: Annotated[list[str] | None, typer.Option(help="Other prompts; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="Image i uses SEED + i.")] = 7,
     repeats: Annotated[int, typer.Option(help="Timed repeats, interleaved.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Compile the demo model and denoise three ways: uncached, cached, and with fewer steps.
+    """Compile the demo model and denoise four ways, from the same noise.
 
-    Profiles the shipped text-to-image model, derives the schedule, exports and splits it, then
-    draws the same prompts from the same noise with all blocks computed, with the schedule, and
-    uncached with as many steps as the schedule's cost allows. Ends in a picture.
+    Uncached; cached as in the paper (threshold); cached by a budget with the last two outputs
+    aligned; and uncached with as few steps as that budget's cost allows. Ends in a picture.
     """
     from blockcache.tools.plots import save_grid
     from blockcache.tools.progress import StageProgress
@@ -70,7 +69,7 @@ def demo(
 
     prompts = list(prompt or PROMPTS)
     with StageProgress(quiet=as_json) as progress:
-        bundle, names = compile_demo(out / "bundle", steps, delta, guidance, progress)
+        bundle, names = compile_demo(out / "bundle", steps, delta, speedup, guidance, progress)
         rows, latents = run_presets(bundle, names, prompts, seed, repeats, progress)
     pictures = {name: DemoCodec().decode(latents[name]) for name in names}
     captions = [(_caption(row, rows[0]), pictures[row.preset]) for row in rows]
@@ -80,27 +79,42 @@ def demo(
 
 
 def compile_demo(
-    folder: Path, steps: int, delta: float, guidance: float, progress: StageProgress
+    folder: Path,
+    steps: int,
+    delta: float,
+    speedup: float,
+    guidance: float,
+    progress: StageProgress,
 ) -> tuple[Bundle, list[str]]:
-    """The demo bundle and the names of its presets: uncached, cached, equal compute."""
+    """The demo bundle and the names of its presets, in the order of the docstring above."""
+    from blockcache.export.alignment import AlignmentOptions
+    from blockcache.export.calibrated_stages import CalibrationOptions
     from blockcache.export.change import ProfileOptions
-    from blockcache.export.pipeline import CompileOptions, PresetOptions, compile_model
+    from blockcache.export.pipeline import CompileOptions, compile_model
+    from blockcache.export.policies import Policy
+    from blockcache.export.preset_options import PresetOptions
+    from blockcache.export.sensitivity import SensitivityOptions
     from blockcache.tools.sources import DEMO, calibration_for, load_source
 
     progress("load", 0, 1)
     source, calibration = load_source(DEMO), calibration_for(DEMO, None, None)
     progress("load", 1, 1)
-    uncached = PresetOptions(solver="dpm", steps=steps)
-    cached = PresetOptions(solver="dpm", steps=steps, delta=delta)
-    profile = ProfileOptions(prompts=PROFILE_PROMPTS, seeds=1)
-    options = CompileOptions(presets=(uncached, cached), guidance_scale=guidance, profile=profile)
-    bundle = compile_model(source, folder, options, calibration, progress)
-    share = flops_of(bundle, cached.name) / flops_of(bundle, uncached.name)
-    fewer = PresetOptions(solver="dpm", steps=max(1, round(steps * share)))
-    presets = {made.name: made for made in (uncached, cached, fewer)}
-    options = dataclasses.replace(options, presets=tuple(presets.values()))
-    bundle = compile_model(source, folder, options, calibration, progress)
-    return bundle, list(presets)
+    paper, budget = Policy("threshold", delta), Policy("budget", speedup)
+    made = (
+        PresetOptions(solver="dpm", steps=steps),
+        PresetOptions(solver="dpm", steps=steps, policy=paper),
+        PresetOptions(solver="dpm", steps=steps, policy=budget, alignment="history"),
+        PresetOptions(solver="dpm", steps=max(1, round(steps / speedup))),
+    )
+    presets = {preset.name: preset for preset in made}
+    calibrated = CalibrationOptions(
+        guidance_scale=guidance,
+        profile=ProfileOptions(prompts=IMAGES, seeds=1),
+        sensitivity=SensitivityOptions(images=IMAGES // 4),
+        alignment=AlignmentOptions(images=2 * IMAGES),
+    )
+    options = CompileOptions(presets=tuple(presets.values()), calibration=calibrated)
+    return compile_model(source, folder, options, calibration, progress), list(presets)
 
 
 def flops_of(bundle: Bundle, preset: str) -> float:
@@ -158,7 +172,7 @@ def run_presets(
 
 
 def _caption(row: DemoRow, reference: DemoRow) -> str:
-    kind = "uncached" if row.blocks_computed == 1 else "cached"
+    kind = "uncached" if row.blocks_computed == 1 else row.preset
     return (
         f"{kind}\n{row.steps} steps\n{row.seconds:.2f} s ({reference.seconds / row.seconds:.2f}x)\n"
         f"{row.blocks_computed:.0%} of blocks\n{row.flops_computed:.0%} of FLOPs"

@@ -42,6 +42,9 @@ def run(
     preset: PresetName = None,
     seed: Annotated[int, typer.Option(help="Image i uses SEED + i.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Default: the preset's.")] = None,
+    guidance_rescale: Annotated[
+        float, typer.Option(help="0 (off) to 1: keep strong guidance from burning out colours.")
+    ] = 0.0,
     height: Annotated[int | None, typer.Option(help="Latent height; default the model's.")] = None,
     width: Annotated[int | None, typer.Option(help="Latent width; default the model's.")] = None,
     out: Annotated[
@@ -73,6 +76,7 @@ def run(
             conditions=positive,
             negative_conditions=negative,
             guidance_scale=guidance,
+            guidance_rescale=guidance_rescale,
             callback=lambda at: progress(f"denoise {name}", at.step + 1, at.steps),
         )
     _write(result.latents, codec, out)

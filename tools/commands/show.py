@@ -27,6 +27,18 @@ def show(
         Path | None,
         typer.Option(help="Write the measured change per block and step: FILE.png or FILE.svg."),
     ] = None,
+    plot_alignment: Annotated[
+        Path | None,
+        typer.Option(help="Write what alignment repairs, per block and step: FILE.png or .svg."),
+    ] = None,
+    plot_features: Annotated[
+        Path | None,
+        typer.Option(help="Write blocks' outputs over the steps as colours: FILE.png or .svg."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="For --plot-features: 'demo' or a diffusers folder."),
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Check the sha256 of every file.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -43,6 +55,10 @@ def show(
         plot_schedule(opened.preset(name).schedule, paths, plot)
     if plot_change is not None:
         _plot_change(opened, name, plot_change)
+    if plot_alignment is not None:
+        _plot_alignment(opened, name, plot_alignment)
+    if plot_features is not None:
+        _plot_features(opened, name, model, plot_features)
 
 
 def _plot_change(bundle: Bundle, preset: str, file: Path) -> None:
@@ -55,12 +71,56 @@ def _plot_change(bundle: Bundle, preset: str, file: Path) -> None:
     if "profile" not in policy:
         raise ConfigError(
             f"Preset {preset!r} was made without measurements, so there is no change to plot. "
-            f"Choose one with a delta: --preset NAME."
+            f"Choose another: --preset NAME."
         )
     tensors = read_tensors(bundle.path(str(policy["profile"])))
     paths = [block.path for block in bundle.model.blocks]
     title = f"{preset}: mean and standard deviation over {policy['images']} images"
     plots.plot_change(tensors["mean"], tensors["std"], paths, file, title)
+
+
+def _plot_alignment(bundle: Bundle, preset: str, file: Path) -> None:
+    """The error of reused outputs before and after alignment, as the compile measured it."""
+    import numpy as np
+
+    from blockcache.runtime import ConfigError
+    from blockcache.runtime.bundle import read_tensors
+    from blockcache.tools import plots
+
+    chosen = bundle.preset(preset)
+    policy = chosen.policy
+    if "alignment_report" not in policy:
+        raise ConfigError(
+            f"Preset {preset!r} holds no report of an alignment. Choose one that is aligned: "
+            f"--preset NAME."
+        )
+    tensors = read_tensors(bundle.path(str(policy["alignment_report"])))
+    reused = ~chosen.schedule.recompute
+    before, after = (np.where(reused, tensors[name], np.nan) for name in ("before", "after"))
+    paths = [block.path for block in bundle.model.blocks]
+    title = f"{preset}: error of reused outputs, {policy.get('alignment')}"
+    plots.plot_alignment(before, after, paths, file, title)
+
+
+def _plot_features(bundle: Bundle, preset: str, model: str | None, file: Path) -> None:
+    """Outputs of the first, the middle and the last block, as the paper's Fig. 2a."""
+    from blockcache.runtime import ConfigError
+    from blockcache.tools import plots
+    from blockcache.tools.block_outputs import block_outputs
+    from blockcache.tools.sources import DEMO, calibration_for, load_source
+
+    name = model or (DEMO if bundle.model.name == DEMO else None)
+    if name is None:
+        raise ConfigError(
+            "Expected --model FOLDER: blocks' outputs over the steps come from the source model."
+        )
+    blocks = len(bundle.model.blocks)
+    shown = sorted({0, blocks // 2, blocks - 1})
+    calibration = calibration_for(name, None, None)
+    outputs = block_outputs(load_source(name), bundle.preset(preset), calibration, shown)
+    plots.plot_features(
+        [(bundle.model.blocks[k].path, output) for k, output in outputs.items()], file
+    )
 
 
 def default_preset(bundle: Bundle) -> str:
@@ -147,7 +207,7 @@ def _presets_table(bundle: Bundle) -> Table:
     for column in ("steps", "blocks computed", "guidance"):
         table.add_column(column, justify="right")
     for name, entry in bundle.manifest.presets.items():
-        shown = ("delta", "images")
+        shown = ("value", "alignment", "images")
         policy = " ".join(f"{k}={v}" for k, v in entry.policy.items() if k in shown)
         table.add_row(
             name,

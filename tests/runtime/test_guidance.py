@@ -1,0 +1,129 @@
+"""Guidance and its rescale: every way a device does them is diffusers' formula."""
+
+import importlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blockcache.runtime import InputError, cuda_kernels
+from blockcache.runtime import device as device_module
+from blockcache.runtime.cuda_kernels import SolverKernel
+from blockcache.runtime.device import Guidance, HostDevice, modes_of
+
+DDIM_ROW = [0.9, -0.3, 0, 0, 0, 0, 0.7, 0]
+DPM_ROW = [0.9, -0.3, 0.2, 0, 1.1, -0.7, 0.5, 0]
+
+
+def floats(device, values):
+    """A tensor of ``device`` that holds ``values``."""
+    tensor = device.tensor(device.allocate(values.nbytes), 0, values.shape, "float32")
+    device.upload(tensor, values)
+    return tensor
+
+
+def bind_compiled(_twin, device, table, guidance, *tensors):
+    return device.solver(table, guidance, *tensors)
+
+
+def bind_numpy(_twin, device, table, guidance, *tensors):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_module.kernels, "host_available", lambda: False)
+        return device.solver(table, guidance, *tensors)
+
+
+def bind_cuda(twin, device, table, guidance, *tensors):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_kernels.kernels, "cuda_library", lambda: twin)
+        kernel = SolverKernel(device, 0, len(table), *modes_of(guidance), *tensors)
+    kernel.set(device, table, guidance)
+    return kernel.step
+
+
+@st.composite
+def requests(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    images = draw(st.integers(1, 3))
+    guidance = draw(
+        st.one_of(
+            st.none(),
+            st.builds(Guidance, st.floats(1.5, 12), st.sampled_from([0.0, 0.3, 0.7, 1.0])),
+        )
+    )
+    half = (images, 4, *draw(st.tuples(st.integers(1, 9), st.integers(1, 9))))
+    both = half if guidance is None else (2 * images, *half[1:])
+    shapes = {"latents": half, "history": half, "model_output": both, "model_input": both}
+    values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    row = draw(st.sampled_from([DDIM_ROW, DPM_ROW]))
+    return values, np.array([DDIM_ROW, row], np.float32), guidance
+
+
+def diffusers_guided(output, guidance):
+    """The guided and rescaled output [N, ...] by diffusers' own function, in float64."""
+    torch = pytest.importorskip("torch")
+    module = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
+    rescale_noise_cfg = importlib.import_module(module).rescale_noise_cfg
+    output = torch.from_numpy(output.astype(np.float64))
+    if guidance is None:
+        return output.numpy()
+    unconditional, conditional = output.chunk(2)
+    guided = unconditional + guidance.scale * (conditional - unconditional)
+    if guidance.rescale > 0:  # as the pipelines have it
+        guided = rescale_noise_cfg(guided, conditional, guidance.rescale)
+    return guided.numpy()
+
+
+@pytest.mark.parametrize("bind", [bind_compiled, bind_numpy, bind_cuda])
+@settings(max_examples=40, deadline=None)
+@given(requests())
+def test_a_step_is_diffusers_guidance_and_the_table_row(twin_library, bind, drawn):
+    """A dozen float32 roundings, each of at most the sums' size, which the guidance scale makes."""
+    values, table, guidance = drawn
+    device = HostDevice()
+    tensors = {name: floats(device, each) for name, each in values.items()}
+    bind(twin_library, device, table, guidance, *tensors.values())(1)
+    x, h = (values[name].astype(np.float64) for name in ("latents", "history"))
+    g, row = diffusers_guided(values["model_output"], guidance), table[1].astype(np.float64)
+    wanted = row[0] * x + row[1] * g + row[2] * h
+    scale = 1.0 if guidance is None else guidance.scale
+    tolerance = 12 * 2.0**-24 * (1 + 2 * scale) * 8  # 8: the largest normal number drawn
+    np.testing.assert_allclose(tensors["latents"].array, wanted, rtol=0, atol=tolerance)
+    halves = len(values["model_input"]) // len(x)
+    following = np.tile(row[6] * wanted, (halves, 1, 1, 1))
+    np.testing.assert_allclose(tensors["model_input"].array, following, rtol=0, atol=tolerance)
+    if row[4:6].any():
+        history = row[4] * x + row[5] * g
+        np.testing.assert_allclose(tensors["history"].array, history, rtol=0, atol=tolerance)
+
+
+def test_a_bound_cuda_kernel_follows_the_request(twin_library):
+    """Same addresses, other guidance: what a captured graph relies on."""
+    device, rng = HostDevice(), np.random.default_rng(0)
+    shapes = [(1, 4, 3, 3)] * 2 + [(2, 4, 3, 3)] * 2
+    values = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    tensors = [floats(device, each) for each in values]
+    table = np.array([DDIM_ROW], np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_kernels.kernels, "cuda_library", lambda: twin_library)
+        kernel = SolverKernel(device, 0, 1, True, True, *tensors)
+    for guidance in (Guidance(3.0, 0.5), Guidance(9.0, 1.0)):
+        for tensor, each in zip(tensors, values, strict=True):
+            device.upload(tensor, each)
+        kernel.set(device, table, guidance)
+        kernel.step(0)
+        fresh = [floats(device, each) for each in values]
+        bind_compiled(None, device, table, guidance, *fresh)(0)
+        np.testing.assert_array_equal(tensors[0].array, fresh[0].array)
+
+
+@pytest.mark.parametrize("rescale", [-0.1, 1.5, float("nan")])
+def test_a_rescale_out_of_range_is_refused(rescale):
+    with pytest.raises(InputError, match=r"^guidance_rescale: expected 0 \(off\) to 1, got "):
+        Guidance(5.0, rescale)
+
+
+def test_modes_tell_which_kernels_run():
+    assert modes_of(None) == (False, False)
+    assert modes_of(Guidance(5.0)) == (True, False)
+    assert modes_of(Guidance(5.0, 0.7)) == (True, True)

@@ -1,0 +1,177 @@
+"""Who is compared with whom: the presets of a bundle as groups of one solver and step count."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from blockcache.runtime import Bundle, Preset
+from blockcache.tools.bench.sessions import uncached
+
+UNCACHED, FEWER = "uncached", "fewer steps"
+PLAIN = "none"
+ALIGNMENTS = {
+    "least-squares": "scale-shift",
+    "least_squares": "scale-shift",
+    "distil": "scale-shift, distilled",
+    "history-distil": "history, distilled",
+}
+"""How alignments are called where their own name does not say what they do."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One preset with its cost."""
+
+    preset: Preset
+    method: str  # "uncached", "fewer steps", "threshold", "budget + history", ...
+    flops: float  # of one image, the whole U-Net
+    block_flops: float  # of one image, the blocks alone
+
+    @property
+    def name(self) -> str:
+        """The preset's name."""
+        return self.preset.name
+
+    @property
+    def kind(self) -> str:
+        """How the schedule was made."""
+        return str(self.preset.policy.get("kind", "table"))
+
+    @property
+    def alignment(self) -> str:
+        """How reused outputs are aligned; "none" where they are reused as they are."""
+        return _alignment(self.preset)
+
+    @property
+    def schedule(self) -> str:
+        """The same for presets that recompute the same blocks at the same steps."""
+        return hashlib.sha256(self.preset.schedule.recompute.tobytes()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Group:
+    """An uncached reference and everything that wants to be cheaper, same solver."""
+
+    name: str  # "dpm-20"
+    reference: Entrant
+    others: tuple[Entrant, ...]  # fewer steps first, then by method, dearest first
+
+    @property
+    def entrants(self) -> tuple[Entrant, ...]:
+        """The reference first."""
+        return (self.reference, *self.others)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Two entrants to compare, and why."""
+
+    subject: Entrant
+    other: Entrant
+    against: str
+
+
+def make_groups(bundle: Bundle, names: Sequence[str] = ()) -> list[Group]:
+    """Groups of the named presets, or of all; references are added where not named.
+
+    A step count is a group where a cached preset has it; a solver without cached presets is one
+    group, with its longest run as the reference. Where the bundle lacks the uncached preset of a
+    group, it is made from a cached one, with every block recomputed.
+    """
+    chosen = [bundle.preset(name) for name in names or bundle.preset_names]
+    everything = [bundle.preset(name) for name in bundle.preset_names]
+    groups = []
+    for solver in dict.fromkeys(map(_solver, chosen)):
+        mine = [preset for preset in chosen if _solver(preset) == solver]
+        cached = [preset for preset in mine if not _is_uncached(preset)]
+        steps = {p.schedule.steps for p in cached} or {max(p.schedule.steps for p in mine)}
+        references = [p for p in everything if _is_uncached(p) and _solver(p) == solver]
+        groups += [_group(bundle, mine, references, count) for count in sorted(steps)]
+    return groups
+
+
+def pairings(group: Group) -> list[Pairing]:
+    """The comparisons that the paper's claims are about."""
+    found = []
+    fewer = [entrant for entrant in group.others if entrant.method == FEWER]
+    thresholds = [entrant for entrant in group.others if entrant.kind == "threshold"]
+    for entrant in group.others:
+        found.append(Pairing(entrant, group.reference, UNCACHED))
+        if entrant.method == FEWER:
+            continue
+        if fewer:
+            found.append(Pairing(entrant, _nearest(entrant, fewer), FEWER))
+        if entrant.alignment != PLAIN:
+            found += [Pairing(entrant, p, "unaligned") for p in group.others if _plain(p, entrant)]
+        alike = [other for other in thresholds if other.alignment == entrant.alignment]
+        if entrant.kind != "threshold" and alike:
+            found.append(Pairing(entrant, _nearest(entrant, alike), "threshold"))
+    return found
+
+
+def image_flops(bundle: Bundle, preset: Preset) -> tuple[float, float]:
+    """FLOPs of one image at the model's default sizes: the whole U-Net, the blocks alone."""
+    steps = preset.schedule.steps
+    counts = preset.schedule.recompute.sum(axis=0)
+    blocks = sum(float(counts[s.block]) * s.flops for s in bundle.segments if s.block is not None)
+    loop = sum(s.flops for s in bundle.segments if s.role in ("trunk", "condition"))
+    once = sum(s.flops for s in bundle.segments if s.role == "prompt")
+    return once + steps * loop + blocks, blocks
+
+
+def _group(bundle: Bundle, mine: list[Preset], references: list[Preset], steps: int) -> Group:
+    cached = [p for p in mine if not _is_uncached(p) and p.schedule.steps == steps]
+    fewer = [p for p in mine if _is_uncached(p) and p.schedule.steps < steps]
+    found = [p for p in references if p.schedule.steps == steps]
+    solver = cached[0].solver["solver"] if cached else found[0].solver["solver"]
+    name = f"{solver}-{steps}"
+    reference = (
+        found[0]
+        if found
+        else dataclasses.replace(
+            uncached(cached[0]), name=f"{name}-{UNCACHED}", policy={"kind": UNCACHED}
+        )
+    )
+    made = [_entrant(bundle, preset, _method(preset)) for preset in cached]
+    made.sort(key=lambda entrant: (entrant.method, -entrant.flops))
+    shorter = [_entrant(bundle, preset, FEWER) for preset in fewer]
+    shorter.sort(key=lambda entrant: -entrant.flops)
+    return Group(name, _entrant(bundle, reference, UNCACHED), (*shorter, *made))
+
+
+def _entrant(bundle: Bundle, preset: Preset, method: str) -> Entrant:
+    return Entrant(preset, method, *image_flops(bundle, preset))
+
+
+def _method(preset: Preset) -> str:
+    kind, alignment = str(preset.policy.get("kind", "table")), _alignment(preset)
+    return kind if alignment == PLAIN else f"{kind} + {alignment}"
+
+
+def _alignment(preset: Preset) -> str:
+    name = str(preset.policy.get("alignment", PLAIN))
+    return ALIGNMENTS.get(name, name)
+
+
+def _is_uncached(preset: Preset) -> bool:
+    return bool(preset.schedule.recompute.all())
+
+
+def _solver(preset: Preset) -> str:
+    """The solver with all its options but the number of steps."""
+    return json.dumps({k: v for k, v in preset.solver.items() if k != "steps"}, sort_keys=True)
+
+
+def _plain(candidate: Entrant, entrant: Entrant) -> bool:
+    """Whether ``candidate`` has the same schedule and no alignment."""
+    return candidate.alignment == PLAIN and candidate.schedule == entrant.schedule
+
+
+def _nearest(entrant: Entrant, others: Sequence[Entrant]) -> Entrant:
+    """The closest in FLOPs of the whole U-Net."""
+    return min(others, key=lambda other: abs(math.log(other.flops / entrant.flops)))

@@ -1,0 +1,129 @@
+"""An evaluation from a bundle to its report: the order of the stages, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from blockcache.runtime import Bundle
+from blockcache.runtime.bundle import write_text
+from blockcache.tools.bench.machine import machine_facts
+from blockcache.tools.evaluation import figures, timing
+from blockcache.tools.evaluation.contest import Entrant, Group, make_groups
+from blockcache.tools.evaluation.markdown import markdown
+from blockcache.tools.evaluation.options import EvaluationOptions
+from blockcache.tools.evaluation.quality import relative_distance
+from blockcache.tools.evaluation.report import (
+    GroupReport,
+    Report,
+    group_report,
+    spread_over_images,
+)
+from blockcache.tools.evaluation.stages import Judged, Observer, Stages
+from blockcache.tools.evaluation.subject import Subject
+
+WORK = "work"
+
+
+def measure_times(
+    bundle: Bundle,
+    subject: Subject,
+    options: EvaluationOptions,
+    work: Path,
+    names: Sequence[str] = (),
+    observer: Observer = lambda stage, done, total: None,
+) -> timing.Seconds:
+    """The timing alone: a later ``evaluate`` with the same presets and options reads it."""
+    return Stages(bundle, subject, options, work, observer).time(
+        _entrants(make_groups(bundle, names))
+    )
+
+
+def evaluate(
+    bundle: Bundle,
+    subject: Subject,
+    options: EvaluationOptions,
+    out: Path,
+    names: Sequence[str] = (),
+    observer: Observer = lambda stage, done, total: None,
+    work: Path | None = None,
+) -> Report:
+    """Compare presets; writes evaluation.md, evaluation.json and the pictures into ``out``.
+
+    Args:
+        bundle: as compiled.
+        subject: what to draw and what to judge it against.
+        options: how many images, how to time.
+        out: folder of the results.
+        names: presets; default all. Uncached references are added.
+        observer: progress.
+        work: where drawn latents, pictures and features are kept; default ``out``/work.
+
+    Raises:
+        ConfigError, BundleError, MissingExtraError: before anything is drawn.
+    """
+    groups = make_groups(bundle, names)
+    stages = Stages(bundle, subject, options, work or out / WORK, observer)
+    stages.check()
+    entrants = _entrants(groups)
+    seconds = stages.time(entrants)
+    latents = stages.draw(entrants)
+    drawn = stages.decode(latents)
+    judged = stages.judge(groups, latents, drawn)
+    reports = [
+        _group(group, found, latents, seconds, options)
+        for group, found in zip(groups, judged, strict=True)
+    ]
+    report = replace(_frame(bundle, subject, options, bool(drawn)), groups=reports)
+    write_text(out / "evaluation.json", report.to_json())
+    write_text(out / "evaluation.md", markdown(report))
+    figures.draw(report, groups, subject, drawn, out)
+    return report
+
+
+def _entrants(groups: Sequence[Group]) -> list[Entrant]:
+    """Every preset once: a run of fewer steps may stand in several groups."""
+    return list({entrant.name: entrant for group in groups for entrant in group.entrants}.values())
+
+
+def _group(
+    group: Group,
+    judged: Judged,
+    latents: Mapping[str, np.ndarray],
+    seconds: timing.Seconds,
+    options: EvaluationOptions,
+) -> GroupReport:
+    base = latents[group.reference.name]
+    captions = judged.against.captions
+    return group_report(
+        group,
+        judged.measured,
+        {
+            entrant.name: spread_over_images(relative_distance(latents[entrant.name], base))
+            for entrant in group.entrants
+        },
+        seconds,
+        options.timing.images,
+        floor=judged.against.floor,
+        ceiling={} if captions is None else captions.ceiling,
+    )
+
+
+def _frame(bundle: Bundle, subject: Subject, options: EvaluationOptions, decoded: bool) -> Report:
+    reference = (
+        f"{len(subject.real.pictures)} real pictures"
+        if subject.real is not None
+        else "pictures of the uncached run from other noise, there being no real ones"
+    )
+    return Report(
+        bundle=bundle.folder.name,
+        model=bundle.model.name,
+        subject=subject.about,
+        reference=reference if decoded else "",
+        options=options,
+        machine=machine_facts() | {"blockcache": version("blockcache")},
+    )

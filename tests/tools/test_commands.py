@@ -114,7 +114,8 @@ def test_the_whole_model_runs_in_the_same_loop_and_agrees(compiled, conditions_o
         (["compile", "nowhere", "out"], "error: Expected a diffusers folder or a hub id"),
         (
             ["compile", "demo", "out", "--preset", "dpm"],
-            "error: Expected a preset SOLVER:STEPS[:DELTA] such as dpm:20:0.5, got 'dpm'.",
+            "error: Expected a preset SOLVER:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5 or "
+            "dpm:20:x1.5:history, got 'dpm'.",
         ),
         (["compile", "demo", "out", "--preset", "heun:9"], "error: Expected a solver of"),
         (["compile", "demo", "out", "--precision", "int8"], "error: Expected a precision of"),

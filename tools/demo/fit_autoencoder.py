@@ -62,7 +62,7 @@ def fit(
     )
     _loop(model, optimizer, dataset, config, device)
     model.eval()
-    _store(model, dataset, work, device)
+    adopt(model, dataset, work, device)
     return model
 
 
@@ -83,6 +83,7 @@ def _loop(
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * factor
             loss, psnr = _step(model, optimizer, images.to(device), config.latent_noise)
+            budget.tick()
             note = f"step {step} loss {loss:.4f} PSNR {psnr:.2f} dB"
             progress.update(task, completed=budget.spent_s, note=note)
 
@@ -102,7 +103,8 @@ def _step(
 
 
 @torch.inference_mode()
-def _store(model: TinyAutoencoder, dataset: Dataset, work: Path, device: str) -> None:
+def adopt(model: TinyAutoencoder, dataset: Dataset, work: Path, device: str = "cpu") -> None:
+    """Encode all pictures with a trained autoencoder; stores it and the latents under `work`."""
     chunks = [dataset.images[i : i + 128] for i in range(0, len(dataset.images), 128)]
     model.normalise(torch.cat([model.encode_raw(to_signed(c).to(device)).cpu() for c in chunks]))
     latents = torch.cat([model.encode(to_signed(c).to(device)).half().cpu() for c in chunks])

@@ -24,7 +24,7 @@ app = typer.Typer(
 Work = Annotated[Path, typer.Option(help="Where data and checkpoints go (needs about 1 GB).")]
 PresetName = Annotated[
     str,
-    typer.Option("--preset", help="cpu: 303 concepts at 64 px; gpu: all of them at 128 px."),
+    typer.Option("--preset", help="cpu: 239 concepts at 64 px; gpu: all of them at 128 px."),
 ]
 Minutes = Annotated[
     float, typer.Option(help="Budget of the training, pauses not counted; 0: the preset's own.")

@@ -67,7 +67,7 @@ class DataConfig:
     small_world: bool = True  # only the everyday and the simple concepts
     held_out_percent: int = 5  # of the (style, concept) pairs; everyday ones are never held out
     flag_weight: float = 0.3  # sampling weight of a country flag, others 1
-    everyday_weight: float = 2.5  # sampling weight of the everyday concepts
+    everyday_weight: float = 3.0  # sampling weight of the everyday concepts
 
     def __post_init__(self) -> None:
         if self.pixels % 4:
@@ -108,7 +108,7 @@ class TrainConfig:
     warmup_steps: int = 200
     caption_dropout: float = 0.1
     snr_cap: float = 5.0  # where nearly clean samples begin to be drawn less often
-    ema_decay: float = 0.999
+    ema_decay: float = 0.998
     minutes: float = 72.0  # of training, pauses not counted; the learning rate ends with it
     checkpoint_minutes: float = 4.0
     workers: int = 2  # single-threaded processes that share the weights (CPU); 1 on a GPU

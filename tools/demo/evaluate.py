@@ -198,11 +198,12 @@ def markdown(report: Report) -> str:
         "# Quality of the demo model",
         "",
         f"{options.steps} steps of DPM-Solver++ (2M), guidance {options.guidance}, seed "
-        f"{options.seed}{precision}; reference: {report.reference_pictures} real pictures "
-        f"of the same styles (features `{report.reference_digest}`). Fréchet distance and KID in EfficientNet-Lite0 "
-        "features, lower is better. Caption score: the picture is recognised, among all concepts, "
-        "from how the *other* styles draw them; higher is better, the first row is the ceiling. "
-        "Captions are drawn again from other noise where there are more pictures than captions.",
+        f"{options.seed}{precision}; reference: {report.reference_pictures} real pictures of the "
+        f"same styles (features `{report.reference_digest}`). Fréchet distance and KID in "
+        "EfficientNet-Lite0 features, lower is better. Caption score: the picture is recognised, "
+        "among all concepts, from how the *other* styles draw them; higher is better, the first "
+        "row is the ceiling. Captions are drawn again from other noise where there are more "
+        "pictures than captions.",
         "",
         "| | pictures | Fréchet distance | KID × 1000 | caption top-1 | top-5 | candidates |",
         "|---|---|---|---|---|---|---|",

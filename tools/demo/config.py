@@ -141,7 +141,7 @@ GPU = Preset(
         everyday_weight=6.0,
     ),
     autoencoder=AutoencoderConfig(wide=192, narrow=96, batch=64, learning_rate=1e-3, minutes=5.0),
-    unet=UNetConfig(channels=(96, 192, 256), transformer_layers=(1, 1, 2)),
+    unet=UNetConfig(channels=(96, 192, 256)),
     train=TrainConfig(
         batch=256,
         learning_rate=6e-4,

@@ -109,7 +109,7 @@ class TrainConfig:
     caption_dropout: float = 0.1
     snr_cap: float = 5.0  # where nearly clean samples begin to be drawn less often
     ema_decay: float = 0.998
-    minutes: float = 72.0  # of training, pauses not counted; the learning rate ends with it
+    minutes: float = 67.0  # of training, pauses not counted; the learning rate ends with it
     checkpoint_minutes: float = 4.0
     workers: int = 2  # single-threaded processes that share the weights (CPU); 1 on a GPU
     piece: int = 16  # pictures a worker takes at a time; 0: the whole batch

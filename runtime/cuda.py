@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from blockcache.runtime.cuda_kernels import SolverKernel, bind_change
-from blockcache.runtime.device import Guidance, StepFunction, Tensor, decode, encode, modes_of
+from blockcache.runtime.cuda_kernels import SolverKernels, bind_change
+from blockcache.runtime.device import Guidance, StepFunction, Tensor, decode, encode
 from blockcache.runtime.errors import EngineError, MissingExtraError
 from blockcache.runtime.interop import DeviceView
 
@@ -170,7 +170,7 @@ class CudaDevice:
         else:
             self.stream = stream_handle(stream)
         self._kinds = runtime.cudaMemcpyKind
-        self._solvers: dict[tuple[int, ...], SolverKernel] = {}
+        self._solvers = SolverKernels()
         reference = weakref.ref(self)  # memory holds the device: the device must not hold itself
         self.scratch = Scratch(lambda count: _allocate(reference, count))
 
@@ -229,15 +229,7 @@ class CudaDevice:
     ) -> StepFunction:
         """The fused CUDA kernel; tables keep their address from request to request."""
         tensors = (latents, history, model_output, model_input)
-        modes = modes_of(guidance)
-        key = (*(t.pointer for t in tensors), latents.shape[0], len(coefficients), *modes)
-        if key not in self._solvers:
-            self._solvers[key] = SolverKernel(
-                self, self.stream, len(coefficients), *modes, *tensors
-            )
-        solver = self._solvers[key]
-        solver.set(self, coefficients, guidance)
-        return solver.step
+        return self._solvers.bind(self, self.stream, coefficients, guidance, *tensors)
 
     def change(self, target: Tensor, now: Tensor, before: Tensor) -> Callable[[], None]:
         """The CUDA kernel."""

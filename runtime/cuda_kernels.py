@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import math
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from blockcache import kernels
-from blockcache.runtime.device import Device, Guidance, Tensor
+from blockcache.runtime.device import Device, Guidance, StepFunction, Tensor, modes_of
 from blockcache.runtime.errors import EngineError
 
 
@@ -28,8 +30,39 @@ def cuda_library() -> ctypes.CDLL:
     return library
 
 
+class SolverKernels:
+    """A device's solver kernels: kept, with their addresses, as long as the latents they work on.
+
+    A captured graph holds these addresses, so the next request must find them where they were.
+    """
+
+    def __init__(self) -> None:
+        self._kept: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], SolverKernel]]
+        self._kept = weakref.WeakKeyDictionary()
+
+    def bind(
+        self,
+        device: Device,
+        stream: int,
+        coefficients: np.ndarray,
+        guidance: Guidance | None,
+        *tensors: Tensor,
+    ) -> StepFunction:
+        """The kernel of these tensors, latents first, with a request's numbers in place."""
+        modes, steps = modes_of(guidance), len(coefficients)
+        key = (*(tensor.pointer for tensor in tensors), steps, *modes)
+        kept = self._kept.setdefault(tensors[0].owner, {})
+        if key not in kept:
+            kept[key] = SolverKernel(device, stream, steps, *modes, *tensors)
+        kept[key].set(device, coefficients, guidance)
+        return kept[key].step
+
+
 class SolverKernel:
-    """Guidance and solver update of a step; with rescale one launch more."""
+    """Guidance and solver update of a step; with rescale one launch more.
+
+    It does not keep the tensors alive: who runs a request does.
+    """
 
     def __init__(
         self,
@@ -47,7 +80,6 @@ class SolverKernel:
         images, M = latents.shape[0], math.prod(latents.shape[1:])
         self._table = _floats(device, steps, kernels.ROW)
         self._guidance, self._phi, self._factors = (_floats(device, images) for _ in range(3))
-        self._tensors = (latents, history, model_output, model_input)  # keeps them alive
         dtype = kernels.DTYPES[model_output.dtype]
         self._rescale: tuple[int, ...] | None = None
         if rescaled:

@@ -206,10 +206,8 @@ class Session:
             negative_conditions: the same for the unconditional half; ``time_ids`` and
                 ``class_labels`` default to the positive ones.
             guidance_scale: classifier-free guidance; default the preset's. 1 turns it off.
-            guidance_rescale: bring the guided output's spread back to the conditional one's, 0
-                (off) to 1 (all the way): diffusers' argument, arXiv 2305.08891, section 3.4.
-            image_latents: float32 [N, C, H, W] to start from (image-to-image), noised to the level
-                of ``start_step``.
+            guidance_rescale: 0 (off) to 1, as in diffusers (arXiv 2305.08891, section 3.4).
+            image_latents: float32 [N, C, H, W] to start from, noised to ``start_step``'s level.
             start_step: the first step to execute; it recomputes every block.
             callback: called after each step with a Progress.
             cancelled: asked before each step; True raises Cancelled.

@@ -205,6 +205,11 @@ def test_a_weight_moves_the_refresh_to_the_step_that_matters():
     assert np.flatnonzero(made.recompute[:, 0]).tolist() == [0, 3]
 
 
+@pytest.mark.parametrize(("spend", "runs"), [(2.0, 2), (2 * (1 - 1e-9), 1)])
+def test_a_run_that_is_a_billionth_too_dear_is_not_made(spend, runs):
+    assert budget(column(0, 1, 1), np.ones(1), spend).recompute.sum() == runs
+
+
 @given(problems())
 def test_a_budget_recomputes_all_at_step_0_and_is_not_overdrawn(problem):
     change, weight, cost, spend = problem

@@ -1,6 +1,9 @@
 """Guidance and its rescale: every way a device does them is diffusers' formula."""
 
+import gc
 import importlib
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 
 from blockcache.runtime import InputError, cuda_kernels
 from blockcache.runtime import device as device_module
-from blockcache.runtime.cuda_kernels import SolverKernel
+from blockcache.runtime.cuda_kernels import SolverKernel, SolverKernels
 from blockcache.runtime.device import Guidance, HostDevice, modes_of
 
 DDIM_ROW = [0.9, -0.3, 0, 0, 0, 0, 0.7, 0]
@@ -97,24 +100,36 @@ def test_a_step_is_diffusers_guidance_and_the_table_row(twin_library, bind, draw
         np.testing.assert_allclose(tensors["history"].array, history, rtol=0, atol=tolerance)
 
 
-def test_a_bound_cuda_kernel_follows_the_request(twin_library):
+class Memory:
+    """A tensor's owner, as weakly held as a CudaMemory."""
+
+
+def test_a_cuda_kernel_stays_for_the_next_request_and_goes_with_its_latents(
+    twin_library, monkeypatch
+):
     """Same addresses, other guidance: what a captured graph relies on."""
-    device, rng = HostDevice(), np.random.default_rng(0)
+    monkeypatch.setattr(cuda_kernels.kernels, "cuda_library", lambda: twin_library)
+    device, rng, solvers = HostDevice(), np.random.default_rng(0), SolverKernels()
     shapes = [(1, 4, 3, 3)] * 2 + [(2, 4, 3, 3)] * 2
     values = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
     tensors = [floats(device, each) for each in values]
-    table = np.array([DDIM_ROW], np.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_kernels.kernels, "cuda_library", lambda: twin_library)
-        kernel = SolverKernel(device, 0, 1, True, True, *tensors)
+    tensors[0] = replace(tensors[0], owner=Memory())
+    table, used = np.array([DDIM_ROW], np.float32), set()
     for guidance in (Guidance(3.0, 0.5), Guidance(9.0, 1.0)):
         for tensor, each in zip(tensors, values, strict=True):
             device.upload(tensor, each)
-        kernel.set(device, table, guidance)
-        kernel.step(0)
+        step = solvers.bind(device, 0, table, guidance, *tensors)
+        step(0)
+        used.add(step.__self__)
         fresh = [floats(device, each) for each in values]
         bind_compiled(None, device, table, guidance, *fresh)(0)
         np.testing.assert_array_equal(tensors[0].array, fresh[0].array)
+    assert len(used) == 1
+    assert solvers.bind(device, 0, table, Guidance(3.0), *tensors).__self__ not in used
+    kernel = weakref.ref(used.pop())
+    del step, tensors
+    gc.collect()
+    assert kernel() is None
 
 
 @pytest.mark.parametrize("rescale", [-0.1, 1.5, float("nan")])

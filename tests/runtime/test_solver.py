@@ -150,7 +150,9 @@ def compare(solver, steps, options, starts=(0,)):
             warnings.simplefilter("ignore")
             assert not np.isfinite(reference(scheduler, x, LinearModel())).all()
         return False
-    np.testing.assert_allclose(tables.timesteps, scheduler.timesteps.numpy(), rtol=1e-6)
+    # Karras timesteps are read off float32 logarithms, which processors round differently: by up
+    # to 1e-4 of a training step, as seen, where the noise levels lie close together.
+    np.testing.assert_allclose(tables.timesteps, scheduler.timesteps.numpy(), rtol=1e-6, atol=1e-3)
     assert tables.initial_scale == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-6)
     for start in starts:
         scheduler.set_timesteps(steps)

@@ -107,7 +107,8 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
         (["compile", "nowhere", "out"], "error: Expected a diffusers folder or a hub id"),
         (
             ["compile", "demo", "out", "--preset", "dpm"],
-            "error: Expected a preset SOLVER:STEPS[:DELTA] such as dpm:20:0.5, got 'dpm'.",
+            "error: Expected a preset SOLVER:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5 or "
+            "dpm:20:x1.5:history, got 'dpm'.",
         ),
         (["compile", "demo", "out", "--preset", "heun:9"], "error: Expected a solver of"),
         (["compile", "demo", "out", "--precision", "int8"], "error: Expected a precision of"),

@@ -7,20 +7,18 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from blockcache.tools.commands.options import AsJson, BackendName, BundleFolder, Threads
+from blockcache.tools.commands.options import (
+    AsJson,
+    BackendName,
+    BundleFolder,
+    ModelName,
+    Threads,
+)
 
 if TYPE_CHECKING:
     from blockcache.tools.evaluation.subject import Subject
 
 
-ModelName: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        help="Where text encoder and VAE come from: 'demo' or a diffusers folder. Default 'demo' "
-        "for a bundle of the demo model.",
-    ),
-]
 ReferenceWork: TypeAlias = Annotated[
     Path | None,
     typer.Option(

@@ -13,6 +13,14 @@ BundleFolder: TypeAlias = Annotated[
 PresetName: TypeAlias = Annotated[
     str | None, typer.Option("--preset", help="A preset of the bundle; default the first cached.")
 ]
+ModelName: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Where text encoder and VAE come from: 'demo' or a diffusers folder. Default 'demo' "
+        "for a bundle of the demo model.",
+    ),
+]
 BackendName: TypeAlias = Annotated[
     str,
     typer.Option(

@@ -12,6 +12,7 @@ from blockcache.tools.commands.options import (
     AsJson,
     BackendName,
     BundleFolder,
+    ModelName,
     PresetName,
     Threads,
 )
@@ -28,13 +29,7 @@ def run(
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to draw; repeatable, one image each.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Where text encoder and VAE come from: 'demo' or a diffusers folder. Default "
-            "'demo' for a bundle of the demo model."
-        ),
-    ] = None,
+    model: ModelName = None,
     embeddings: Annotated[
         Path | None,
         typer.Option(help="Encoded prompts instead (safetensors, as for compile --calibration)."),

@@ -23,10 +23,11 @@ app = typer.Typer(
 
 Work = Annotated[Path, typer.Option(help="Where data and checkpoints go (needs about 1 GB).")]
 PresetName = Annotated[
-    str, typer.Option("--preset", help="cpu: 3 sets at 64 px; gpu: 6 sets at 128 px.")
+    str,
+    typer.Option("--preset", help="cpu: 239 concepts at 64 px; gpu: all of them at 128 px."),
 ]
 Minutes = Annotated[
-    float, typer.Option(help="Wall-clock budget of the training; 0: the preset's own.")
+    float, typer.Option(help="Budget of the training, pauses not counted; 0: the preset's own.")
 ]
 Device = Annotated[str, typer.Option(help="Torch device: cpu or cuda.")]
 Target = Annotated[Path, typer.Option(help="The model folder in diffusers format.")]
@@ -67,16 +68,23 @@ def autoencoder(
     preset: PresetName = "cpu",
     minutes: Minutes = 0.0,
     device: Device = "cpu",
+    reuse: Annotated[
+        Path | None, typer.Option(help="Take the autoencoder of this model folder; trains none.")
+    ] = None,
 ) -> None:
-    """Train the autoencoder and encode all pictures."""
+    """Train the autoencoder, or take a trained one, and encode all pictures."""
     from blockcache.tools.demo import data as pictures
     from blockcache.tools.demo import fit_autoencoder
+    from blockcache.tools.demo.model import load_autoencoder
 
     chosen = _preset(preset)
     folder = _folder(work, chosen)
     config = chosen.autoencoder
     config = replace(config, minutes=minutes or config.minutes)
-    fit_autoencoder.fit(pictures.load(folder), config, folder, device)
+    if reuse is None:
+        fit_autoencoder.fit(pictures.load(folder), config, folder, device)
+    else:
+        fit_autoencoder.adopt(load_autoencoder(reuse), pictures.load(folder), folder)
     typer.echo((folder / "autoencoder.txt").read_text().strip())
 
 
@@ -94,7 +102,7 @@ def unet(
     chosen = replace(chosen, train=replace(chosen.train, minutes=minutes or chosen.train.minutes))
     folder = _folder(work, chosen)
     trainer = train.Trainer(chosen, folder / train.FOLDER, device)
-    train.run(trainer, train.load_source(folder))
+    train.run(trainer, train.load_source(folder, chosen.train))
     typer.echo(f"{trainer.step} steps in {trainer.budget.spent_s / 60:.1f} minutes")
 
 
@@ -138,13 +146,14 @@ def evaluate(
     count: Annotated[int, typer.Option(min=2, help="Pictures drawn per model.")] = 2048,
     steps: Steps = 20,
     guidance: Guidance = 3.0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Draw with bfloat16 autocast.")] = False,
 ) -> None:
     """Fréchet distance, KID and caption score, with the real-against-real floor."""
     from blockcache.tools.demo import evaluate as evaluation
     from blockcache.tools.demo.sample import SampleOptions
 
     folder = _folder(work, _preset(preset))
-    options = SampleOptions(steps=steps, guidance=guidance)
+    options = SampleOptions(steps=steps, guidance=guidance, bf16=bf16)
     report = evaluation.evaluate(folder, model, results, baseline, options, count)
     typer.echo(evaluation.markdown(report))
 

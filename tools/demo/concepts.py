@@ -60,6 +60,21 @@ _EVERYDAY = """
     yellow-heart
 """
 EVERYDAY = frozenset(_EVERYDAY.split())
+_SIMPLE = """
+    angry-face baby-chick beaming-face-with-smiling-eyes black-circle black-heart blossom
+    blue-square blueberries bomb bone broken-heart brown-circle brown-heart brown-square bullseye
+    bus candy check-mark coconut cold-face cowboy-hat-face croissant cross-mark crystal-ball door
+    droplet egg envelope face-with-open-mouth face-with-tongue fallen-leaf flushed-face
+    frowning-face gem-stone globe-with-meridians glowing-star green-circle green-square
+    grimacing-face grinning-cat hamster horse-face hot-face kiwi-fruit light-blue-heart mango
+    melon monkey-face mount-fuji mountain nerd-face neutral-face new-moon no-entry onion open-book
+    orange-book orange-circle orange-square palm-tree peace-symbol pig-nose pink-heart polar-bear
+    police-car pool-8-ball potato purple-circle purple-square raccoon red-square ringed-planet
+    seedling sleeping-face smiling-face-with-halo smiling-face-with-horns star-struck stop-sign
+    sunglasses t-shirt television two-hearts upside-down-face volleyball white-heart wolf
+    yellow-circle yellow-square
+"""
+SIMPLE = frozenset(_SIMPLE.split())
 COUNTRY = re.compile(r"^(?:flag-for-flag-|flag-for-|flag-(?!in-hole))")
 
 
@@ -70,6 +85,7 @@ class Concept:
     words: str
     category: str  # Unicode's group; "Flags" for country flags
     everyday: bool = False  # shown more often in training
+    simple: bool = False  # easily named; with the everyday ones, all that a small world holds
 
 
 def concept(key: str, category: str | None) -> Concept | None:
@@ -84,7 +100,9 @@ def concept(key: str, category: str | None) -> Concept | None:
         return Concept(words="flag of " + _words(COUNTRY.sub("", key)), category="Flags")
     if not _wanted(key, category):
         return None
-    return Concept(words=_words(key), category=str(category), everyday=key in EVERYDAY)
+    return Concept(
+        words=_words(key), category=str(category), everyday=key in EVERYDAY, simple=key in SIMPLE
+    )
 
 
 def _wanted(key: str, category: str | None) -> bool:

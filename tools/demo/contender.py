@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from blockcache.tools.demo import model, unet
 from blockcache.tools.demo.autoencoder import Residual
+from blockcache.tools.demo.fit_autoencoder import to_signed
 from blockcache.tools.demo.model import to_uint8
 
 DECODE_BATCH = 64
@@ -27,12 +28,21 @@ class Contender:
     unet: UNet2DConditionModel
     scheduler: DPMSolverMultistepScheduler
     decoder: Callable[[Tensor], Tensor]
+    encoder: Callable[[Tensor], Tensor] | None = None  # None: not part of the format
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents float32 [N, 4, h, w] to pictures uint8 [N, 3, 4h, 4w]."""
         images = [self.decoder(chunk).numpy() for chunk in latents.split(DECODE_BATCH)]
         return to_uint8(np.concatenate(images))
+
+    @torch.inference_mode()
+    def reconstruct(self, images: np.ndarray) -> np.ndarray:
+        """Pictures uint8 [N, 3, H, W] through the autoencoder and back."""
+        if self.encoder is None:
+            raise ValueError(f"expected a model with an encoder, {self.name} has none")
+        latents = [self.encoder(to_signed(i)) for i in np.split(images, _cuts(images))]
+        return self.decode(torch.cat(latents))
 
     def parameters(self) -> int:
         """Parameters of the U-Net."""
@@ -46,12 +56,18 @@ def load(folder: Path, name: str) -> Contender:
 
 
 def _shipped(folder: Path, name: str) -> Contender:
+    autoencoder = model.load_autoencoder(folder)
     return Contender(
         name=name,
         unet=model.load_unet(folder),
         scheduler=model.load_scheduler(folder),
-        decoder=model.load_autoencoder(folder).decode,
+        decoder=autoencoder.decode,
+        encoder=autoencoder.encode,
     )
+
+
+def _cuts(images: np.ndarray) -> range:
+    return range(DECODE_BATCH, len(images), DECODE_BATCH)
 
 
 def _starter(folder: Path, name: str) -> Contender:

@@ -98,7 +98,7 @@ def icons(
     content = read_member(archive, "icons.json")
     for key, icon in sorted(content["icons"].items()):
         found = None if icon.get("hidden") else concept(key, table.get(key))
-        if found is None:
+        if found is None or (config.small_world and not (found.everyday or found.simple)):
             continue
         style = image_set.word
         yield Icon(
@@ -107,7 +107,8 @@ def icons(
                 words=found.words,
                 category=found.category,
                 caption=caption(style, found.words),
-                held_out=is_held_out(style, found.words, config.held_out_percent),
+                held_out=not found.everyday
+                and is_held_out(style, found.words, config.held_out_percent),
                 weight=sampling_weight(found, config),
             ),
             svg=square_svg(icon, content),

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +56,9 @@ class Evaluation:
         self.options = options
         self.workers = workers
         self.dataset: Dataset = data.load(work)
-        count = min(count, len(self.dataset.images))
         random = np.random.default_rng(options.seed)
         self.order = random.permutation(len(self.dataset.images))
-        self.chosen = self.order[:count]
+        self.chosen = np.resize(self.order, count)  # captions again, with other noise, if need be
         self.contexts = contexts.load(work)
         real = self._features(self.dataset.images, "reference features")
         self.real = self._labelled(real, np.arange(len(real)))
@@ -78,17 +77,25 @@ class Evaluation:
             caption=self.probe.score(self.real),
         )
 
+    def bottleneck(self, subject: Contender) -> Score:
+        """Real pictures through the subject's autoencoder: the best it could draw."""
+        images = subject.reconstruct(self.dataset.images)
+        return self._score("real pictures through the autoencoder", images, np.arange(len(images)))
+
     def score(self, subject: Contender) -> Score:
         """Draw the chosen captions and compare with the reference."""
-        images = self._draw(subject)
-        drawn = self._features(images, f"{subject.name}: features")
+        score = self._score(subject.name, self._draw(subject), self.chosen)
+        return replace(score, parameters=subject.parameters())
+
+    def _score(self, name: str, images: np.ndarray, index: np.ndarray) -> Score:
+        """Compare pictures of the captions at `index` with the reference."""
+        drawn = self._features(images, f"{name}: features")
         return Score(
-            name=subject.name,
+            name=name,
             pictures=len(images),
             frechet=metrics.frechet_distance(Statistics.of(drawn), self.reference),
             kid=KID_UNIT * metrics.kernel_distance(drawn, self.real.features),
-            caption=self.probe.score(self._labelled(drawn, self.chosen)),
-            parameters=subject.parameters(),
+            caption=self.probe.score(self._labelled(drawn, index)),
         )
 
     def _labelled(self, found: np.ndarray, index: np.ndarray) -> Labelled:
@@ -166,10 +173,12 @@ def evaluate(
 ) -> Report:
     """Score floor, model and baseline; writes quality.json and quality.md into `results`."""
     evaluation = Evaluation(work, options, count)
-    scores = [evaluation.floor()]
-    subjects = {"demo model": model_dir} | ({"baseline": baseline} if baseline else {})
-    for name, folder in subjects.items():
-        scores.append(evaluation.score(contender.load(folder, name)))
+    subjects = [contender.load(model_dir, "demo model")]
+    if baseline:
+        subjects.append(contender.load(baseline, "baseline"))
+    scores = [evaluation.floor(), evaluation.bottleneck(subjects[0])]
+    for subject in subjects:
+        scores.append(evaluation.score(subject))
         report = Report(
             options=options,
             reference_pictures=len(evaluation.dataset.images),
@@ -184,14 +193,17 @@ def evaluate(
 def markdown(report: Report) -> str:
     """The report as a table."""
     options = report.options
+    precision = ", bfloat16" if options.bf16 else ""
     lines = [
         "# Quality of the demo model",
         "",
         f"{options.steps} steps of DPM-Solver++ (2M), guidance {options.guidance}, seed "
-        f"{options.seed}; reference: {report.reference_pictures} real pictures of the same styles "
-        f"(features `{report.reference_digest}`). Fréchet distance and KID in EfficientNet-Lite0 "
-        "features, lower is better. Caption score: the picture is recognised, among all concepts, "
-        "from how the *other* styles draw them; higher is better, the first row is the ceiling.",
+        f"{options.seed}{precision}; reference: {report.reference_pictures} real pictures of the "
+        f"same styles (features `{report.reference_digest}`). Fréchet distance and KID in "
+        "EfficientNet-Lite0 features, lower is better. Caption score: the picture is recognised, "
+        "among all concepts, from how the *other* styles draw them; higher is better, the first "
+        "row is the ceiling. Captions are drawn again from other noise where there are more "
+        "pictures than captions.",
         "",
         "| | pictures | Fréchet distance | KID × 1000 | caption top-1 | top-5 | candidates |",
         "|---|---|---|---|---|---|---|",

@@ -62,7 +62,11 @@ def fit(
     )
     _loop(model, optimizer, dataset, config, device)
     model.eval()
-    _store(model, dataset, work, device)
+    chunks = _chunks(dataset)
+    with torch.inference_mode():
+        raw = [model.encode_raw(to_signed(c).to(device)).cpu() for c in chunks]
+    model.normalise(torch.cat(raw))
+    adopt(model, dataset, work, device)
     return model
 
 
@@ -83,6 +87,7 @@ def _loop(
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * factor
             loss, psnr = _step(model, optimizer, images.to(device), config.latent_noise)
+            budget.tick()
             note = f"step {step} loss {loss:.4f} PSNR {psnr:.2f} dB"
             progress.update(task, completed=budget.spent_s, note=note)
 
@@ -101,14 +106,17 @@ def _step(
     return float(loss.detach()), psnr_db(output.detach(), images)
 
 
+def _chunks(dataset: Dataset) -> list[np.ndarray]:
+    return [dataset.images[i : i + 128] for i in range(0, len(dataset.images), 128)]
+
+
 @torch.inference_mode()
-def _store(model: TinyAutoencoder, dataset: Dataset, work: Path, device: str) -> None:
-    chunks = [dataset.images[i : i + 128] for i in range(0, len(dataset.images), 128)]
-    model.normalise(torch.cat([model.encode_raw(to_signed(c).to(device)).cpu() for c in chunks]))
-    latents = torch.cat([model.encode(to_signed(c).to(device)).half().cpu() for c in chunks])
+def adopt(model: TinyAutoencoder, dataset: Dataset, work: Path, device: str = "cpu") -> None:
+    """Encode all pictures with a trained autoencoder; stores it and the latents under `work`."""
+    latents = [model.encode(to_signed(c).to(device)).half().cpu() for c in _chunks(dataset)]
     replace_folder(work / FOLDER, lambda folder: model.save_pretrained(folder))
     temporary = work / f".{LATENTS}"
-    save_file({"latents": latents.contiguous()}, temporary)
+    save_file({"latents": torch.cat(latents).contiguous()}, temporary)
     temporary.replace(work / LATENTS)
     held_out = np.array([p.held_out for p in dataset.pictures])
     images = to_signed(dataset.images[held_out]).to(device)

@@ -1,4 +1,4 @@
-"""A wall-clock budget and the progress line that shows what is left of it."""
+"""A budget of training time and the progress line that shows what is left of it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import time
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+PAUSE_S = 10.0  # a longer step was a pause (a stopped process, a sleeping machine)
+
 
 class Budget:
-    """Wall time of a training run; survives interruption through `spent_s`."""
+    """Time of a training run; survives interruption through `spent_s`, ignores pauses."""
 
     def __init__(self, minutes: float, spent_s: float = 0.0) -> None:
         self.total_s = minutes * 60
-        self._before_s = spent_s
-        self._start = time.monotonic()
+        self.spent_s = spent_s  # seconds used, earlier runs included
+        self._last = time.monotonic()
 
-    @property
-    def spent_s(self) -> float:
-        """Seconds used, earlier runs included."""
-        return self._before_s + time.monotonic() - self._start
+    def tick(self) -> None:
+        """Count the time since the last tick; to be called after every step."""
+        now = time.monotonic()
+        self.spent_s += min(now - self._last, PAUSE_S)
+        self._last = now
 
     @property
     def fraction(self) -> float:
@@ -28,7 +31,7 @@ class Budget:
 
 
 def learning_rate_factor(step: int, warmup_steps: int, fraction: float) -> float:
-    """Linear warm-up in steps, then a cosine over the fraction of the wall-clock budget."""
+    """Linear warm-up in steps, then a cosine over the fraction of the budget."""
     return min(1.0, (step + 1) / warmup_steps) * (0.5 * (1 + math.cos(math.pi * fraction)) + 0.005)
 
 

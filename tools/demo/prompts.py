@@ -18,20 +18,24 @@ CONCEPTS = (
     "blue book",
     "deciduous tree",
     "christmas tree",
+    "rocket",
+    "house",
+    "fox",
+    "hamburger",
 )
 SHEET_CONCEPTS = (
-    "red heart",
-    "blue heart",
     "red apple",
     "pig face",
-    "tiger face",
     "grinning face",
-    "slightly smiling face",
-    "full moon",
-    "basketball",
-    "deciduous tree",
-    "blue book",
-    "fire",
+    "rocket",
+    "strawberry",
+    "house",
+    "panda",
+    "tiger face",
+    "christmas tree",
+    "automobile",
+    "fox",
+    "hamburger",
 )
 EMPTY = ""  # the unconditional prompt of classifier-free guidance
 

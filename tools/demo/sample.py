@@ -20,6 +20,7 @@ class SampleOptions:
     batch: int = 64
     seed: int = 0
     device: str = "cpu"
+    bf16: bool = False  # autocast: faster where the processor multiplies bfloat16 natively
 
 
 def initial_noise(count: int, size: int, seed: int) -> Tensor:
@@ -74,8 +75,9 @@ def _denoise(
     scheduler.set_timesteps(options.steps)
     both = torch.cat([empty.to(context).expand_as(context), context])
     for timestep in scheduler.timesteps:
-        output = unet(torch.cat([latents, latents]), timestep, encoder_hidden_states=both).sample
-        without, with_caption = output.chunk(2)
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=options.bf16):
+            output = unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=both).sample
+        without, with_caption = output.float().chunk(2)
         guided = without + options.guidance * (with_caption - without)
         latents = scheduler.step(guided, timestep, latents).prev_sample
     return latents

@@ -11,15 +11,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from blockcache.tools.demo import checkpoint, contexts, data, unet
-from blockcache.tools.demo.config import TIMESTEPS, Preset, TrainConfig
+from blockcache.tools.demo.config import Preset, TrainConfig
 from blockcache.tools.demo.fit_autoencoder import load_latents
 from blockcache.tools.demo.progress import Budget, bar, learning_rate_factor
 from blockcache.tools.demo.workers import Workers
 
 FOLDER = "unet"
+AVERAGE_EVERY = 4  # steps between updates of the averaged weights
 LOG_EVERY = 10  # steps between lines of the log
 
 
@@ -46,6 +48,7 @@ class Source:
     latents: Tensor  # float32 [N, 4, h, w]
     contexts: Tensor  # float16 [N + 1, 20, 384]
     weights: Tensor  # float64 [N]
+    timestep_weights: Tensor  # float32 [1000], how often each timestep is drawn
 
     def draw(self, size: int, dropout: float, device: str) -> Batch:
         """Random pictures; a fraction `dropout` of the captions is emptied."""
@@ -56,7 +59,7 @@ class Source:
             latents=latents.to(device),
             contexts=self.contexts[rows].float().to(device),
             noise=torch.randn_like(latents).to(device),
-            timesteps=torch.randint(0, TIMESTEPS, (size,)).to(device),
+            timesteps=torch.multinomial(self.timestep_weights, size, replacement=True).to(device),
         )
 
 
@@ -70,7 +73,8 @@ class Trainer:
         self.device = device
         model = unet.build(preset.unet, preset.latent_size)
         self.model: UNet2DConditionModel = model.to(device, memory_format=torch.channels_last)
-        self.workers: Workers[Batch] = Workers(self.model, self.config.workers)
+        if device == "cpu":  # fused attention's backward pass takes a third of the step here
+            self.model.set_attn_processor(AttnProcessor())
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True
@@ -79,7 +83,8 @@ class Trainer:
         self.step = reached.step
         self.budget = Budget(self.config.minutes, reached.spent_s)
         self.schedule: DDPMScheduler = unet.noise_schedule()
-        self.weights = loss_weights(self.schedule.alphas_cumprod, self.config.snr_cap).to(device)
+        self.autocast = device != "cpu" or has_bf16()
+        self.workers: Workers[Batch] = Workers(self.model, self.config.workers, self.loss)
         torch.manual_seed(1 + self.step)
 
     def save(self) -> None:
@@ -94,48 +99,59 @@ class Trainer:
             group["lr"] = self.config.learning_rate * factor
         self.optimizer.zero_grad()
         pieces = batch.pieces(self.config.piece or len(batch.latents))
-        loss = self.workers.accumulate(pieces, self.loss)
+        loss = self.workers.accumulate(pieces)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        self._average()
+        self.budget.tick()
+        if self.step % AVERAGE_EVERY == 0:
+            self._average()
         return loss
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Weighted squared error of the predicted velocity."""
+        """Squared error of the predicted velocity."""
         noisy = self.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
         target = self.schedule.get_velocity(batch.latents, batch.noise, batch.timesteps)
-        on_gpu = noisy.is_cuda  # a CPU without bf16 instructions is slower with autocast
-        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=on_gpu):
+        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.autocast):
             output = model(
                 noisy.contiguous(memory_format=torch.channels_last),
                 batch.timesteps,
                 encoder_hidden_states=batch.contexts,
             ).sample
-        error = F.mse_loss(output.float(), target, reduction="none").mean((1, 2, 3))
-        return (self.weights[batch.timesteps] * error).mean()
+        return F.mse_loss(output.float(), target)
 
     @torch.no_grad()
     def _average(self) -> None:
-        decay = min(self.config.ema_decay, (self.step + 1) / (self.step + 10))
+        decay = min(self.config.ema_decay, (self.step + 1) / (self.step + 10)) ** AVERAGE_EVERY
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
 
-def loss_weights(alphas_cumprod: Tensor, cap: float) -> Tensor:
-    """Weight of the v-prediction error at each timestep: float32 [1000].
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively; without that, autocast is slower."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+
+
+def timestep_weights(alphas_cumprod: Tensor, cap: float) -> Tensor:
+    """How often training draws each timestep: float32 [1000], 1 at most.
 
     The v-error weighs a sample like the x0-error times SNR + 1. As in min-SNR weighting (Hang et
     al., 2023) that factor is capped, so that nearly clean samples do not take all the training;
-    unlike there, noisy samples keep their full weight: they decide what the picture shows.
+    unlike there, noisy samples keep their full weight: they decide what the picture shows. A
+    timestep of small weight is drawn less often rather than scaled down: no work is wasted on it.
     """
     snr_plus_one = 1 / (1 - alphas_cumprod)
     return (snr_plus_one.clamp(max=cap) / snr_plus_one).float()
 
 
-def load_source(work: Path) -> Source:
+def load_source(work: Path, config: TrainConfig) -> Source:
     """Batches of the training pictures under `work`."""
-    weights = torch.from_numpy(data.load(work).training_weights())
-    return Source(latents=load_latents(work), contexts=contexts.load(work), weights=weights)
+    return Source(
+        latents=load_latents(work),
+        contexts=contexts.load(work),
+        weights=torch.from_numpy(data.load(work).training_weights()),
+        timestep_weights=timestep_weights(unet.noise_schedule().alphas_cumprod, config.snr_cap),
+    )
 
 
 def run(trainer: Trainer, source: Source) -> None:

@@ -14,6 +14,9 @@ from blockcache.tools.bench.sessions import uncached
 
 UNCACHED, FEWER = "uncached", "fewer steps"
 PLAIN = "none"
+THRESHOLD = "threshold"
+KINDS = {"threshold-speedup": THRESHOLD, "change-budget": "budget by change"}
+"""How policies are called where their kind does not say what they do."""
 ALIGNMENTS = {
     "least-squares": "scale-shift",
     "least_squares": "scale-shift",
@@ -39,8 +42,8 @@ class Entrant:
 
     @property
     def kind(self) -> str:
-        """How the schedule was made."""
-        return str(self.preset.policy.get("kind", "table"))
+        """How the schedule was made: "threshold" however its delta was chosen."""
+        return _kind(self.preset)
 
     @property
     def alignment(self) -> str:
@@ -99,7 +102,7 @@ def pairings(group: Group) -> list[Pairing]:
     """The comparisons that the paper's claims are about."""
     found = []
     fewer = [entrant for entrant in group.others if entrant.method == FEWER]
-    thresholds = [entrant for entrant in group.others if entrant.kind == "threshold"]
+    thresholds = [entrant for entrant in group.others if entrant.kind == THRESHOLD]
     for entrant in group.others:
         found.append(Pairing(entrant, group.reference, UNCACHED))
         if entrant.method == FEWER:
@@ -109,8 +112,8 @@ def pairings(group: Group) -> list[Pairing]:
         if entrant.alignment != PLAIN:
             found += [Pairing(entrant, p, "unaligned") for p in group.others if _plain(p, entrant)]
         alike = [other for other in thresholds if other.alignment == entrant.alignment]
-        if entrant.kind != "threshold" and alike:
-            found.append(Pairing(entrant, _nearest(entrant, alike), "threshold"))
+        if entrant.kind != THRESHOLD and alike:
+            found.append(Pairing(entrant, _nearest(entrant, alike), THRESHOLD))
     return found
 
 
@@ -149,8 +152,13 @@ def _entrant(bundle: Bundle, preset: Preset, method: str) -> Entrant:
 
 
 def _method(preset: Preset) -> str:
-    kind, alignment = str(preset.policy.get("kind", "table")), _alignment(preset)
+    kind, alignment = _kind(preset), _alignment(preset)
     return kind if alignment == PLAIN else f"{kind} + {alignment}"
+
+
+def _kind(preset: Preset) -> str:
+    name = str(preset.policy.get("kind", "table"))
+    return KINDS.get(name, name)
 
 
 def _alignment(preset: Preset) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from blockcache.tools import plots
-from blockcache.tools.evaluation.contest import FEWER, UNCACHED, Group
+from blockcache.tools.evaluation.contest import FEWER, PLAIN, THRESHOLD, UNCACHED, Group
 from blockcache.tools.evaluation.pictures import Drawn
 from blockcache.tools.evaluation.report import GroupReport, Report, Row
 from blockcache.tools.evaluation.resampling import Interval
@@ -108,8 +108,8 @@ def _caption(row: Row) -> str:
 
 def _against_delta(group: GroupReport, file: Path) -> None:
     """Quality and speed against delta (paper, Fig. 7), where several thresholds were compared."""
-    plain = [row for row in group.rows if row.method == "threshold"]
-    rows = sorted(plain, key=_delta)
+    plain = [row for row in group.rows if row.alignment == PLAIN]
+    rows = sorted((row for row in plain if row.policy.get("kind") == THRESHOLD), key=_delta)
     if len(rows) < 2:
         return
     deltas = [_delta(row) for row in rows]

@@ -1,6 +1,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,21 +9,22 @@ import pytest
 from blockcache.tools.demo import data
 from blockcache.tools.demo.config import CPU, NOTO, DataConfig
 
+ICON = {"body": '<circle cx="8" cy="8" r="6" fill="#f00"/>'}
 ICONS = {
-    "width": 16,
-    "icons": {
-        "red-apple": {"body": '<circle cx="8" cy="8" r="6" fill="#f00"/>'},
-        "man-cook": {"body": "<g/>"},
-        "green-apple": {"body": "<g/>", "hidden": True},
-    },
+    "red-apple": ICON,
+    "man-cook": {"body": "<g/>"},
+    "green-apple": {"body": "<g/>", "hidden": True},
 }
 METADATA = {"categories": {"Food & Drink": ["red-apple", "green-apple"], "Flags": []}}
 
 
-def archive(folder):
+def archive(folder, icons=ICONS):
     path = folder / "iconify-json-noto-1.0.0.tgz"
     with tarfile.open(path, "w:gz") as tar:
-        for name, content in (("icons.json", ICONS), ("metadata.json", METADATA)):
+        for name, content in (
+            ("icons.json", {"width": 16, "icons": icons}),
+            ("metadata.json", METADATA),
+        ):
             raw = json.dumps(content).encode()
             member = tarfile.TarInfo(f"package/{name}")
             member.size = len(raw)
@@ -36,6 +38,31 @@ def test_icons_come_with_caption_split_and_weight(tmp_path):
     assert [icon.picture.caption for icon in found] == ["noto emoji, red apple"]
     assert found[0].picture.weight == CPU.data.everyday_weight
     assert 'viewBox="0.0 0.0 16 16"' in found[0].svg
+
+
+def test_small_world_holds_everyday_and_simple_concepts_only(tmp_path):
+    path = archive(tmp_path, {"red-apple": ICON, "melon": ICON, "amphora": ICON})
+    table = {"red-apple": "Food & Drink", "melon": "Food & Drink", "amphora": "Food & Drink"}
+    worlds = {
+        small: [
+            icon.picture
+            for icon in data.icons(NOTO, path, table, replace(CPU.data, small_world=small))
+        ]
+        for small in (True, False)
+    }
+    assert [picture.words for picture in worlds[True]] == ["melon", "red apple"]
+    assert [picture.weight for picture in worlds[True]] == [1.0, CPU.data.everyday_weight]
+    assert [picture.words for picture in worlds[False]] == ["amphora", "melon", "red apple"]
+
+
+def test_everyday_concepts_are_never_held_out(tmp_path):
+    path = archive(tmp_path, {"red-apple": ICON, "melon": ICON})
+    table = {"red-apple": "Food & Drink", "melon": "Food & Drink"}
+    found = data.icons(NOTO, path, table, replace(CPU.data, held_out_percent=100))
+    assert {i.picture.words: i.picture.held_out for i in found} == {
+        "melon": True,
+        "red apple": False,
+    }
 
 
 def test_fetch_takes_the_archive_that_is_there(tmp_path):

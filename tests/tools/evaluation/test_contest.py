@@ -8,6 +8,7 @@ import pytest
 from blockcache.tools.evaluation.contest import image_flops, make_groups, pairings
 
 HALF = np.tile([[True, True], [False, False]], (2, 1))
+NINE = np.concatenate([[[True, True]], np.zeros((8, 2), np.bool_)])
 FIRST = np.array([[True, True], [True, False], [True, False], [True, False]])
 
 
@@ -24,6 +25,8 @@ def bundle(preset_of, presets_only):
             ),
             preset_of("dpm-4-x", 4, FIRST, kind="budget", alignment="history"),
             preset_of("dpm-9", 9),
+            preset_of("dpm-9-t", 9, NINE, kind="threshold-speedup", value=1.2),
+            preset_of("dpm-9-c", 9, NINE, kind="change-budget", value=1.2),
             preset_of("ddim-4-half", 4, HALF, "ddim", kind="interval"),
             preset_of("euler-3", 3, solver="euler"),
             preset_of("euler-2", 2, solver="euler"),
@@ -33,7 +36,7 @@ def bundle(preset_of, presets_only):
 
 def test_a_group_has_a_reference_fewer_steps_and_cached_presets(bundle):
     groups = {group.name: group for group in make_groups(bundle)}
-    assert list(groups) == ["dpm-4", "ddim-4", "euler-3"]
+    assert list(groups) == ["dpm-4", "dpm-9", "ddim-4", "euler-3"]
     dpm = groups["dpm-4"]
     assert dpm.reference.name == "dpm-4"
     assert [(entrant.name, entrant.method) for entrant in dpm.others] == [
@@ -78,3 +81,13 @@ def test_pairings_are_those_of_the_papers_claims(bundle):
         ("dpm-4-x", "fewer steps", "dpm-3"),
         ("dpm-4-x", "threshold", "dpm-4-half-h"),
     }
+
+
+def test_a_threshold_is_one_however_its_delta_was_chosen(bundle):
+    group = make_groups(bundle)[1]
+    methods = {entrant.name: entrant.method for entrant in group.others}
+    assert methods["dpm-9-t"] == "threshold"
+    assert methods["dpm-9-c"] == "budget by change"
+    found = {(p.subject.name, p.against, p.other.name) for p in pairings(group)}
+    assert ("dpm-9-c", "threshold", "dpm-9-t") in found
+    assert not any(p.subject.name == p.other.name for p in pairings(group))

@@ -11,10 +11,12 @@ pytest.importorskip("typer")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("diffusers")
 
+from blockcache.export.cost import Fusion
 from blockcache.export.roofline import gpu
 from blockcache.export.timings import Timings
 from blockcache.runtime import ConfigError
 from blockcache.tools.bench.estimate import estimate, mean_error
+from blockcache.tools.bench.host import measure_host
 from blockcache.tools.bench.published import PUBLISHED, published_rows
 from blockcache.tools.commands.estimate import estimate_facts, estimate_text
 
@@ -87,3 +89,12 @@ def test_published_figures_are_held_against_bundles_of_their_model_only(bundle):
     assert [row["step_ms"] for row in rows] == [found.step_ms for found in PUBLISHED["sd15"]]
     for row in rows:
         assert row["error"] == pytest.approx(row["predicted_ms"] / row["step_ms"] - 1)
+
+
+def test_this_machine_is_a_processor_too(bundle):
+    """Its figures are measured; what must hold is that it counts as a library on a CPU does."""
+    host = measure_host(threads=1, repeats=1)
+    assert (host.fusion, host.item_bytes) == (Fusion.NONE, 4)
+    assert 1e-4 < host.tflops < 100
+    assert 0.1 < host.gb_per_s < 1e4
+    assert estimate(bundle, host).step_ms > 0

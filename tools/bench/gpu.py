@@ -60,7 +60,7 @@ def parts(out: Path, work: Path, gpu: str) -> list[Part]:
         gpu: its name in ``blockcache estimate``; "" where it has no data sheet there.
     """
     tests = ("-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "tests/kernels")
-    kernels = ("tools/bench/kernels.py", "--json", f"{out}/kernels.json")
+    kernels = ("-m", "blockcache.tools.bench.kernels", "--json", f"{out}/kernels.json")
     return [
         *_demo(out, work / "demo", gpu),
         Part("pytest-gpu", 120, ("python", *tests)),

@@ -319,7 +319,7 @@ def _hash_module(module: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

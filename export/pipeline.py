@@ -29,7 +29,7 @@ from blockcache.export.preset_options import PresetOptions
 from blockcache.export.stages import StageStore, stage_key
 from blockcache.export.time_tables import time_tables
 from blockcache.export.timings import Costs, Timings
-from blockcache.export.to_onnx import ExportOptions, default_sizes, export_segments
+from blockcache.export.to_onnx import EXPORT_STAGES, ExportOptions, default_sizes, export_segments
 from blockcache.runtime.bundle import (
     MANIFEST,
     Bundle,
@@ -164,17 +164,23 @@ def _export_stage(
 ) -> tuple[Segment, ...]:
     """Segments and weights."""
     key = stage_key(model=model.sha256, export=dataclasses.asdict(options))
-    observer("export", 0, 1)
+    parts = len(EXPORT_STAGES) + 1  # the last one hashes what the others wrote
+    observer("export", 0, parts)
     facts = store.reuse("export", key)
     if facts is None:
         store.invalidate()
         target = store.folder / "segments"
         shutil.rmtree(target, ignore_errors=True)
-        segments = export_segments(model, target, options)
+
+        def entered(part: str) -> None:
+            observer("export", EXPORT_STAGES.index(part), parts)
+
+        segments = export_segments(model, target, options, entered)
+        observer("export", len(EXPORT_STAGES), parts)
         facts = {"segments": [to_plain(segment) for segment in segments]}
         names = sorted(f"segments/{path.name}" for path in target.iterdir())
         store.commit("export", key, names, facts)
-    observer("export", 1, 1)
+    observer("export", parts, parts)
     return tuple(segment_from_plain(entry) for entry in facts["segments"])
 
 

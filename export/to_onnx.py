@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,9 @@ OPSET = 22
 """Opset 20 has no bf16 normalisation; 23 emits Attention, which engines build worse."""
 
 WEIGHTS_FILE = "weights.bin"
+EXPORT_STAGES = ("trace", "weights", "cut")
+"""What ``export_segments`` does, in order."""
+
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -52,19 +55,28 @@ class ExportOptions:
 
 
 def export_segments(
-    model: SourceModel, folder: Path, options: ExportOptions
+    model: SourceModel,
+    folder: Path,
+    options: ExportOptions,
+    entered: Callable[[str], None] = lambda stage: None,
 ) -> tuple[Segment, ...]:
     """Write ``folder/*.onnx`` and ``folder/weights.bin``; returns the segments in running order.
 
     The last one, role ``whole``, is the uncut model: the yardstick for exactness and speed. The
     model's weights are converted in place where ``options.precision`` is another than theirs.
+    ``entered`` hears each of ``EXPORT_STAGES`` when it begins.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # The plain Module.to: diffusers' own warns of modules to keep in float32 where none are.
     torch.nn.Module.to(model.unet, TORCH_DTYPES[options.precision])
     code = _code_for(model)
     traced = folder / "traced.onnx"
-    _trace(model, code, traced)
+    entered("trace")
+    program = _trace(model, code)
+    entered("weights")
+    _save(program, traced)
+    del program
+    entered("cut")
     try:
         return _cut(model, traced, code, options)
     finally:
@@ -99,8 +111,8 @@ def _example(model: SourceModel, code: SizeCode) -> tuple[torch.Tensor, ...]:
     return (sample, torch.zeros(code.batch), *conditions)
 
 
-def _trace(model: SourceModel, code: SizeCode, path: Path) -> None:
-    """``torch.onnx.export`` of the whole U-Net; weights go to ``weights.bin`` beside ``path``."""
+def _trace(model: SourceModel, code: SizeCode) -> ir.Model:
+    """``torch.onnx.export`` of the whole U-Net; its weights are the module's own."""
     names = [condition.name for condition in model.conditions]
     with _quiet():
         program = torch.onnx.export(
@@ -113,7 +125,12 @@ def _trace(model: SourceModel, code: SizeCode, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    ir.save(program.model, path, external_data=f"{WEIGHTS_FILE}.partial")
+    return program.model
+
+
+def _save(program: ir.Model, path: Path) -> None:
+    """The graph to ``path``, the weights to ``weights.bin`` beside it."""
+    ir.save(program, path, external_data=f"{WEIGHTS_FILE}.partial")
     path.with_name(f"{WEIGHTS_FILE}.partial").replace(path.with_name(WEIGHTS_FILE))
 
 

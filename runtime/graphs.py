@@ -87,6 +87,11 @@ class GraphPlayer:
             self._settled()
         return False
 
+    def forget(self, sizes: tuple[int, ...]) -> None:
+        """Drop the graphs of shapes that begin with ``sizes``: their memory is about to go."""
+        for key in [key for key in self._captured if key.shape[: len(sizes)] == sizes]:
+            del self._captured[key]
+
     def _capture(self, key: GraphKey, enqueue: Enqueue, addresses: Mapping[str, int]) -> None:
         """Capture for the next time; where it cannot be done, launches go on one by one."""
         stale = [k for k in self._captured if k.scratch != key.scratch]

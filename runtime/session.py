@@ -26,7 +26,7 @@ import numpy as np
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.device import Guidance, StepFunction, Tensor, modes_of
 from blockcache.runtime.drift import DriftMonitor
-from blockcache.runtime.engine import Backend, load_shared, make_backend
+from blockcache.runtime.engine import Backend, Launch, load_shared, make_backend
 from blockcache.runtime.errors import BundleFormatError, Cancelled, ConfigError, InputError
 from blockcache.runtime.graphs import LoopGraphs, player_for
 from blockcache.runtime.interop import DeviceView, host_array, host_arrays
@@ -35,6 +35,9 @@ from blockcache.runtime.program import MemoryReport, Program
 from blockcache.runtime.record import RunRecord
 from blockcache.runtime.request import Request, check_finite_values
 from blockcache.runtime.solver import SolverConfig, solver_tables
+
+SHAPES = 4
+"""How many shapes a session keeps memory for; the one unused for longest is let go."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Session:
     """A bundle bound to one preset, one engine library and, per shape, to memory.
 
     Thread-safe: calls of ``denoise`` on one session wait for each other. Sessions of one process
-    share the engines of a bundle and have buffers of their own.
+    share the engines of a bundle and have buffers of their own, for the last ``SHAPES`` shapes.
     """
 
     def __init__(
@@ -162,6 +165,16 @@ class Session:
         sizes = dict(self.bundle.model.sizes, batch=images * (2 if guided else 1))
         with self._lock:
             return self._program(sizes, images).memory
+
+    def launches(self, images: int = 1, guided: bool = True) -> dict[str, Launch]:
+        """Every segment of a request by name, bound, to be timed one by one."""
+        sizes = dict(self.bundle.model.sizes, batch=images * (2 if guided else 1))
+        with self._lock:
+            program = self._program(sizes, images)
+            step = program.run_from(0).launches[0]
+        bound = {program.loop[index].name: launch for index, launch in step}
+        prompts = [s.name for s in self.bundle.segments if s.role == "prompt"]
+        return bound | dict(zip(prompts, program.prompt, strict=True))
 
     def denoise(
         self,
@@ -323,19 +336,24 @@ class Session:
         return LoopGraphs(self._graphs, shape, program.tensors)
 
     def _program(self, sizes: Sizes, images: int) -> Program:
-        """The program of these sizes; bound on first use, kept for the session's life."""
+        """The program of these sizes; bound on first use, kept while among the last ``SHAPES``."""
         key = (*sizes.values(), images)
-        if key not in self._programs:
-            self._programs[key] = Program(
-                self.bundle.model,
-                self.bundle.segments,
-                self._engines,
-                self.preset,
-                self.backend.device,
-                sizes,
-                images,
-                measured=self.drift is not None,
-            )
+        program = self._programs.pop(key, None)
+        while program is None and len(self._programs) >= SHAPES:
+            oldest = next(iter(self._programs))
+            if self._graphs is not None:
+                self._graphs.forget(oldest)
+            del self._programs[oldest]  # before the new one takes its memory
+        self._programs[key] = program or Program(
+            self.bundle.model,
+            self.bundle.segments,
+            self._engines,
+            self.preset,
+            self.backend.device,
+            sizes,
+            images,
+            measured=self.drift is not None,
+        )
         return self._programs[key]
 
     def _start(self, request: Request, image_latents: np.ndarray | None) -> np.ndarray:

@@ -31,6 +31,7 @@ def _app() -> Any:
         check,
         compile,
         demo,
+        estimate,
         evaluate,
         run,
         show,
@@ -50,6 +51,7 @@ def _app() -> Any:
     app.command("build")(build.build)
     app.command("check")(check.check)
     app.command("bench")(bench.bench)
+    app.command("estimate")(estimate.estimate)
     app.command("evaluate")(evaluate.evaluate)
     return app
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from blockcache.runtime import MissingExtraError, Schedule
+
+if TYPE_CHECKING:
+    from blockcache.tools.bench.latency import Row
 
 
 def plot_schedule(schedule: Schedule, paths: Sequence[str], file: Path) -> None:
@@ -47,6 +50,24 @@ def plot_change(
     axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=10, loc="left")
     axes.legend(fontsize=7, ncols=2)
+    _save(figure, file)
+
+
+def plot_latency(rows: Sequence[Row], file: Path, title: str = "") -> None:
+    """Seconds of a call, one bar a contestant, median with its range; cached ones stand out."""
+    figure, axes = _figure(8, 0.32 * len(rows) + 1)
+    places = np.arange(len(rows))
+    medians = np.array([row.seconds.median for row in rows])
+    ranges = np.array([[row.seconds.low, row.seconds.high] for row in rows]).T
+    colors = ["#3a6ea5" if row.kind == "cached" else "#b8c4d0" for row in rows]
+    axes.barh(places, medians, xerr=np.abs(ranges - medians), color=colors, ecolor="#12263f")
+    for place, row in zip(places, rows, strict=True):
+        label = f" {row.speedup.median:.2f}x" if row.speedup else ""
+        axes.annotate(label, (ranges[1][place], place), va="center", fontsize=7)
+    axes.set_yticks(places, [f"{r.engine} {r.kind} {r.preset}" for r in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds a call (median, range)")
+    axes.set_title(title, fontsize=10, loc="left")
     _save(figure, file)
 
 

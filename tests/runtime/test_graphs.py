@@ -57,6 +57,21 @@ def test_the_loop_is_captured_once_and_replayed(log, tensors):
     assert len(player) == 1
 
 
+def test_graphs_of_a_shape_whose_memory_goes_are_dropped(log, tensors):
+    player = GraphPlayer(FakeDevice(log))
+    for first in (0, 1):
+        graphs_of(player, tensors, first).play_loop(range(3), log.append)
+    other = LoopGraphs(player, (4, 16, 16, 7, 2, 0, 1), tensors)
+    other.play_loop(range(3), log.append)
+    assert len(player) == 3
+    player.forget((2, 16, 16, 7, 1))
+    assert len(player) == 1
+    log.clear()
+    graphs_of(player, tensors).play_loop(range(3), log.append)
+    assert log == [0, 1, 2]
+    assert len(player) == 2
+
+
 def test_steps_have_graphs_of_their_own(log, tensors):
     player = GraphPlayer(FakeDevice(log))
     graphs = graphs_of(player, tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +25,7 @@ from blockcache.runtime import (
     engine_ort,
 )
 from blockcache.runtime.device import HostDevice
+from blockcache.runtime.session import SHAPES
 from blockcache.runtime.solver import solver_tables
 
 STEPS = 6
@@ -596,6 +598,77 @@ def test_empty_engines_run_a_whole_request(bundle):
     result = made.denoise(**request(made))
     assert result.latents.shape == (1, 4, 16, 16)
     assert result.record.ran.all()
+
+
+# -- memory of many shapes -------------------------------------------------------------------------
+
+
+class MeteredDevice(HostDevice):
+    """Knows what it handed out and has not got back."""
+
+    def __init__(self):
+        self.held = weakref.WeakValueDictionary()
+        self.allocations = 0
+
+    def allocate(self, count):
+        memory = super().allocate(count)
+        self.held[self.allocations] = memory
+        self.allocations += 1
+        return memory
+
+
+@dataclass
+class MeteredBackend(EmptyBackend):
+    name: str = "metered"
+    device: MeteredDevice = field(default_factory=MeteredDevice)
+
+
+def test_memory_is_held_for_the_last_shapes_only(bundle):
+    made = Session.open(bundle, preset="ddim-4", backend=MeteredBackend())
+
+    def held(*heights):
+        for height in heights:
+            made.denoise(**request(made, noise=made.noise([0], height, 16)))
+        return len(made.backend.device.held)
+
+    one = held(16)
+    assert held(16, 16) == one
+    full = held(*range(20, 20 + 4 * (SHAPES - 1), 4))
+    assert full == SHAPES * one
+    before = made.backend.device.allocations
+    assert held(16) == full  # in use again: not the oldest any more
+    assert made.backend.device.allocations == before
+    assert held(64, 68) == full
+    before = made.backend.device.allocations
+    held(16)
+    assert made.backend.device.allocations == before
+    held(20)  # had to go, comes back
+    assert made.backend.device.allocations > before
+
+
+def test_the_loop_asks_its_device_for_nothing(bundle):
+    """No tensor is made between the first step and the last: counted at the device."""
+    backend = MeteredBackend()
+    made = Session.open(bundle, preset="dpm-20", backend=backend)
+    made.denoise(**request(made))  # binds
+    counts = []
+    made.denoise(**request(made), callback=lambda p: counts.append(backend.device.allocations))
+    assert counts == [counts[0]] * 20
+    assert counts[0] == backend.device.allocations
+
+
+def test_launches_are_those_of_a_request(session):
+    launches = session.launches()
+    roles = {"prompt", "trunk", "block"}
+    assert set(launches) == {s.name for s in session.bundle.segments if s.role in roles}
+    session.denoise(**request(session))
+    (program,) = [p for key, p in session._programs.items() if key[0] == 2 and key[1] == 16]
+    output = program.tensors["block_0"].array
+    expected = output.copy()
+    output[...] = 0
+    launches["block_00"]()
+    assert output.any()
+    assert output.shape == expected.shape
 
 
 # -- backends --------------------------------------------------------------------------------------

@@ -1,233 +1,274 @@
-"""Latency of a bundle: whole model, split, cached; as ratios measured in one run.
+"""Latency of a bundle beside everything that its user could run instead, in one run.
 
-The contestants take turns (A B C A B C ...), so that a noisy machine disturbs all alike; a ratio is
-the median of the ratios of each round. The whole model runs in the same engine library and in the
-same loop: it is one segment of trunk without blocks.
+Figures are medians over rounds in which all take turns; a ratio is the median of the ratios of each
+round. Speed-ups are over the uncut model on the same engine at the steps that a preset replaces;
+for other projects' caches, over PyTorch.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import platform
+import functools
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from blockcache.runtime import (
-    Alignment,
-    Bundle,
-    ConfigError,
-    EmptyBackend,
-    Preset,
-    RunRecord,
-    Schedule,
-    Session,
-)
+from blockcache.export.timings import Timings
+from blockcache.runtime import Bundle, ConfigError, Preset, RunRecord
+from blockcache.runtime.engine import make_backend
+from blockcache.tools.bench.contestants import Contestant, Lineup, Observer, take_turns
+from blockcache.tools.bench.machine import Steadiness, cpu_name, machine_facts, nvidia_smi
+from blockcache.tools.bench.sessions import base_presets, bundle_contestants, host_cost_us
+from blockcache.tools.bench.spread import Spread
 
-WHOLE, SPLIT, CACHED = "whole", "split", "cached"
+RUNTIME_ENGINES = ("ort", "ort-cuda", "ort-tensorrt", "trt")
+PEER_ENGINES = ("torch", "torch-compile", "deepcache", "diffusers-pab")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What to time, and how often."""
+
+    presets: tuple[str, ...] = ()  # of the bundle; () for all
+    engines: tuple[str, ...] = ()  # of RUNTIME_ENGINES and PEER_ENGINES; () for all there are
+    model: str = ""  # where the peers get their U-Net: "demo", a folder, a hub id; "" for none
+    images: int = 1  # in one call
+    rounds: int = 7  # timed, after one to warm up
+    threads: int | None = None  # of the CPU engines
+
+    def __post_init__(self) -> None:
+        unknown = set(self.engines) - {*RUNTIME_ENGINES, *PEER_ENGINES}
+        if unknown:
+            raise ConfigError(
+                f"Expected engines of {[*RUNTIME_ENGINES, *PEER_ENGINES]}, got {sorted(unknown)}."
+            )
+        if self.images < 1 or self.rounds < 1:
+            raise ConfigError(f"Expected 1 image and 1 round or more, got {self}.")
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median and range of a figure over the rounds."""
+class Row:
+    """One contestant's figures: a line of the paper's Table 1, and what it takes to get there."""
 
-    median: float
-    low: float
-    high: float
+    engine: str
+    kind: str
+    preset: str
+    base: str
+    steps: int
+    computed_fraction: float
+    seconds: Spread  # one call
+    images_per_s: float
+    speedup: Spread | None  # over the uncut model; None where that did not run
+    open_s: float
+    first_s: float
+    memory: Mapping[str, int]  # bytes by use
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Median, minimum and maximum."""
-        return cls(statistics.median(values), min(values), max(values))
 
-    def __str__(self) -> str:
-        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
+@dataclass(frozen=True)
+class Promise:
+    """One ratio that DESIGN promises, or that was asked for."""
+
+    engine: str
+    name: str  # "split / whole", "cached / segments it ran", "split / split @folder"
+    preset: str
+    ratio: Spread
+    goal: float | None
 
 
 @dataclass(frozen=True)
 class LatencyReport:
-    """Result of ``measure_latency``; seconds for one call of ``denoise``."""
+    """Result of ``measure_latency``."""
 
-    preset: str
+    model: str
+    sizes: Mapping[str, int]
     images: int
     rounds: int
-    seconds: dict[str, Spread]  # by contestant: whole, split, cached
-    split_over_whole: Spread
-    cached_over_ran: Spread  # wall time over the sum of the segments that the schedule runs
-    speedup: Spread  # split over cached
-    computed_fraction: float
+    rows: tuple[Row, ...]
+    promises: tuple[Promise, ...]
+    timings: Mapping[str, Timings]  # by engine: median of every segment
     host_us_per_launch: float  # on engines that do nothing
-    machine: dict[str, str]
+    absent: Mapping[str, str]  # who did not run, and why
+    machine: Mapping[str, str]
+    steadiness: Mapping[str, str] = field(default_factory=dict)
 
 
 def measure_latency(
     bundle: Bundle,
-    preset: str,
-    *,
-    images: int = 1,
-    rounds: int = 7,
-    threads: int | None = None,
-    backend: str = "auto",
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    options: BenchOptions,
+    observer: Observer = lambda stage, done, total: None,
+    against: Bundle | None = None,
 ) -> LatencyReport:
-    """Time whole, split and cached denoising on random conditions, interleaved.
+    """Time a bundle's presets, the uncut model and the peers on random prompts, interleaved.
 
     Args:
-        bundle: as compiled, with its ``whole`` segment.
-        preset: a cached preset; split and whole run the same steps uncached.
-        images: batch of one call, before guidance doubles it.
-        rounds: timed rounds, after one to warm up.
-        threads: CPU threads of the engine library.
-        backend: as for ``Session.open``.
-        progress: observer.
+        bundle: as compiled.
+        options: what to time.
+        observer: progress.
+        against: another bundle of the model with presets of the same names, compiled in another
+            way; its engines carry its folder's name.
+
+    Raises:
+        ConfigError: none of the wanted engines is there; the message has the reasons.
+        UnknownPresetError: a preset that the bundle does not have.
     """
-    chosen = bundle.preset(preset)
-    sessions = {
-        WHOLE: _open(whole_bundle(bundle), _whole_preset(chosen), backend, threads),
-        SPLIT: _open(bundle, uncached(chosen), backend, threads),
-        CACHED: _open(bundle, chosen, backend, threads),
+    presets = [bundle.preset(name) for name in options.presets or bundle.preset_names]
+    lineup = assemble(bundle, presets, options)
+    if against is not None:
+        same = [against.preset(preset.name) for preset in presets]
+        admit_bundle(lineup, against, same, options, f" @{against.folder.name}")
+    if not lineup.contestants:
+        reasons = "; ".join(f"{who}: {why}" for who, why in lineup.absent.items())
+        raise ConfigError(f"Expected at least one engine to time, there is none. {reasons}")
+    steadiness = Steadiness()
+    take_turns(lineup.contestants, options.rounds, steadiness.sample, observer)
+    steadiness.sample()
+    timings = {
+        made.engine: _timings(made)
+        for made in lineup.contestants
+        if made.kind == "split" and made.session is not None
     }
-    seconds: dict[str, list[float]] = {name: [] for name in sessions}
-    records: dict[str, list[RunRecord]] = {name: [] for name in sessions}
-    for turn in range(rounds + 1):
-        progress("bench", turn, rounds + 1)
-        for name, session in sessions.items():
-            begin = time.perf_counter()
-            record = _denoise(session, bundle, images)
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-                records[name].append(record)
-    progress("bench", rounds + 1, rounds + 1)
     return LatencyReport(
-        preset=preset,
-        images=images,
-        rounds=rounds,
-        seconds={name: Spread.of(values) for name, values in seconds.items()},
-        split_over_whole=_ratio(seconds[SPLIT], seconds[WHOLE]),
-        cached_over_ran=_ratio(
-            [record.total_ns / 1e9 for record in records[CACHED]],
-            [
-                _expected_seconds(full, part)
-                for full, part in zip(records[SPLIT], records[CACHED], strict=True)
-            ],
-        ),
-        speedup=_ratio(seconds[SPLIT], seconds[CACHED]),
-        computed_fraction=records[CACHED][0].computed_fraction,
-        host_us_per_launch=host_cost_us(bundle, preset),
+        model=bundle.model.name,
+        sizes=bundle.model.sizes,
+        images=options.images,
+        rounds=options.rounds,
+        rows=tuple(_row(made, lineup.contestants) for made in lineup.contestants),
+        promises=tuple(_promises(lineup.contestants, timings)),
+        timings=timings,
+        host_us_per_launch=host_cost_us(bundle, presets[0], options.images),
+        absent=lineup.absent,
         machine=machine_facts(),
+        steadiness=steadiness.notes(),
     )
 
 
-def whole_bundle(bundle: Bundle) -> Bundle:
-    """The bundle as if it held the uncut model only: one trunk segment and no block."""
-    uncut = [segment for segment in bundle.segments if segment.role == "whole"]
-    if not uncut:
-        raise ConfigError("This bundle holds no whole model to compare with. Compile it again.")
-    model = dataclasses.replace(bundle.model, blocks=(), outputs=1)
-    manifest = dataclasses.replace(
-        bundle.manifest, model=model, segments=(dataclasses.replace(uncut[0], role="trunk"),)
-    )
-    return Bundle(bundle.folder, manifest)
+def assemble(bundle: Bundle, presets: Sequence[Preset], options: BenchOptions) -> Lineup:
+    """Open everything that is to be timed and can be."""
+    lineup = Lineup()
+    admit_bundle(lineup, bundle, presets, options)
+    peers = [engine for engine in PEER_ENGINES if engine in (options.engines or PEER_ENGINES)]
+    if peers and not options.model:
+        lineup.absent[", ".join(peers)] = "no PyTorch model given (--model)"
+    elif peers:
+        from blockcache.tools.bench.torch_loop import open_loop, torch_contestants
+
+        loop = open_loop(options.model, bundle.model.precision, options.images, options.threads)
+        bases = base_presets(presets)
+        for engine in peers:
+            lineup.admit(engine, functools.partial(torch_contestants, loop, engine, bases))
+    return lineup
 
 
-def uncached(preset: Preset) -> Preset:
-    """The preset with every block recomputed at every step."""
-    channels = tuple(table.shape[2] for table in preset.alignment.tables)
-    steps, blocks = preset.schedule.steps, preset.schedule.blocks
-    return dataclasses.replace(
-        preset,
-        schedule=Schedule.uncached(steps, blocks),
-        alignment=Alignment.identity(steps, channels, preset.alignment.outputs),
-    )
+def admit_bundle(
+    lineup: Lineup,
+    bundle: Bundle,
+    presets: Sequence[Preset],
+    options: BenchOptions,
+    label: str = "",
+) -> None:
+    """Add a bundle's contestants on every engine of the runtime; ``label`` ends their names."""
+    for engine in RUNTIME_ENGINES:
+        if engine in (options.engines or RUNTIME_ENGINES):
+
+            def contestants(engine: str = engine) -> Iterator[Contestant]:
+                backend = make_backend(engine, threads=options.threads)
+                name, images = engine + label, options.images
+                return bundle_contestants(bundle, presets, backend, name, images)
+
+            lineup.admit(engine + label, contestants)
 
 
-def host_cost_us(bundle: Bundle, preset: str, images: int = 1, repeats: int = 9) -> float:
-    """Host time per step and segment on engines that do nothing, in microseconds (median)."""
-    session = Session.open(bundle, preset=preset, backend=EmptyBackend(), verify=False)
-    segments = [s for s in bundle.segments if s.role in ("trunk", "block", "condition")]
-    costs = []
-    for _ in range(repeats):
-        record = _denoise(session, bundle, images)
-        costs.append(record.total_ns / 1e3 / (len(record.steps) * len(segments)))
-    return statistics.median(costs)
-
-
-def machine_facts() -> dict[str, str]:
-    """What a reader needs to place the figures."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        model = f"{names[0]} x {len(names)}" if names else model
-    except OSError:
-        pass
-    return {
-        "cpu": model,
-        "python": platform.python_version(),
-        "numpy": version("numpy"),
-        "onnxruntime": version("onnxruntime"),
-    }
-
-
-def _whole_preset(preset: Preset) -> Preset:
-    """The preset for ``whole_bundle``: the model reads the timestep itself."""
-    from blockcache.runtime import SolverConfig
-    from blockcache.runtime.solver import solver_tables
-
-    timesteps = solver_tables(SolverConfig.from_json(preset.solver)).timesteps
-    return dataclasses.replace(
-        preset,
-        schedule=Schedule.uncached(preset.schedule.steps, 1),
-        alignment=Alignment.identity(preset.schedule.steps, (1,)),
-        time_tables={"timestep": timesteps[:, None]},
+def _row(made: Contestant, everyone: Sequence[Contestant]) -> Row:
+    engine = "torch" if made.engine in PEER_ENGINES else made.engine
+    whole = [o for o in everyone if (o.engine, o.kind, o.base) == (engine, "whole", made.base)]
+    return Row(
+        engine=made.engine,
+        kind=made.kind,
+        preset=made.preset,
+        base=made.base,
+        steps=made.steps,
+        computed_fraction=made.computed_fraction,
+        seconds=Spread.of(made.seconds),
+        images_per_s=made.images / statistics.median(made.seconds),
+        speedup=Spread.of_ratio(whole[0].seconds, made.seconds) if whole else None,
+        open_s=made.open_s,
+        first_s=made.first_s,
+        memory=made.memory,
     )
 
 
-def _open(bundle: Bundle, preset: Preset, backend: str, threads: int | None) -> Session:
-    from blockcache.runtime.engine import make_backend
-
-    return Session(bundle, preset, make_backend(backend, threads=threads))
-
-
-def _denoise(session: Session, bundle: Bundle, images: int) -> RunRecord:
-    """One call on random conditions of the model's default sizes."""
-    rng = np.random.default_rng(0)
-    sizes = dict(bundle.model.sizes, batch=images)
-
-    def conditions() -> dict[str, np.ndarray]:
-        made = {}
-        for spec in bundle.model.conditions:
-            shape = spec.shape(sizes)
-            whole = spec.dtype == "int64"
-            made[spec.name] = (
-                np.zeros(shape, np.int64)
-                if whole
-                else rng.standard_normal(shape).astype(np.float32)
-            )
-        return made
-
-    positive, negative = conditions(), conditions()
-    result = session.denoise(
-        session.noise(range(images)),
-        positive.pop("encoder_hidden_states"),
-        negative.pop("encoder_hidden_states"),
-        conditions=positive,
-        negative_conditions=negative,
-        guidance_scale=session.preset.guidance_scale if session.preset.guidance_scale != 1 else 5.0,
-    )
-    return result.record
+def _promises(everyone: Sequence[Contestant], timings: Mapping[str, Timings]) -> list[Promise]:
+    """Split is free, caching pays what it should; and how another bundle's split compares."""
+    found = []
+    by_key = {(o.engine, o.kind, o.base): o for o in everyone if o.kind != "cached"}
+    for made in everyone:
+        split = by_key.get((made.engine, "split", made.base))
+        whole = by_key.get((made.engine, "whole", made.base))
+        if split is None or whole is None:
+            continue
+        if made is split:
+            ratio = Spread.of_ratio(split.seconds, whole.seconds)
+            found.append(Promise(made.engine, "split / whole", made.base, ratio, 1.02))
+            engine, _, folder = made.engine.partition(" @")
+            mine = by_key.get((engine, "split", made.base))
+            if folder and mine is not None:
+                ratio = Spread.of_ratio(mine.seconds, made.seconds)
+                found.append(Promise(engine, f"split / split @{folder}", made.base, ratio, None))
+        if made.kind == "cached":
+            ran = _ran_seconds(split.records, made.records, timings[made.engine])
+            ratio = Spread.of_ratio([record.total_ns / 1e9 for record in made.records], ran)
+            found.append(Promise(made.engine, "cached / segments it ran", made.preset, ratio, 1.03))
+    return found
 
 
-def _expected_seconds(full: RunRecord, part: RunRecord) -> float:
-    """Sum over the segments that ``part`` ran of their mean time in the uncached run."""
-    mean_ns = full.segment_ns.sum(axis=0) / full.ran.sum(axis=0)
-    return float((part.ran * mean_ns).sum() / 1e9)
+def _ran_seconds(
+    split: Sequence[RunRecord], cached: Sequence[RunRecord], timings: Timings
+) -> list[float]:
+    """Per round, the sum over the launches of a cached run of their time in the split run."""
+    sums = []
+    for full, part in zip(split, cached, strict=True):
+        mean_ns = full.segment_ns.sum(axis=0) / np.maximum(full.ran.sum(axis=0), 1)
+        if not mean_ns.any():  # replayed as CUDA graphs: nothing was timed one by one
+            mean_ns = np.array([timings.segment_ms[s.name] * 1e6 for s in part.segments])
+        sums.append(float((part.ran * mean_ns).sum() / 1e9))
+    return sums
 
 
-def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-    return Spread.of([a / b for a, b in zip(numerators, denominators, strict=True)])
+def _timings(split: Contestant) -> Timings:
+    """Median time of every segment: on the host's clock in the rounds, on a GPU by its own."""
+    session = split.session
+    assert session is not None
+    bundle, device = session.bundle, session.backend.device
+    record = split.records[0]
+    sizes = dict(bundle.model.sizes, batch=2 * split.images)
+    time_ms: Callable[[Callable[[], None]], float] | None = getattr(device, "time_ms", None)
+    if time_ms is not None:
+        medians = _device_ms(session.launches(split.images), device, time_ms)
+        return Timings(split.engine, nvidia_smi(("name",)).get("name", device.name), sizes, medians)
+    runs = np.concatenate([r.segment_ns[r.steps.start :] for r in split.records]) / 1e6
+    medians = {s.name: float(ms) for s, ms in zip(record.segments, np.median(runs, 0), strict=True)}
+    if any(segment.role == "prompt" for segment in bundle.segments):
+        medians["prompt"] = statistics.median(r.prompt_ns for r in split.records) / 1e6
+    return Timings(split.engine, cpu_name(), sizes, medians)
+
+
+def _device_ms(
+    launches: Mapping[str, Callable[[], None]],
+    device: object,
+    time_ms: Callable[[Callable[[], None]], float],
+    repeats: int = 15,
+) -> dict[str, float]:
+    """GPU time of single launches, each captured in a graph so that the host is not timed.
+
+    They run in the order of a step, so that each finds its weights as cold as in the loop.
+    """
+    capture = getattr(device, "capture", lambda enqueue: enqueue)
+    replays = {name: capture(launch) for name, launch in launches.items()}
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    for turn in range(repeats + 2):
+        for name, replay in replays.items():
+            ms = time_ms(replay)
+            if turn > 1:
+                times[name].append(ms)
+    return {name: statistics.median(values) for name, values in times.items()}

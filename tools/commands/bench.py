@@ -1,20 +1,13 @@
-"""``blockcache bench``: whole model, split and cached, as ratios of one run."""
+"""``blockcache bench``: a bundle beside everything that its user could run instead."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockcache.tools.commands.options import (
-    AsJson,
-    BackendName,
-    BundleFolder,
-    PresetName,
-    Threads,
-)
+from blockcache.tools.commands.options import AsJson, BundleFolder, Threads
 
 if TYPE_CHECKING:
     from blockcache.tools.bench.latency import LatencyReport
@@ -22,53 +15,73 @@ if TYPE_CHECKING:
 
 def bench(
     bundle: BundleFolder,
-    preset: PresetName = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="A preset, repeatable; default all.")
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="ort, ort-cuda, ort-tensorrt, trt, torch, torch-compile, deepcache, "
+            "diffusers-pab; repeatable; default all that are there."
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Its source (demo, sd15, folder, hub id), for the torch ones.")
+    ] = "",
     images: Annotated[int, typer.Option(help="Images in one call.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.")] = 7,
-    backend: BackendName = "auto",
     threads: Threads = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another bundle of the model, with the same presets.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.md, report.json and latency.svg.")
+    ] = None,
+    timings: Annotated[
+        Path | None,
+        typer.Option(help="Write the segments' times of the first engine, for the scheduler."),
+    ] = None,
+    history: Annotated[
+        Path | None, typer.Option(help="Append the main figures to a file over commits.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time a bundle: the whole ONNX model, the split one uncached, and the cached preset.
+    """Time a bundle: uncut, split, every preset, and other ways to run the same model.
 
-    The three take turns on random prompts; printed are medians over the rounds with their range,
-    and the ratios that the project promises.
+    All take turns on random prompts, so that a busy machine disturbs all alike.
+
+    Example: blockcache bench demo-out/bundle --model demo --out bench-out
     """
     from blockcache.runtime import Bundle
-    from blockcache.tools.bench.latency import measure_latency
-    from blockcache.tools.commands.show import default_preset
+    from blockcache.tools.bench.latency import BenchOptions, measure_latency
+    from blockcache.tools.bench.report import report_json, report_text
     from blockcache.tools.progress import StageProgress
 
-    opened = Bundle.open(bundle)
+    options = BenchOptions(
+        presets=tuple(preset or ()),
+        engines=tuple(engine or ()),
+        model=model,
+        images=images,
+        rounds=rounds,
+        threads=threads,
+    )
+    other = Bundle.open(against) if against is not None else None
     with StageProgress(quiet=as_json) as progress:
-        report = measure_latency(
-            opened,
-            preset or default_preset(opened),
-            images=images,
-            rounds=rounds,
-            threads=threads,
-            backend=backend,
-            progress=progress,
-        )
-    print(json.dumps(asdict(report), indent=1) if as_json else report_text(report))
+        report = measure_latency(Bundle.open(bundle), options, progress, other)
+    _write(report, out, timings, history)
+    print(report_json(report) if as_json else report_text(report))
 
 
-def report_text(report: LatencyReport) -> str:
-    """The report as Markdown."""
-    lines = [
-        f"{report.preset}, {report.images} image(s), {report.rounds} rounds; "
-        f"{report.machine['cpu']}, onnxruntime {report.machine['onnxruntime']}",
-        "",
-        "| | seconds, median (range) |",
-        "|---|---|",
-        *(f"| {name} | {spread} |" for name, spread in report.seconds.items()),
-        "",
-        "| ratio | median (range) | goal |",
-        "|---|---|---|",
-        f"| split / whole | {report.split_over_whole} | <= 1.02 |",
-        f"| cached / segments it ran | {report.cached_over_ran} | <= 1.03 |",
-        f"| speed-up, split / cached | {report.speedup} | |",
-        f"| blocks computed | {report.computed_fraction:.3f} | |",
-        f"| host time per step and segment | {report.host_us_per_launch:.2f} us | <= 3 us |",
-    ]
-    return "\n".join(lines)
+def _write(
+    report: LatencyReport, out: Path | None, timings: Path | None, history: Path | None
+) -> None:
+    """The files that were asked for."""
+    from blockcache.export.timings import write_timings
+    from blockcache.tools.bench.report import append_history, write_report
+
+    if out is not None:
+        write_report(report, out)
+    if timings is not None and report.timings:
+        write_timings(timings, next(iter(report.timings.values())))
+    if history is not None:
+        append_history(history, report)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blockcache.runtime import Bundle, Preset
-from blockcache.tools.bench.latency import uncached
+from blockcache.tools.bench.sessions import uncached
 
 UNCACHED, FEWER = "uncached", "fewer steps"
 PLAIN = "none"

@@ -11,7 +11,7 @@ import numpy as np
 
 from blockcache.runtime import Bundle
 from blockcache.runtime.bundle import write_text
-from blockcache.tools.bench.latency import machine_facts
+from blockcache.tools.bench.machine import machine_facts
 from blockcache.tools.evaluation import figures, timing
 from blockcache.tools.evaluation.contest import Entrant, Group, make_groups
 from blockcache.tools.evaluation.markdown import markdown

@@ -1,0 +1,353 @@
+"""The benchmark: who takes part, what is compared with what, and that all compute the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("diffusers")
+
+from blockcache.runtime import (
+    Bundle,
+    ConfigError,
+    EmptyBackend,
+    MissingExtraError,
+    Preset,
+    Schedule,
+    Session,
+    SolverConfig,
+    UnknownPresetError,
+)
+from blockcache.runtime.solver import solver_tables
+from blockcache.tools.bench import machine, torch_loop
+from blockcache.tools.bench.contestants import Contestant, Lineup, take_turns
+from blockcache.tools.bench.latency import BenchOptions, _device_ms, measure_latency
+from blockcache.tools.bench.report import append_history, report_text
+from blockcache.tools.bench.sessions import (
+    base_of,
+    base_presets,
+    bundle_contestants,
+    host_cost_us,
+    whole_bundle,
+    whole_preset,
+)
+from blockcache.tools.bench.spread import Spread
+
+
+@pytest.fixture(scope="module")
+def bundle(compiled):
+    return compiled("sd")[1]
+
+
+def preset_of(bundle, solver, steps, reuse=False):
+    """A preset of made-up steps, with half the blocks reused where asked for."""
+    found = bundle.preset("ddim-4" if solver == "ddim" else "dpm-20")
+    table = np.ones((steps, found.schedule.blocks), bool)
+    if reuse:
+        table[1:, ::2] = False
+    return dataclasses.replace(
+        found,
+        name=f"{solver}-{steps}{'-cached' if reuse else ''}",
+        solver={**found.solver, "steps": steps},
+        schedule=Schedule(table),
+        alignment=dataclasses.replace(
+            found.alignment,
+            tables=tuple(table[np.arange(steps) % 4] for table in found.alignment.tables),
+        ),
+        time_tables={k: v[np.arange(steps) % 4] for k, v in found.time_tables.items()},
+    )
+
+
+class MadeBundle(Bundle):
+    """A bundle with made-up presets."""
+
+    def __init__(self, bundle, *presets):
+        super().__init__(bundle.folder, bundle.manifest)
+        object.__setattr__(self, "made", {preset.name: preset for preset in presets})
+
+    @property
+    def preset_names(self):
+        return tuple(self.made)
+
+    def preset(self, name):
+        if name not in self.made:
+            raise UnknownPresetError(f"Expected a preset of {list(self.made)}, got {name!r}.")
+        return self.made[name]
+
+
+@pytest.fixture(scope="module")
+def made(bundle):
+    """Cached at 5 and 8 steps; uncached at 3, 5, 6 and, with another solver, 4."""
+    return MadeBundle(
+        bundle,
+        preset_of(bundle, "ddim", 5, reuse=True),
+        preset_of(bundle, "ddim", 8, reuse=True),
+        *(preset_of(bundle, "ddim", steps) for steps in (3, 5, 6)),
+        preset_of(bundle, "dpm", 4),
+    )
+
+
+# -- who takes part --------------------------------------------------------------------------------
+
+
+def test_a_preset_is_compared_with_the_next_larger_uncached_run(made):
+    presets = [made.preset(name) for name in made.preset_names]
+    bases = base_presets(presets)
+    assert [base.schedule.steps for base in bases] == [5, 8]
+    assert [base_of(preset, bases).schedule.steps for preset in presets] == [5, 8, 5, 5, 8, 5]
+
+
+def test_without_a_cached_preset_every_one_is_a_base(bundle):
+    presets = [preset_of(bundle, "ddim", steps) for steps in (3, 5)]
+    assert base_presets(presets) == presets
+
+
+def test_whole_and_split_run_once_for_each_base(made):
+    presets = [made.preset(name) for name in made.preset_names]
+    lineup = list(bundle_contestants(made, presets, EmptyBackend(), "empty", 1))
+    assert [(c.kind, c.base, c.steps) for c in lineup] == [
+        ("whole", "ddim-5", 5),
+        ("split", "ddim-5", 5),
+        ("whole", "ddim-8", 8),
+        ("split", "ddim-8", 8),
+        ("cached", "ddim-5", 5),
+        ("cached", "ddim-8", 8),
+        ("fewer steps", "ddim-5", 3),
+        ("fewer steps", "ddim-8", 6),
+        ("fewer steps", "ddim-5", 4),
+    ]
+    for contestant in lineup:
+        assert (contestant.computed_fraction < 1) == (contestant.kind == "cached")
+        assert contestant.memory["weights"] > 0
+        assert (contestant.memory["blocks"] > 0) == (contestant.kind in ("split", "cached"))
+
+
+def contestant(name, log=None, seconds=()):
+    return Contestant(
+        engine=name, kind="whole", preset="p", base="b", steps=1, images=1,
+        run=lambda: log.append(name), seconds=list(seconds),
+    )  # fmt: skip
+
+
+def test_contestants_take_turns_and_the_first_round_is_not_timed():
+    log = []
+    lineup = [contestant(name, log) for name in "abc"]
+    take_turns(lineup, 2, between=lambda: log.append("|"))
+    assert "".join(log) == "|abc|abc|abc"
+    assert [len(each.seconds) for each in lineup] == [2, 2, 2]
+
+
+def test_who_cannot_run_is_absent_with_the_reason():
+    def missing():
+        yield contestant("here", [])
+        raise MissingExtraError.of("onnxruntime-gpu", "gpu", "This")
+
+    lineup = Lineup()
+    lineup.admit("gpu", missing)
+    assert [each.engine for each in lineup.contestants] == ["here"]
+    assert lineup.absent["gpu"].startswith("This needs the package onnxruntime-gpu")
+
+
+def test_a_ratio_is_taken_within_each_round():
+    assert Spread.of_ratio([2, 30, 4], [1, 10, 4]) == Spread(2.0, 1.0, 3.0)
+    assert str(Spread(2.0, 1.0, 3.0)) == "2 (1 to 3)"
+
+
+# -- all compute the same --------------------------------------------------------------------------
+
+
+def test_the_whole_model_runs_in_the_same_loop_and_agrees(bundle, compiled, conditions_of):
+    model, _ = compiled("sd")
+    split = Session.open(bundle, preset="ddim-4", verify=False)
+    whole = Session(whole_bundle(bundle), whole_preset(split.preset), split.backend)
+    embeddings = [conditions_of(model, 1, seed)["encoder_hidden_states"] for seed in (0, 1)]
+    ours = split.denoise(split.noise([0]), *embeddings, guidance_scale=2.0).latents
+    theirs = whole.denoise(whole.noise([0]), *embeddings, guidance_scale=2.0).latents
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+@pytest.fixture(scope="module")
+def loop(compiled):
+    return torch_loop.TorchLoop(compiled("sd")[0], "float32", 1)
+
+
+def test_the_torch_loop_computes_what_the_runtime_does(bundle, loop):
+    session = Session.open(bundle, preset="dpm-20", verify=False)
+    negative, positive = loop.conditions[0].numpy()[:1], loop.conditions[0].numpy()[1:]
+    noise = loop.noise.numpy()
+    ours = session.denoise(noise, positive, negative, guidance_scale=torch_loop.GUIDANCE).latents
+    tables = solver_tables(SolverConfig.from_json(session.preset.solver))
+    theirs = loop.denoise(loop.evaluate, tables).numpy()
+    assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("engine", ["deepcache", "diffusers-pab"])
+def test_a_peer_changes_the_result_and_leaves_the_model_as_it_was(bundle, loop, engine):
+    if engine == "deepcache":
+        pytest.importorskip("DeepCache")
+    preset: Preset = bundle.preset("ddim-4")
+    tables = solver_tables(SolverConfig.from_json(preset.solver))
+    results = []
+    plain = loop.denoise(loop.evaluate, tables)
+    made = torch_loop.TORCH_ENGINES[engine](loop, preset)
+    original = loop.denoise
+    try:
+        loop.denoise = lambda *arguments: results.append(original(*arguments))
+        made.run()
+        made.run()
+    finally:
+        del loop.denoise
+    first, second = results
+    assert not (first == plain).all()
+    assert (first == second).all()  # nothing is left over from one image to the next
+    assert (loop.denoise(loop.evaluate, tables) == plain).all()
+
+
+def test_a_missing_peer_is_named_with_the_pip_command(bundle, loop, monkeypatch):
+    monkeypatch.setitem(sys.modules, "DeepCache", None)
+    with pytest.raises(MissingExtraError, match="pip install DeepCache"):
+        torch_loop.TORCH_ENGINES["deepcache"](loop, bundle.preset("ddim-4"))
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(made):
+    options = BenchOptions(engines=("ort", "torch", "trt"), rounds=2, threads=1)
+    return measure_latency(made, options)
+
+
+def test_the_report_has_every_figure(made, report):
+    assert len(report.rows) == 9
+    assert {row.engine for row in report.rows} == {"ort"}
+    by_name = {(row.kind, row.preset): row for row in report.rows}
+    whole = by_name["whole", "ddim-5-cached"]
+    assert whole.speedup == Spread(1.0, 1.0, 1.0)
+    fewer = by_name["fewer steps", "ddim-3"]
+    assert fewer.images_per_s == pytest.approx(1 / fewer.seconds.median)
+    assert [(p.name, p.preset) for p in report.promises] == [
+        ("split / whole", "ddim-5"),
+        ("split / whole", "ddim-8"),
+        ("cached / segments it ran", "ddim-5-cached"),
+        ("cached / segments it ran", "ddim-8-cached"),
+    ]
+    assert all(p.ratio.low > 0 for p in report.promises)
+    loop_names = {s.name for s in made.segments if s.role in ("prompt", "trunk", "block")}
+    assert report.timings["ort"].segment_ms.keys() == loop_names
+    assert report.absent["torch"] == "no PyTorch model given (--model)"
+    assert "trt" in report.absent
+    assert report.machine["cpu"]
+
+
+def test_another_bundle_takes_its_turns_beside(made, tmp_path):
+    folder = tmp_path / "other"
+    folder.symlink_to(made.folder)
+    other = MadeBundle(made, *made.made.values())
+    object.__setattr__(other, "folder", folder)
+    options = BenchOptions(engines=("ort",), presets=("ddim-5-cached",), rounds=1, threads=1)
+    report = measure_latency(made, options, against=other)
+    lines = [(row.engine, row.kind) for row in report.rows]
+    kinds = ("whole", "split", "cached")
+    assert lines == [(engine, kind) for engine in ("ort", "ort @other") for kind in kinds]
+    (ratio,) = [p for p in report.promises if p.name == "split / split @other"]
+    assert ratio.goal is None
+    assert report.timings.keys() == {"ort", "ort @other"}
+
+
+def test_the_report_reads_as_markdown(report):
+    text = report_text(report)
+    assert "| ort cached ddim-5-cached | 5 |" in text
+    assert "| split / whole, ort ddim-5 |" in text
+    assert "- not run: torch: no PyTorch model given (--model)" in text
+    tables = [part for part in text.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 4
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_the_history_grows_by_a_line_a_run(report, tmp_path):
+    file = tmp_path / "results" / "history.jsonl"
+    append_history(file, report)
+    append_history(file, report)
+    first, second = (json.loads(line) for line in file.read_text().splitlines())
+    assert first == second
+    assert set(first["promises"]) == {f"{p.name}, {p.engine} {p.preset}" for p in report.promises}
+
+
+def test_nothing_to_time_is_an_error_with_the_reasons(made):
+    with pytest.raises(
+        ConfigError, match=r"at least one engine to time, there is none\. torch: no"
+    ):
+        measure_latency(made, BenchOptions(engines=("torch",)))
+
+
+def test_an_unknown_engine_or_preset_is_refused(made):
+    with pytest.raises(ConfigError, match=r"Expected engines of \['ort', .*got \['tvm'\]"):
+        BenchOptions(engines=("tvm",))
+    with pytest.raises(ConfigError, match="Expected 1 image and 1 round or more"):
+        BenchOptions(rounds=0)
+    options = BenchOptions(presets=("nothing",), engines=("ort",))
+    with pytest.raises(UnknownPresetError, match="got 'nothing'"):
+        measure_latency(made, options)
+
+
+def test_the_host_cost_counts_launches_of_the_loop(bundle):
+    assert 0 < host_cost_us(bundle, bundle.preset("ddim-4"), repeats=1) < 1e6
+
+
+def test_a_gpu_times_each_segment_alone_in_the_order_of_a_step():
+    """By a made-up device: every launch is captured once and replayed in turn."""
+    log = []
+
+    class Device:
+        def capture(self, enqueue):
+            log.append("capture")
+            return enqueue
+
+    launches = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
+
+    def time_ms(replay):
+        replay()
+        return 1.0 if log[-1] == "a" else 2.0
+
+    assert _device_ms(launches, Device(), time_ms, repeats=1) == {"a": 1.0, "b": 2.0}
+    assert log == ["capture", "capture", *"ababab"]
+
+
+# -- the machine -----------------------------------------------------------------------------------
+
+
+def test_clocks_and_throttling_are_noted(monkeypatch):
+    answers = iter(
+        [
+            "1410 MHz, 1593 MHz, 1410 MHz, 60, 250 W, 0x0",
+            "900 MHz, 1593 MHz, 1410 MHz, 84, 400 W, 0x8",
+        ]
+    )
+
+    def nvidia_smi(command, **_):
+        return types.SimpleNamespace(returncode=0, stdout=next(answers) + "\n")
+
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    monkeypatch.setattr(machine.subprocess, "run", nvidia_smi)
+    steadiness = machine.Steadiness()
+    steadiness.sample()
+    steadiness.sample()
+    notes = steadiness.notes()
+    assert notes["clocks.sm"] == "900 MHz to 1410 MHz"
+    assert notes["temperature.gpu"] == "60 to 84"
+    assert notes["clocks_event_reasons.active"] == "0x0 0x8"
+
+
+def test_a_machine_without_a_gpu_has_no_clocks(monkeypatch):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    assert machine.nvidia_smi(("name",)) == {}
+    assert "name" not in machine.machine_facts()

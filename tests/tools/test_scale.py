@@ -1,0 +1,58 @@
+"""The scale run on a tiny config: stages, figures, and the check against PyTorch."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("diffusers")
+
+from blockcache.runtime import Bundle
+from blockcache.tools.bench import full_size, scale
+from blockcache.tools.bench.scale import StageMeter, made_up
+
+
+def test_a_scale_run_meters_every_stage_and_agrees_with_torch(
+    tiny_models, tmp_path, monkeypatch, capsys
+):
+    config = {
+        k: v for k, v in tiny_models("one-level").unet.config.items() if not k.startswith("_")
+    }
+    monkeypatch.setitem(full_size.CONFIGS, "tiny", config)
+    figures = tmp_path / "figures.json"
+    scale.main(tmp_path / "bundle", "tiny", "float32", steps=3, check=True, figures=figures)
+    found = json.loads(figures.read_text())
+    stages = [stage["name"] for stage in found["stages"]]
+    assert stages == ["weights at random", "trace", "weights", "cut", "hash", "presets"]
+    assert all(stage["seconds"] > 0 and stage["peak_bytes"] > 0 for stage in found["stages"])
+    assert found["check"]["relative_error"] <= 1e-4
+    assert 0 < found["check"]["computed_fraction"] < 1
+    assert "| trace |" in capsys.readouterr().out
+    opened = Bundle.open(tmp_path / "bundle")  # hashes and all
+    assert opened.preset_names == ("ddim-3", "ddim-3-made-up")
+
+
+def test_a_made_up_schedule_reuses_about_half(compiled):
+    _, bundle = compiled("sd")
+    preset = made_up(bundle.preset("dpm-20"))
+    recompute = preset.schedule.recompute
+    assert recompute[0].all()
+    assert 0.4 <= recompute[1:].mean() <= 0.6
+    for k, table in enumerate(preset.alignment.tables):  # the check compares something
+        assert np.abs(table[~recompute[:, k]][:, 1]).max() > 0.05
+
+
+def test_a_peak_belongs_to_its_stage():
+    meter = StageMeter()
+    meter.enter("large")
+    big = np.ones(40 << 20, np.uint8)
+    del big
+    meter.enter("small")
+    meter.enter("")
+    large, small = meter.stages
+    assert (large.name, small.name) == ("large", "small")
+    assert large.peak_bytes - small.peak_bytes > 20 << 20

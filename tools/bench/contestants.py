@@ -1,0 +1,90 @@
+"""What takes part in a benchmark, and the turns they take.
+
+A contestant denoises the same images over and over, in one way, on one engine. They take turns
+(A B C A B C ...), so that a noisy machine disturbs all alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from blockcache.runtime import BlockCacheError, RunRecord, Session
+
+Kind: TypeAlias = Literal["whole", "split", "cached", "fewer steps", "peer"]
+"""The uncut model; its segments, all recomputed; by a schedule; the uncut model in fewer steps;
+another project's cache."""
+
+Observer: TypeAlias = Callable[[str, int, int], None]
+
+
+@dataclass
+class Contestant:
+    """One way to denoise. ``run`` does one call; only the runtime returns a record of it."""
+
+    engine: str  # "ort", "trt", "torch", ...
+    kind: Kind
+    preset: str  # whose solver, steps and schedule it follows
+    base: str  # the group it is compared in: solver and steps of the uncached run
+    steps: int
+    images: int
+    run: Callable[[], RunRecord | None]
+    session: Session | None = None  # where the runtime runs it
+    computed_fraction: float = 1.0  # of the blocks' FLOPs
+    memory: dict[str, int] = field(default_factory=dict)  # bytes by use
+    open_s: float = 0.0  # from nothing to ready
+    first_s: float = 0.0  # the first call: what is bound, compiled or captured late
+    seconds: list[float] = field(default_factory=list)  # of every timed round
+    records: list[RunRecord] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """One line of a table."""
+        return f"{self.engine} {self.kind} {self.preset}"
+
+    def take_turn(self) -> tuple[float, RunRecord | None]:
+        """One timed call."""
+        begin = time.perf_counter()
+        record = self.run()
+        return time.perf_counter() - begin, record
+
+
+@dataclass
+class Lineup:
+    """Those who run, and why the others do not."""
+
+    contestants: list[Contestant] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)  # who: why
+
+    def admit(self, who: str, make: Callable[[], Iterable[Contestant]]) -> None:
+        """Open, and run once, what can run here; note the reason where something cannot."""
+        try:
+            begin = time.perf_counter()
+            for made in make():
+                made.open_s = time.perf_counter() - begin
+                made.first_s, _ = made.take_turn()
+                self.contestants.append(made)
+                begin = time.perf_counter()
+        except BlockCacheError as error:
+            self.absent[who] = str(error)
+
+
+def take_turns(
+    contestants: Sequence[Contestant],
+    rounds: int,
+    between: Callable[[], None] = lambda: None,
+    observer: Observer = lambda stage, done, total: None,
+) -> None:
+    """Fill in seconds and records: one round to warm up, then ``rounds`` timed ones."""
+    for turn in range(rounds + 1):
+        observer("bench", turn, rounds + 1)
+        between()
+        for contestant in contestants:
+            seconds, record = contestant.take_turn()
+            if turn:
+                contestant.seconds.append(seconds)
+                if record is not None:
+                    contestant.records.append(record)
+    observer("bench", rounds + 1, rounds + 1)

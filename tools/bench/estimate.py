@@ -1,0 +1,166 @@
+"""A bundle's latency by the roofline, and how far off it is where something was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from blockcache.export.cost import Work
+from blockcache.export.roofline import Processor, segment_work
+from blockcache.export.timings import Costs, Timings
+from blockcache.runtime import Bundle
+from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.plan import Schedule, Segment, Sizes
+
+
+@dataclass(frozen=True)
+class SegmentRow:
+    """One segment of the prediction."""
+
+    segment: Segment
+    work: Work
+    ms: float
+    measured_ms: float | None
+
+    @property
+    def error(self) -> float | None:
+        """Prediction over measurement, minus one."""
+        return self.ms / self.measured_ms - 1 if self.measured_ms else None
+
+
+@dataclass(frozen=True)
+class PresetRow:
+    """One preset of the prediction."""
+
+    name: str
+    steps: int
+    computed_fraction: float  # of the blocks' predicted time
+    image_ms: float  # the loop and its prompt segment, divided by the images of a batch
+    speedup: float  # over the same steps with every block recomputed
+    measured_ms: float | None  # by the measured segments
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The roofline of a bundle on one processor."""
+
+    bundle: Bundle
+    processor: Processor
+    images: int
+    sizes: Sizes  # of the engines
+    rows: tuple[SegmentRow, ...]  # all but the offline segment
+    measured: Timings | None
+
+    @property
+    def timings(self) -> Timings:
+        """The prediction in the form of a measurement."""
+        times = {row.segment.name: row.ms for row in self.rows}
+        return Timings("roofline", self.processor.name, self.sizes, times)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Predicted times as a schedule pays them."""
+        return self.timings.costs(self.bundle.segments)
+
+    @property
+    def step_ms(self) -> float:
+        """One step that recomputes every block, the whole batch."""
+        return float(self.costs.trunk_ms + self.costs.block_ms.sum())
+
+    @property
+    def block_share(self) -> float:
+        """Share of the blocks in such a step."""
+        return float(self.costs.block_ms.sum() / self.step_ms)
+
+    @property
+    def whole_ms(self) -> float | None:
+        """One step of the uncut graph, nothing hoisted; None where the bundle has none."""
+        return next((row.ms for row in self.rows if row.segment.role == "whole"), None)
+
+    @property
+    def step_error(self) -> float | None:
+        """Predicted over measured step, minus one."""
+        if self.measured is None:
+            return None
+        costs = self.measured.costs(self.bundle.segments)
+        return float(self.step_ms / (costs.trunk_ms + costs.block_ms.sum()) - 1)
+
+    def presets(self) -> Iterator[PresetRow]:
+        """Every preset of the bundle."""
+        measured = self.measured.costs(self.bundle.segments) if self.measured else None
+        for name in self.bundle.preset_names:
+            schedule = self.bundle.preset(name).schedule
+            uncached = Schedule.uncached(schedule.steps, schedule.blocks)
+            loop_ms = self.costs.image_ms(schedule.recompute)
+            yield PresetRow(
+                name=name,
+                steps=schedule.steps,
+                computed_fraction=schedule.computed_fraction(self.costs.block_ms),
+                image_ms=loop_ms / self.images,
+                speedup=self.costs.image_ms(uncached.recompute) / loop_ms,
+                measured_ms=(
+                    measured.image_ms(schedule.recompute) / self.images if measured else None
+                ),
+            )
+
+
+def estimate(
+    bundle: Bundle,
+    processor: Processor,
+    *,
+    images: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    measured: Timings | None = None,
+) -> Estimate:
+    """Predict every segment of a bundle on a processor.
+
+    Args:
+        bundle: as compiled, of any precision.
+        processor: a GPU (``export.roofline.gpu``) or this machine (``host.measure_host``).
+        images: in one call; guidance doubles the engines' batch.
+        height: of the latents; default the model's.
+        width: of the latents.
+        measured: to show the error beside; it must be of the same sizes.
+
+    Raises:
+        ConfigError: sizes that the model's downsampling does not divide; ``measured`` is of other
+            sizes or of another model.
+    """
+    guided = any(entry.guidance_scale != 1 for entry in bundle.manifest.presets.values())
+    given = {"batch": images * (2 if guided else 1), "height": height, "width": width}
+    sizes = {**bundle.model.sizes, **{axis: n for axis, n in given.items() if n is not None}}
+    if sizes["height"] % bundle.model.downsampling or sizes["width"] % bundle.model.downsampling:
+        raise ConfigError(
+            f"Expected a latent height and width divisible by {bundle.model.downsampling}, got "
+            f"{sizes['height']} x {sizes['width']}. Choose the next multiples."
+        )
+    if measured is not None and dict(measured.sizes) != sizes:
+        raise ConfigError(
+            f"Expected timings at {sizes}, got some at {dict(measured.sizes)}. Choose --images, "
+            f"--height and --width as they were measured."
+        )
+    if measured is not None:
+        measured.costs(bundle.segments)  # refuses those of another model
+    timed = [segment for segment in bundle.segments if segment.role != "time"]
+    works = segment_work(timed, bundle.folder / "segments", processor, sizes)
+    rows = tuple(
+        SegmentRow(
+            segment,
+            work,
+            processor.milliseconds(work),
+            measured.segment_ms.get(segment.name) if measured else None,
+        )
+        for segment, work in zip(timed, works, strict=True)
+    )
+    return Estimate(bundle, processor, images, sizes, rows, measured)
+
+
+def mean_error(rows: tuple[SegmentRow, ...]) -> float:
+    """Mean of the segments' absolute relative errors, each weighed by its measured time."""
+    seen = [(abs(row.error), row.measured_ms) for row in rows if row.error is not None]
+    errors, weights = np.array(seen, np.float64).T
+    return float(np.average(errors, weights=weights))

@@ -1,0 +1,263 @@
+"""Compile a U-Net of full size with random weights: time and peak memory of every stage.
+
+    python -m blockcache.tools.bench.scale OUT --model sdxl --precision bfloat16
+    python -m blockcache.tools.bench.scale OUT --model sd15 --check
+
+Neither speed nor memory depends on the weights' values, so no checkpoint is needed. ``--check``
+denoises the float32 bundle on the CPU by a made-up schedule and made-up alignment, and compares the
+latents with PyTorch's. The bundle stays in OUT: ``blockcache bench`` and ``estimate`` take it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from blockcache.export.model import SourceModel
+from blockcache.runtime import Alignment, Bundle, Preset, Schedule, Session, SolverConfig
+from blockcache.runtime.bundle import (
+    MANIFEST,
+    FileEntry,
+    PresetEntry,
+    write_preset,
+    write_text,
+)
+
+MADE_UP = "made-up"
+
+
+@dataclass
+class Stage:
+    """What one stage took."""
+
+    name: str
+    seconds: float
+    peak_bytes: int  # most memory of this process while it ran
+
+
+@dataclass
+class StageMeter:
+    """Time and peak memory, stage by stage; the peak starts anew with each (Linux)."""
+
+    stages: list[Stage] = field(default_factory=list)
+    _name: str = ""
+    _begin: float = 0.0
+
+    def enter(self, name: str) -> None:
+        """End the stage that runs, if one does, and begin ``name``; "" begins none."""
+        now = time.perf_counter()
+        if self._name:
+            self.stages.append(Stage(self._name, now - self._begin, _peak_bytes()))
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        self._name, self._begin = name, time.perf_counter()
+
+    def observe(self, stage: str, done: int, total: int) -> None:
+        """An observer for ``compile_model``: its stages, the export's part by part."""
+        from blockcache.export.to_onnx import EXPORT_STAGES
+
+        if stage == "export":
+            stage = (*EXPORT_STAGES, "hash", "")[done]
+        if stage and stage != self._name:
+            self.enter(stage)
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    model: Annotated[str, typer.Option(help="sd15 or sdxl.")] = "sd15",
+    precision: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
+    steps: Annotated[int, typer.Option(help="Of the made-up preset.")] = 2,
+    check: Annotated[bool, typer.Option(help="Denoise on the CPU, compare with PyTorch.")] = False,
+    figures: Annotated[Path | None, typer.Option(help="Also write the figures there.")] = None,
+) -> None:
+    """Compile a U-Net of full size with random weights, and print what it took."""
+    from blockcache.tools.bench.machine import machine_facts
+    from blockcache.tools.bench.published import published_rows
+    from blockcache.tools.bench.report import markdown_table
+
+    meter = StageMeter()
+    meter.enter("weights at random")
+    source = random_source(model, precision)
+    bundle = _compile(source, out, precision, steps, meter)
+    del source
+    gc.collect()
+    found: dict[str, Any] = {
+        "model": model,
+        "precision": precision,
+        "machine": machine_facts(),
+        "weights_bytes": bundle.manifest.files["segments/weights.bin"].bytes,
+        "stages": [dataclasses.asdict(stage) for stage in meter.stages],
+        "published": published_rows(bundle),
+    }
+    found["peak_over_weights"] = max(s.peak_bytes for s in meter.stages) / found["weights_bytes"]
+    if check:
+        found["check"] = check_against_torch(bundle, model, precision)
+    rows = [[s.name, f"{s.seconds:.1f}", f"{s.peak_bytes / 1e9:.2f}"] for s in meter.stages]
+    print(markdown_table([f"{model}, {precision}", "s", "peak GB"], rows))
+    print(json.dumps({k: v for k, v in found.items() if k != "stages"}, indent=1))
+    if figures is not None:
+        write_text(figures, json.dumps(found, indent=1) + "\n")
+
+
+def random_source(model: str, precision: str) -> SourceModel:
+    """The U-Net of a config in ``precision`` from the start: float32 would double the memory."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from blockcache.export.model import TORCH_DTYPES, describe
+    from blockcache.tools.bench.full_size import CONFIGS, SCHEDULER
+
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(TORCH_DTYPES[precision])
+    try:
+        unet = UNet2DConditionModel(**CONFIGS[model])
+    finally:
+        torch.set_default_dtype(default)
+    return describe(unet, name=model, scheduler=SCHEDULER)
+
+
+def _compile(
+    source: SourceModel, out: Path, precision: str, steps: int, meter: StageMeter
+) -> Bundle:
+    """The bundle with an uncached and a made-up preset of ``steps`` steps."""
+    from blockcache.export.pipeline import CompileOptions, compile_model
+    from blockcache.export.preset_options import PresetOptions
+    from blockcache.export.to_onnx import ExportOptions
+
+    options = CompileOptions(
+        presets=(PresetOptions.parse(f"ddim:{steps}"),), export=ExportOptions(precision=precision)
+    )
+    bundle = compile_model(source, out, options, observer=meter.observe)
+    meter.enter("")
+    return add_preset(bundle, made_up(bundle.preset(bundle.preset_names[0])))
+
+
+def made_up(preset: Preset, seed: int = 0) -> Preset:
+    """About half the blocks reused after the first step, under a random scale-shift."""
+    rng = np.random.default_rng(seed)
+    steps, blocks = preset.schedule.recompute.shape
+    recompute = rng.permuted(np.arange(steps * blocks).reshape(steps, blocks) % 2 == 0, axis=1)
+    recompute[0] = True
+    tables = []
+    for k, identity in enumerate(preset.alignment.tables):
+        table = identity + rng.normal(0, 0.1, identity.shape).astype(np.float32)
+        table[recompute[:, k]] = identity[recompute[:, k]]
+        tables.append(table)
+    return dataclasses.replace(
+        preset,
+        name=f"{preset.name}-{MADE_UP}",
+        schedule=Schedule(recompute),
+        alignment=Alignment(tuple(tables)),
+        policy={"kind": MADE_UP},
+    )
+
+
+def add_preset(bundle: Bundle, preset: Preset) -> Bundle:
+    """The bundle with one preset more, on disk too."""
+    file = f"presets/{preset.name}.safetensors"
+    write_preset(bundle.folder / file, preset)
+    flops = np.array([s.flops for s in bundle.segments if s.role == "block"], np.float64)
+    entry = PresetEntry(
+        file=file,
+        steps=preset.schedule.steps,
+        computed_fraction=round(preset.schedule.computed_fraction(flops), 6),
+        guidance_scale=preset.guidance_scale,
+        solver=preset.solver,
+        policy=preset.policy,
+    )
+    manifest = dataclasses.replace(
+        bundle.manifest,
+        presets={**bundle.manifest.presets, preset.name: entry},
+        files={**bundle.manifest.files, file: FileEntry.of(bundle.folder / file)},
+    )
+    write_text(bundle.folder / MANIFEST, manifest.to_json())
+    return Bundle.open(bundle.folder, verify=False)
+
+
+def check_against_torch(bundle: Bundle, model: str, precision: str) -> dict[str, float]:
+    """The made-up preset in the runtime and in PyTorch, one after the other to save memory."""
+    name = next(name for name in bundle.preset_names if name.endswith(MADE_UP))
+    rng = np.random.default_rng(0)
+    sizes = dict(bundle.model.sizes, batch=1)
+    conditions = [
+        {c.name: rng.standard_normal(c.shape(sizes), np.float32) for c in bundle.model.conditions}
+        for _ in range(2)
+    ]
+    with _timed() as opened:
+        session = Session.open(bundle, preset=name, backend="ort", verify=False)
+    noise = session.noise([0])
+    positive, negative = (dict(side) for side in conditions)
+    with _timed() as ran:
+        result = session.denoise(
+            noise,
+            positive.pop("encoder_hidden_states"),
+            negative.pop("encoder_hidden_states"),
+            conditions=positive,
+            negative_conditions=negative,
+        )
+    preset, latents = session.preset, result.latents
+    del session
+    gc.collect()
+    with _timed() as torch_ran:
+        reference = _torch_latents(random_source(model, precision), preset, noise, conditions)
+    return {
+        "relative_error": float(np.abs(latents - reference).max() / np.abs(reference).max()),
+        "open_seconds": opened[0],
+        "denoise_seconds": ran[0],
+        "torch_seconds": torch_ran[0],
+        "steps": preset.schedule.steps,
+        "computed_fraction": result.record.computed_fraction,
+        "peak_bytes": _peak_bytes(),
+    }
+
+
+def _torch_latents(
+    source: SourceModel, preset: Preset, noise: np.ndarray, conditions: list[dict[str, np.ndarray]]
+) -> np.ndarray:
+    """The oracle: float32 [N, C, H, W]."""
+    import torch
+
+    from blockcache.export.cached_unet import CachedUNet, denoise
+    from blockcache.export.calibration import Calibration
+    from blockcache.runtime.solver import solver_tables
+
+    tables = solver_tables(SolverConfig.from_json(preset.solver))
+    picked = Calibration(*conditions).pick([0], guided=True)
+    source.unet.eval()
+    with CachedUNet(source) as cached:
+        scale, start = preset.guidance_scale, torch.from_numpy(noise)
+        latents = denoise(cached, tables, preset.schedule, preset.alignment, start, picked, scale)
+    result: np.ndarray = latents.numpy()
+    return result
+
+
+@contextlib.contextmanager
+def _timed() -> Iterator[list[float]]:
+    """A list that holds the seconds of the body once it is over."""
+    seconds: list[float] = []
+    begin = time.perf_counter()
+    yield seconds
+    seconds.append(time.perf_counter() - begin)
+
+
+def _peak_bytes() -> int:
+    """Most memory of this process since the peak was last forgotten."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+if __name__ == "__main__":
+    typer.run(main)

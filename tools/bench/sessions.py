@@ -1,0 +1,173 @@
+"""Contestants that the runtime runs: the uncut model, the split one, and every preset."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from blockcache.runtime import (
+    Alignment,
+    Bundle,
+    ConfigError,
+    EmptyBackend,
+    Preset,
+    RunRecord,
+    Schedule,
+    Session,
+    SolverConfig,
+)
+from blockcache.runtime.engine import Backend
+from blockcache.runtime.plan import LOOP_ROLES
+from blockcache.runtime.solver import solver_tables
+from blockcache.tools.bench.contestants import Contestant, Kind
+
+GUIDANCE = 5.0
+"""Where a preset has none of its own: guidance doubles the batch, so a benchmark without it would
+measure half the work."""
+
+
+def bundle_contestants(
+    bundle: Bundle, presets: Sequence[Preset], backend: Backend, engine: str, images: int
+) -> Iterator[Contestant]:
+    """Whole and split once for each number of steps that a cached preset has, and every preset.
+
+    A preset that recomputes everything in fewer steps than a cached one of its solver is the
+    step-reduced baseline of the paper; it runs uncut, as who does not cache would run it.
+    """
+
+    def make(kind: Kind, preset: Preset, base: Preset) -> Contestant:
+        uncut = kind in ("whole", "fewer steps")
+        session = Session(
+            whole_bundle(bundle) if uncut else bundle,
+            whole_preset(preset) if uncut else uncached(preset) if kind == "split" else preset,
+            backend,
+        )
+        return _contestant(session, engine, kind, base_name(base), images)
+
+    bases = base_presets(presets)
+    for base in bases:
+        yield make("whole", base, base)
+        yield make("split", base, base)
+    for preset in presets:
+        if is_cached(preset):
+            yield make("cached", preset, base_of(preset, bases))
+        elif base_name(preset) not in map(base_name, bases):
+            yield make("fewer steps", preset, base_of(preset, bases))
+
+
+def is_cached(preset: Preset) -> bool:
+    """Whether it reuses anything."""
+    return not preset.schedule.recompute.all()
+
+
+def base_name(preset: Preset) -> str:
+    """Solver and steps: runs of equal names are compared."""
+    return f"{preset.solver['solver']}-{preset.schedule.steps}"
+
+
+def base_presets(presets: Sequence[Preset]) -> list[Preset]:
+    """One preset for every solver and number of steps that something is cached at, else of all."""
+    cached = [preset for preset in presets if is_cached(preset)]
+    return list({base_name(preset): preset for preset in cached or presets}.values())
+
+
+def base_of(preset: Preset, bases: Sequence[Preset]) -> Preset:
+    """The uncached run that a preset replaces: same solver, the next larger number of steps."""
+    steps = preset.schedule.steps
+    same = [b for b in bases if b.solver["solver"] == preset.solver["solver"]]
+    larger = [b for b in same if b.schedule.steps >= steps]
+    return min(larger or same or bases, key=lambda b: b.schedule.steps)
+
+
+def _contestant(session: Session, engine: str, kind: Kind, base: str, images: int) -> Contestant:
+    bundle, preset = session.bundle, session.preset
+    weights = [entry.bytes for name, entry in bundle.manifest.files.items() if "weights" in name]
+    flops = np.array([s.flops for s in bundle.segments if s.role == "block"], np.float64)
+    return Contestant(
+        engine=engine,
+        kind=kind,
+        preset=preset.name,
+        base=base,
+        steps=preset.schedule.steps,
+        images=images,
+        run=denoiser(session, images),
+        session=session,
+        computed_fraction=preset.schedule.computed_fraction(flops) if len(flops) else 1.0,
+        memory={"weights": sum(weights), **dataclasses.asdict(session.memory(images))},
+    )
+
+
+def denoiser(session: Session, images: int) -> Callable[[], RunRecord]:
+    """A function that denoises the same random images under the same random prompts."""
+    model = session.bundle.model
+    rng = np.random.default_rng(0)
+    sizes = dict(model.sizes, batch=images)
+
+    def conditions() -> dict[str, np.ndarray]:
+        return {
+            spec.name: np.zeros(spec.shape(sizes), np.int64)
+            if spec.dtype == "int64"
+            else rng.standard_normal(spec.shape(sizes), np.float32)
+            for spec in model.conditions
+        }
+
+    positive, negative = conditions(), conditions()
+    prompts = positive.pop("encoder_hidden_states"), negative.pop("encoder_hidden_states")
+    noise = session.noise(range(images))
+    guidance = session.preset.guidance_scale
+
+    def run() -> RunRecord:
+        return session.denoise(
+            noise,
+            *prompts,
+            conditions=positive,
+            negative_conditions=negative,
+            guidance_scale=guidance if guidance != 1 else GUIDANCE,
+        ).record
+
+    return run
+
+
+def whole_bundle(bundle: Bundle) -> Bundle:
+    """The bundle as if it held the uncut model only: one trunk segment and no block."""
+    uncut = [segment for segment in bundle.segments if segment.role == "whole"]
+    if not uncut:
+        raise ConfigError("This bundle holds no whole model to compare with. Compile it again.")
+    model = dataclasses.replace(bundle.model, blocks=(), outputs=1)
+    manifest = dataclasses.replace(
+        bundle.manifest, model=model, segments=(dataclasses.replace(uncut[0], role="trunk"),)
+    )
+    return Bundle(bundle.folder, manifest)
+
+
+def whole_preset(preset: Preset) -> Preset:
+    """The preset for ``whole_bundle``: the model reads the timestep itself."""
+    timesteps = solver_tables(SolverConfig.from_json(preset.solver)).timesteps
+    return dataclasses.replace(
+        preset,
+        schedule=Schedule.uncached(preset.schedule.steps, 1),
+        alignment=Alignment.identity(preset.schedule.steps, (1,)),
+        time_tables={"timestep": timesteps[:, None]},
+    )
+
+
+def uncached(preset: Preset) -> Preset:
+    """The preset with every block recomputed at every step."""
+    channels = tuple(table.shape[2] for table in preset.alignment.tables)
+    steps, blocks = preset.schedule.steps, preset.schedule.blocks
+    return dataclasses.replace(
+        preset,
+        schedule=Schedule.uncached(steps, blocks),
+        alignment=Alignment.identity(steps, channels, preset.alignment.outputs),
+    )
+
+
+def host_cost_us(bundle: Bundle, preset: Preset, images: int = 1, repeats: int = 9) -> float:
+    """Host time per step and segment on engines that do nothing, in microseconds (median)."""
+    run = denoiser(Session(bundle, preset, EmptyBackend()), images)
+    segments = sum(segment.role in LOOP_ROLES for segment in bundle.segments)
+    records = [run() for _ in range(repeats)]
+    return statistics.median(r.total_ns / 1e3 / (len(r.steps) * segments) for r in records)

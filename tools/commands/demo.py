@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from blockcache.tools.progress import StageProgress
 
 PROMPTS = (
-    "noto emoji, red heart",
-    "twitter emoji, grinning face",
-    "flat emoji, deciduous tree",
-    "noto emoji, red apple",
-    "twitter emoji, blue book",
-    "flat emoji, basketball",
+    "twitter emoji, rocket",
+    "noto emoji, panda",
+    "flat emoji, fox",
+    "noto emoji, hamburger",
+    "twitter emoji, house",
+    "flat emoji, strawberry",
 )
 """Default prompts, all among those whose embeddings ship with the model."""
 

@@ -18,6 +18,7 @@ from blockcache.runtime import (
     Bundle,
     ConfigError,
     EmptyBackend,
+    EnginesMissingError,
     MissingExtraError,
     Preset,
     Schedule,
@@ -27,7 +28,7 @@ from blockcache.runtime import (
 )
 from blockcache.runtime.solver import solver_tables
 from blockcache.tools.bench import machine, torch_loop
-from blockcache.tools.bench.contestants import Contestant, Lineup, take_turns
+from blockcache.tools.bench.contestants import Contestant, Entry, Lineup, take_turns
 from blockcache.tools.bench.latency import BenchOptions, _device_ms, measure_latency
 from blockcache.tools.bench.report import append_history, report_text
 from blockcache.tools.bench.sessions import (
@@ -111,7 +112,8 @@ def test_without_a_cached_preset_every_one_is_a_base(bundle):
 
 def test_whole_and_split_run_once_for_each_base(made):
     presets = [made.preset(name) for name in made.preset_names]
-    lineup = list(bundle_contestants(made, presets, EmptyBackend(), "empty", 1))
+    entries = bundle_contestants(made, presets, EmptyBackend(), "empty", 1)
+    lineup = [entry.open() for entry in entries]
     assert [(c.kind, c.base, c.steps) for c in lineup] == [
         ("whole", "ddim-5", 5),
         ("split", "ddim-5", 5),
@@ -144,15 +146,35 @@ def test_contestants_take_turns_and_the_first_round_is_not_timed():
     assert [len(each.seconds) for each in lineup] == [2, 2, 2]
 
 
+def absent_for(reason):
+    def open_it():
+        raise EnginesMissingError(reason)
+
+    return open_it
+
+
 def test_who_cannot_run_is_absent_with_the_reason():
+    lineup = Lineup()
+    lineup.admit(
+        "trt",
+        lambda: [
+            Entry("trt whole", absent_for("built without --whole")),
+            Entry("trt split", lambda: contestant("trt", [])),
+            Entry("trt fewer steps", absent_for("built without --whole")),
+        ],
+    )
+    assert [each.engine for each in lineup.contestants] == ["trt"]
+    assert lineup.absent == {"trt whole, trt fewer steps": "built without --whole"}
+
+
+def test_an_engine_that_is_not_installed_is_absent_as_a_whole():
     def missing():
-        yield contestant("here", [])
         raise MissingExtraError.of("onnxruntime-gpu", "gpu", "This")
 
     lineup = Lineup()
-    lineup.admit("gpu", missing)
-    assert [each.engine for each in lineup.contestants] == ["here"]
-    assert lineup.absent["gpu"].startswith("This needs the package onnxruntime-gpu")
+    lineup.admit("ort-cuda", missing)
+    assert lineup.contestants == []
+    assert lineup.absent["ort-cuda"].startswith("This needs the package onnxruntime-gpu")
 
 
 def test_a_ratio_is_taken_within_each_round():

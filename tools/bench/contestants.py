@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from blockcache.runtime import BlockCacheError, RunRecord, Session
 
@@ -51,6 +51,13 @@ class Contestant:
         return time.perf_counter() - begin, record
 
 
+class Entry(NamedTuple):
+    """A contestant that has not been opened yet."""
+
+    name: str
+    open: Callable[[], Contestant]
+
+
 @dataclass
 class Lineup:
     """Those who run, and why the others do not."""
@@ -58,17 +65,34 @@ class Lineup:
     contestants: list[Contestant] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)  # who: why
 
-    def admit(self, who: str, make: Callable[[], Iterable[Contestant]]) -> None:
-        """Open, and run once, what can run here; note the reason where something cannot."""
+    def admit(self, engine: str, entries: Callable[[], Iterable[Entry]]) -> None:
+        """Open, and run once, what can run here; note the reason where something cannot.
+
+        An engine that is not installed is missing as a whole; one that lacks a model, such as
+        TensorRT without the uncut one, still runs the others.
+        """
+        try:
+            for entry in entries():
+                self._enter(entry)
+        except BlockCacheError as error:
+            self._note(engine, str(error))
+
+    def _enter(self, entry: Entry) -> None:
         try:
             begin = time.perf_counter()
-            for made in make():
-                made.open_s = time.perf_counter() - begin
-                made.first_s, _ = made.take_turn()
-                self.contestants.append(made)
-                begin = time.perf_counter()
+            made = entry.open()
+            made.open_s = time.perf_counter() - begin
+            made.first_s, _ = made.take_turn()
+            self.contestants.append(made)
         except BlockCacheError as error:
-            self.absent[who] = str(error)
+            self._note(entry.name, str(error))
+
+    def _note(self, who: str, why: str) -> None:
+        """Who are absent for one reason share a line."""
+        same = [name for name, reason in self.absent.items() if reason == why]
+        for name in same:
+            del self.absent[name]
+        self.absent[", ".join([*same, who])] = why
 
 
 def take_turns(

@@ -17,7 +17,7 @@ import numpy as np
 from blockcache.export.timings import Timings
 from blockcache.runtime import Bundle, ConfigError, Preset, RunRecord
 from blockcache.runtime.engine import make_backend
-from blockcache.tools.bench.contestants import Contestant, Lineup, Observer, take_turns
+from blockcache.tools.bench.contestants import Contestant, Entry, Lineup, Observer, take_turns
 from blockcache.tools.bench.machine import Steadiness, cpu_name, machine_facts, nvidia_smi
 from blockcache.tools.bench.sessions import base_presets, bundle_contestants, host_cost_us
 from blockcache.tools.bench.spread import Spread
@@ -171,12 +171,12 @@ def admit_bundle(
     for engine in RUNTIME_ENGINES:
         if engine in (options.engines or RUNTIME_ENGINES):
 
-            def contestants(engine: str = engine) -> Iterator[Contestant]:
+            def entries(engine: str = engine) -> Iterator[Entry]:
                 backend = make_backend(engine, threads=options.threads)
                 name, images = engine + label, options.images
                 return bundle_contestants(bundle, presets, backend, name, images)
 
-            lineup.admit(engine + label, contestants)
+            lineup.admit(engine + label, entries)
 
 
 def _row(made: Contestant, everyone: Sequence[Contestant]) -> Row:

@@ -22,7 +22,7 @@ from blockcache.runtime import (
 from blockcache.runtime.engine import Backend
 from blockcache.runtime.plan import LOOP_ROLES
 from blockcache.runtime.solver import solver_tables
-from blockcache.tools.bench.contestants import Contestant, Kind
+from blockcache.tools.bench.contestants import Contestant, Entry, Kind
 
 GUIDANCE = 5.0
 """Where a preset has none of its own: guidance doubles the batch, so a benchmark without it would
@@ -31,31 +31,34 @@ measure half the work."""
 
 def bundle_contestants(
     bundle: Bundle, presets: Sequence[Preset], backend: Backend, engine: str, images: int
-) -> Iterator[Contestant]:
+) -> Iterator[Entry]:
     """Whole and split once for each number of steps that a cached preset has, and every preset.
 
     A preset that recomputes everything in fewer steps than a cached one of its solver is the
     step-reduced baseline of the paper; it runs uncut, as who does not cache would run it.
     """
 
-    def make(kind: Kind, preset: Preset, base: Preset) -> Contestant:
-        uncut = kind in ("whole", "fewer steps")
-        session = Session(
-            whole_bundle(bundle) if uncut else bundle,
-            whole_preset(preset) if uncut else uncached(preset) if kind == "split" else preset,
-            backend,
-        )
-        return _contestant(session, engine, kind, base_name(base), images)
+    def entry(kind: Kind, preset: Preset, base: Preset) -> Entry:
+        def open_it() -> Contestant:
+            uncut = kind in ("whole", "fewer steps")
+            session = Session(
+                whole_bundle(bundle) if uncut else bundle,
+                whole_preset(preset) if uncut else uncached(preset) if kind == "split" else preset,
+                backend,
+            )
+            return _contestant(session, engine, kind, base_name(base), images)
+
+        return Entry(f"{engine} {kind} {preset.name}", open_it)
 
     bases = base_presets(presets)
     for base in bases:
-        yield make("whole", base, base)
-        yield make("split", base, base)
+        yield entry("whole", base, base)
+        yield entry("split", base, base)
     for preset in presets:
         if is_cached(preset):
-            yield make("cached", preset, base_of(preset, bases))
+            yield entry("cached", preset, base_of(preset, bases))
         elif base_name(preset) not in map(base_name, bases):
-            yield make("fewer steps", preset, base_of(preset, bases))
+            yield entry("fewer steps", preset, base_of(preset, bases))
 
 
 def is_cached(preset: Preset) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import TypeAlias
 
@@ -19,7 +20,7 @@ import torch
 from blockcache.export.model import TORCH_DTYPES, SourceModel, UNetCall
 from blockcache.runtime import MissingExtraError, Preset, SolverConfig
 from blockcache.runtime.solver import SolverTables, solver_tables
-from blockcache.tools.bench.contestants import Contestant, Kind
+from blockcache.tools.bench.contestants import Contestant, Entry, Kind
 from blockcache.tools.bench.sessions import GUIDANCE, base_name
 
 Around: TypeAlias = Callable[[SolverTables], AbstractContextManager[None]]
@@ -176,12 +177,10 @@ TORCH_ENGINES: dict[str, Callable[[TorchLoop, Preset], Contestant]] = {
 """By the name that ``blockcache bench --engine`` takes."""
 
 
-def torch_contestants(
-    loop: TorchLoop, engine: str, bases: Sequence[Preset]
-) -> Iterator[Contestant]:
+def torch_contestants(loop: TorchLoop, engine: str, bases: Sequence[Preset]) -> Iterator[Entry]:
     """One contestant for the solver and steps of each base."""
     for base in bases:
-        yield TORCH_ENGINES[engine](loop, base)
+        yield Entry(f"{engine} {base.name}", partial(TORCH_ENGINES[engine], loop, base))
 
 
 def open_loop(model: str, precision: str, images: int, threads: int | None) -> TorchLoop:

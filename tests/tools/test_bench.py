@@ -146,6 +146,13 @@ def test_contestants_take_turns_and_the_first_round_is_not_timed():
     assert [len(each.seconds) for each in lineup] == [2, 2, 2]
 
 
+def test_turns_are_timed_by_the_clock_that_was_asked_for():
+    ticks = iter(range(100))
+    lineup = [contestant("a", [])]
+    take_turns(lineup, 3, clock=lambda: next(ticks) ** 2)
+    assert lineup[0].seconds == [5, 9, 13]  # 3² - 2² and so on: the first turn warms up
+
+
 def absent_for(reason):
     def open_it():
         raise EnginesMissingError(reason)

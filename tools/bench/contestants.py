@@ -44,11 +44,13 @@ class Contestant:
         """One line of a table."""
         return f"{self.engine} {self.kind} {self.preset}"
 
-    def take_turn(self) -> tuple[float, RunRecord | None]:
+    def take_turn(
+        self, clock: Callable[[], float] = time.perf_counter
+    ) -> tuple[float, RunRecord | None]:
         """One timed call."""
-        begin = time.perf_counter()
+        begin = clock()
         record = self.run()
-        return time.perf_counter() - begin, record
+        return clock() - begin, record
 
 
 class Entry(NamedTuple):
@@ -100,13 +102,14 @@ def take_turns(
     rounds: int,
     between: Callable[[], None] = lambda: None,
     observer: Observer = lambda stage, done, total: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> None:
     """Fill in seconds and records: one round to warm up, then ``rounds`` timed ones."""
     for turn in range(rounds + 1):
         observer("bench", turn, rounds + 1)
         between()
         for contestant in contestants:
-            seconds, record = contestant.take_turn()
+            seconds, record = contestant.take_turn(clock)
             if turn:
                 contestant.seconds.append(seconds)
                 if record is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,6 +37,7 @@ class BenchOptions:
     images: int = 1  # in one call
     rounds: int = 7  # timed, after one to warm up
     threads: int | None = None  # of the CPU engines
+    cpu_time: bool = False  # of all threads, in place of wall time: on a CPU that others use too
 
     def __post_init__(self) -> None:
         unknown = set(self.engines) - {*RUNTIME_ENGINES, *PEER_ENGINES}
@@ -121,7 +123,8 @@ def measure_latency(
         reasons = "; ".join(f"{who}: {why}" for who, why in lineup.absent.items())
         raise ConfigError(f"Expected at least one engine to time, there is none. {reasons}")
     steadiness = Steadiness()
-    take_turns(lineup.contestants, options.rounds, steadiness.sample, observer)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    take_turns(lineup.contestants, options.rounds, steadiness.sample, observer, clock)
     steadiness.sample()
     timings = {
         made.engine: _timings(made)

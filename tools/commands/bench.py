@@ -31,6 +31,9 @@ def bench(
     images: Annotated[int, typer.Option(help="Images in one call.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.")] = 7,
     threads: Threads = None,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="CPU seconds, where others use the machine too.")
+    ] = False,
     against: Annotated[
         Path | None, typer.Option(help="Another bundle of the model, with the same presets.")
     ] = None,
@@ -64,6 +67,7 @@ def bench(
         images=images,
         rounds=rounds,
         threads=threads,
+        cpu_time=cpu_time,
     )
     other = Bundle.open(against) if against is not None else None
     with StageProgress(quiet=as_json) as progress:

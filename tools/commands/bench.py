@@ -12,6 +12,13 @@ from blockcache.tools.commands.options import AsJson, BundleFolder, Threads
 if TYPE_CHECKING:
     from blockcache.tools.bench.latency import LatencyReport
 
+Against = Annotated[
+    Path | None, typer.Option(help="Another bundle of the model, with the same presets.")
+]
+ReportFolder = Annotated[
+    Path | None, typer.Option(help="Folder for report.md, report.json and latency.svg.")
+]
+
 
 def bench(
     bundle: BundleFolder,
@@ -34,12 +41,8 @@ def bench(
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="CPU seconds, where others use the machine too.")
     ] = False,
-    against: Annotated[
-        Path | None, typer.Option(help="Another bundle of the model, with the same presets.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for report.md, report.json and latency.svg.")
-    ] = None,
+    against: Against = None,
+    out: ReportFolder = None,
     timings: Annotated[
         Path | None,
         typer.Option(help="Write the segments' times of the first engine, for the scheduler."),

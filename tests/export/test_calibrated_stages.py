@@ -65,7 +65,7 @@ def calls(compiled):
     made = []
     _, source = compiled("sd", 2)
 
-    def export(model, folder, options):
+    def export(model, folder, options, entered):
         shutil.copytree(source.folder / "segments", folder, dirs_exist_ok=True)
         return source.segments
 

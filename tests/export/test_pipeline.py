@@ -48,7 +48,7 @@ def calls(compiled, monkeypatch):
     _, source = compiled("sd")
     made = []
 
-    def export(model, folder, options):
+    def export(model, folder, options, entered):
         made.append("export")
         shutil.copytree(source.folder / "segments", folder, dirs_exist_ok=True)
         return source.segments

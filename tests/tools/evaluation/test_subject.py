@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from blockcache.runtime import ConfigError
 from blockcache.tools.demo import data
 from blockcache.tools.demo.data import Dataset, Picture
+from blockcache.tools.demo.model import default_prompts
 from blockcache.tools.evaluation.subject import demo_subject, embeddings_subject, model_subject
 
 
@@ -50,9 +51,10 @@ def test_more_images_begin_with_the_same_captions(work):
 
 
 def test_default_prompts_are_taken_in_turn():
-    subject = demo_subject(40, seed=0, work=None)
-    assert subject.caption(0) == subject.caption(36)
-    assert len({subject.caption(image) for image in range(36)}) == 36
+    count = len(default_prompts())
+    subject = demo_subject(count + 4, seed=0, work=None)
+    assert subject.caption(0) == subject.caption(count)
+    assert len({subject.caption(image) for image in range(count)}) == count
     assert subject.real is None
 
 

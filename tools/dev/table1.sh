@@ -10,7 +10,7 @@ work=${DEMO_WORK:-$HOME/.cache/blockcache/demo}
 
 presets_of() { # S uncached, as few steps as the cached runs pay for, and the cached runs
   case $1 in
-    resnets-20) echo 20 14 20:t1.43 20:t1.43:history ;; # the paper's Fig. 8
+    resnets-20) echo 20 16 20:t1.25 20:t1.25:history ;; # the paper's Fig. 8
     *-20) echo 20 14 20:t1.43 20:t1.43:least-squares 20:t1.43:history \
       20:x1.43 20:x1.43:least-squares 20:x1.43:history ;;
     *-50) echo 50 30 50:t1.67 50:t1.67:least-squares 50:x1.67:history ;;

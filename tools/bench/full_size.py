@@ -12,9 +12,12 @@ import json
 import resource
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from blockcache.export.model import SourceModel
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "sd15": {  # stable-diffusion-v1-5: 860 M parameters, 512 x 512
@@ -86,18 +89,13 @@ def main(
     print(f"export: {exported_s:.1f} s, peak memory {exported_rss / 1e9:.1f} GB")
 
 
-def _export(out: Path, model: str, precision: str) -> None:
-    """Random weights in ``precision`` from the start: float32 would double the memory."""
+def random_source(model: str, precision: str) -> SourceModel:
+    """The U-Net of a config in ``precision`` from the start: float32 would double the memory."""
     import torch
     from diffusers import UNet2DConditionModel
 
     from blockcache.export.model import TORCH_DTYPES, describe
-    from blockcache.export.pipeline import CompileOptions, compile_model
-    from blockcache.export.preset_options import PresetOptions
-    from blockcache.export.to_onnx import ExportOptions
 
-    if (out / "manifest.json").is_file():
-        return
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(TORCH_DTYPES[precision])
@@ -105,11 +103,21 @@ def _export(out: Path, model: str, precision: str) -> None:
         unet = UNet2DConditionModel(**CONFIGS[model])
     finally:
         torch.set_default_dtype(default)
-    source = describe(unet, name=model, scheduler=SCHEDULER)
+    return describe(unet, name=model, scheduler=SCHEDULER)
+
+
+def _export(out: Path, model: str, precision: str) -> None:
+    """The bundle of random weights, unless it is there."""
+    from blockcache.export.pipeline import CompileOptions, compile_model
+    from blockcache.export.preset_options import PresetOptions
+    from blockcache.export.to_onnx import ExportOptions
+
+    if (out / "manifest.json").is_file():
+        return
     options = CompileOptions(
         presets=(PresetOptions.parse("dpm:20"),), export=ExportOptions(precision=precision)
     )
-    compile_model(source, out, options)
+    compile_model(random_source(model, precision), out, options)
 
 
 def _peak_rss_bytes() -> int:

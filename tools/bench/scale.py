@@ -32,6 +32,7 @@ from blockcache.runtime.bundle import (
     write_preset,
     write_text,
 )
+from blockcache.tools.bench.full_size import random_source
 
 MADE_UP = "made-up"
 
@@ -107,24 +108,6 @@ def main(
     print(json.dumps({k: v for k, v in found.items() if k != "stages"}, indent=1))
     if figures is not None:
         write_text(figures, json.dumps(found, indent=1) + "\n")
-
-
-def random_source(model: str, precision: str) -> SourceModel:
-    """The U-Net of a config in ``precision`` from the start: float32 would double the memory."""
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    from blockcache.export.model import TORCH_DTYPES, describe
-    from blockcache.tools.bench.full_size import CONFIGS, SCHEDULER
-
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(TORCH_DTYPES[precision])
-    try:
-        unet = UNet2DConditionModel(**CONFIGS[model])
-    finally:
-        torch.set_default_dtype(default)
-    return describe(unet, name=model, scheduler=SCHEDULER)
 
 
 def _compile(

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from blockcache.tools.bench.spread import Spread
 from blockcache.tools.evaluation.contest import UNCACHED, Entrant, Group, pairings
 from blockcache.tools.evaluation.options import EvaluationOptions
 from blockcache.tools.evaluation.resampling import Interval, Measured
-from blockcache.tools.evaluation.timing import Seconds, Spread, images_per_second, speedup
+from blockcache.tools.evaluation.timing import Seconds, images_per_second, speedup
 from blockcache.tools.evaluation.verdict import Finding, compare, overall
 
 TO_UNCACHED = ("distance", "psnr_db")

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from blockcache.runtime import Session
 from blockcache.runtime.bundle import write_text
+from blockcache.tools.bench.spread import Spread
 from blockcache.tools.evaluation.contest import Entrant
 from blockcache.tools.evaluation.options import TimingOptions
 from blockcache.tools.evaluation.sampling import Drawings
 from blockcache.tools.evaluation.subject import Subject
 
 Seconds = dict[str, list[float]]  # preset -> seconds of one call, by round
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and range over the rounds."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Median, minimum and maximum."""
-        return cls(statistics.median(values), min(values), max(values))
 
 
 def images_per_second(seconds: Sequence[float], images: int) -> Spread:
@@ -41,7 +26,7 @@ def images_per_second(seconds: Sequence[float], images: int) -> Spread:
 
 def speedup(reference: Sequence[float], subject: Sequence[float]) -> Spread:
     """Round by round: both were timed within one turn."""
-    return Spread.of([a / b for a, b in zip(reference, subject, strict=True)])
+    return Spread.of_ratio(reference, subject)
 
 
 def measure(

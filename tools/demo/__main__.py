@@ -94,14 +94,19 @@ def unet(
     preset: PresetName = "cpu",
     minutes: Minutes = 0.0,
     device: Device = "cpu",
+    start: Annotated[
+        Path | None, typer.Option(help="Begin with the U-Net of this model folder.")
+    ] = None,
 ) -> None:
     """Train the U-Net, or go on where a checkpoint stands."""
     from blockcache.tools.demo import train
+    from blockcache.tools.demo.model import load_unet
 
     chosen = _preset(preset)
     chosen = replace(chosen, train=replace(chosen.train, minutes=minutes or chosen.train.minutes))
     folder = _folder(work, chosen)
-    trainer = train.Trainer(chosen, folder / train.FOLDER, device)
+    weights = None if start is None else load_unet(start)
+    trainer = train.Trainer(chosen, folder / train.FOLDER, device, weights)
     train.run(trainer, train.load_source(folder, chosen.train))
     typer.echo(f"{trainer.step} steps in {trainer.budget.spent_s / 60:.1f} minutes")
 

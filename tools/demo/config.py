@@ -67,7 +67,7 @@ class DataConfig:
     small_world: bool = True  # only the everyday and the simple concepts
     held_out_percent: int = 5  # of the (style, concept) pairs; everyday ones are never held out
     flag_weight: float = 0.3  # sampling weight of a country flag, others 1
-    everyday_weight: float = 3.0  # sampling weight of the everyday concepts
+    everyday_weight: float = 1.5  # sampling weight of the everyday concepts
 
     def __post_init__(self) -> None:
         if self.pixels % 4:

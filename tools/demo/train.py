@@ -64,14 +64,21 @@ class Source:
 
 
 class Trainer:
-    """Model, average and optimizer of one run, restored from its folder."""
+    """Model, average and optimizer of one run, restored from its folder.
 
-    def __init__(self, preset: Preset, folder: Path, device: str = "cpu") -> None:
+    A folder without a checkpoint begins with the weights of `start`, or fresh ones.
+    """
+
+    def __init__(
+        self, preset: Preset, folder: Path, device: str = "cpu", start: nn.Module | None = None
+    ) -> None:
         torch.manual_seed(0)
         self.config: TrainConfig = preset.train
         self.folder = folder
         self.device = device
         model = unet.build(preset.unet, preset.latent_size)
+        if start is not None:
+            model.load_state_dict(start.state_dict())
         self.model: UNet2DConditionModel = model.to(device, memory_format=torch.channels_last)
         if device == "cpu":  # fused attention's backward pass takes a third of the step here
             self.model.set_attn_processor(AttnProcessor())

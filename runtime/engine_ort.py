@@ -10,6 +10,7 @@ Memory patterns are off: they would lay a second copy of each segment's peak int
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,9 @@ try:
 except ImportError:  # reported when a backend is made: importing this file stays free
     ort = None
 
+MAX_LOADS = 8
+"""Segments that load at once at most: each takes memory for its graph while it is optimised."""
+
 
 class OrtBackend:
     """ONNX Runtime's CPU execution provider."""
@@ -33,6 +37,9 @@ class OrtBackend:
             raise MissingExtraError.of("onnxruntime", "cpu", "Running a bundle on the CPU")
         self.name = f"ort-cpu-{threads or 0}"
         self.device = HostDevice()
+        # ONNX Runtime (1.32) optimises a graph without Python's global lock: others can load
+        # meanwhile. A version that holds the lock loads them one by one all the same.
+        self.loads_at_once = min(threads or os.cpu_count() or 1, MAX_LOADS)
         self._options = ort.SessionOptions()
         self._options.intra_op_num_threads = threads or 0  # 0: one a physical core
         self._options.inter_op_num_threads = 1

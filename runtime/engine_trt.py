@@ -52,6 +52,10 @@ def fitting_target(bundle: Bundle, library: TensorRT, capability: str) -> str:
 class TrtBackend:
     """TensorRT on the current device."""
 
+    loads_at_once = 1
+    """TensorRT promises that threads may deserialise side by side, but not that they may refit; and
+    its log is one a process: an error would quote another segment's messages."""
+
     def __init__(
         self,
         *,

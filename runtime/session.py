@@ -26,7 +26,7 @@ import numpy as np
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.device import Guidance, StepFunction, Tensor, modes_of
 from blockcache.runtime.drift import DriftMonitor
-from blockcache.runtime.engine import Backend, Launch, load_shared, make_backend
+from blockcache.runtime.engine import Backend, Launch, load_engines, make_backend
 from blockcache.runtime.errors import BundleFormatError, Cancelled, ConfigError, InputError
 from blockcache.runtime.graphs import LoopGraphs, player_for
 from blockcache.runtime.interop import DeviceView, host_array, host_arrays
@@ -86,7 +86,7 @@ class Session:
         if drift is not None:
             drift.watch(bundle, preset)
         needed = [s for s in bundle.segments if s.role in (*LOOP_ROLES, "prompt")]
-        self._engines = {s.name: load_shared(backend, bundle, s) for s in needed}
+        self._engines = load_engines(backend, bundle, needed)
         self._tables = solver_tables(SolverConfig.from_json(preset.solver))
         self._programs: dict[tuple[int, ...], Program] = {}
         # Sessions on one stream take turns: a graph must not capture another one's launches.

@@ -46,6 +46,7 @@ class WidenedBackend(OrtBackend):
 
     def __init__(self, half: Bundle, *, rounded: bool) -> None:
         super().__init__()
+        self.loads_at_once = 1  # a graph is rewritten in Python, with its weights in memory
         self._half, self._rounded = half, rounded
         self.name = f"{self.name}-widened-{'rounded' if rounded else 'exact'}"
 

@@ -27,6 +27,7 @@ from blockcache.export.distillation import DistillationOptions, distil
 from blockcache.export.model import TORCH_DTYPES, SourceModel
 from blockcache.export.peers import read_table
 from blockcache.export.preset_options import PresetOptions
+from blockcache.export.residuals import ResidualOptions, measure_residuals
 from blockcache.export.sensitivity import SensitivityOptions, measure_sensitivity
 from blockcache.export.stages import StageStore, stage_key
 from blockcache.runtime.bundle import read_tensors, write_tensors
@@ -49,6 +50,7 @@ class CalibrationOptions:
     guidance_scale: float = 5.0  # as in the paper
     profile: ProfileOptions = field(default_factory=ProfileOptions)
     sensitivity: SensitivityOptions = field(default_factory=SensitivityOptions)
+    residuals: ResidualOptions = field(default_factory=ResidualOptions)
     alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
 
@@ -88,6 +90,7 @@ class CalibratedStages:
             self.profile(preset)
         if preset.policy.weighted:
             self.sensitivity(preset)
+            self.residuals(preset)
 
     def profile(self, preset: PresetOptions) -> Profile:
         """Change per step and block; shared by presets of the same solver and steps."""
@@ -120,6 +123,22 @@ class CalibratedStages:
             return {"sensitivity": made}, {}
 
         return self._stage("sensitivity", key, name, measure)[0]["sensitivity"]
+
+    def residuals(self, preset: PresetOptions) -> np.ndarray:
+        """What the preset's way to reuse leaves of an error: float32 [K, S, S] or [K, S, S, S]."""
+        key = self._key(preset, residuals=self._options.residuals, reuse=preset.reuse)
+        name = f"profiles/{preset.solver}-{preset.steps}-{key[:8]}.safetensors"
+
+        def measure() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+            made = measure_residuals(
+                *self._inputs(preset),
+                preset.reuse,
+                self._options.residuals,
+                progress=self._progress("residuals", preset),
+            )
+            return {"residuals": made}, {}
+
+        return self._stage("residuals", key, name, measure)[0]["residuals"]
 
     def alignment(self, preset: PresetOptions, schedule: Schedule) -> tuple[AlignmentFit, str]:
         """Coefficients of a preset's reused outputs, and the report's name in the bundle."""

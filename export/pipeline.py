@@ -208,6 +208,7 @@ def _make_preset(
         costs=_costs(segments, options.timings),
         change=None if profile is None else profile.mean,
         sensitivity=stages.sensitivity(preset) if preset.policy.weighted else None,
+        residuals=stages.residuals(preset) if preset.policy.weighted else None,
     )
     schedule = preset.policy.schedule(measured)
     policy: dict[str, object] = {"kind": preset.policy.kind}

@@ -5,7 +5,7 @@
 | (none) | uncached: every block at every step |
 | ``0.5`` or ``d0.5`` | threshold: delta of eq. 7 |
 | ``t1.5`` | threshold, with the smallest delta that is 1.5 times as fast as uncached |
-| ``x1.5`` | budget: 1.5 times as fast as uncached, with the least loss by measured sensitivity |
+| ``x1.5`` | budget: 1.5 times as fast as uncached, with the least predicted loss |
 | ``c1.5`` | budget by accumulated change alone |
 | ``every3`` | every block at every third step |
 | ``deepcache3`` | DeepCache: deep blocks at every third step |
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from blockcache.export import peers
-from blockcache.export.schedule import budget, threshold, threshold_within
+from blockcache.export.schedule import budget, least_loss, threshold, threshold_within
 from blockcache.export.timings import Costs
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Schedule
@@ -54,6 +54,7 @@ class Measured:
     costs: Costs
     change: np.ndarray | None = None  # float [S, K], eq. 6
     sensitivity: np.ndarray | None = None  # float [S, K], see sensitivity.py
+    residuals: np.ndarray | None = None  # float [K, S, S] or [K, S, S, S], see residuals.py
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,12 @@ class Policy:
         spend = affordable(facts.costs, steps, self.value)
         if self.kind == "threshold-speedup":
             return threshold_within(facts.change, facts.costs.block_ms, spend)
-        weight = None
-        if self.weighted:
-            assert facts.sensitivity is not None
-            weight = weights(facts.sensitivity, facts.change)
-        return budget(facts.change, facts.costs.block_ms, spend, weight)
+        if self.kind == "change-budget":
+            return budget(facts.change, facts.costs.block_ms, spend)
+        assert facts.sensitivity is not None
+        assert facts.residuals is not None
+        loss = predicted_loss(facts.sensitivity, facts.residuals)
+        return least_loss(loss, facts.costs.block_ms, spend)
 
 
 UNCACHED = Policy()
@@ -153,13 +155,12 @@ def affordable(costs: Costs, steps: int, speedup: float) -> float:
     return spend
 
 
-def weights(sensitivity: np.ndarray, change: np.ndarray) -> np.ndarray:
-    """What a unit of change in use costs the image, float64 [S, K] (see sensitivity.py).
+def predicted_loss(sensitivity: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+    """What a reuse does to the image, relative L2 of the final latents: of the residuals' shape.
 
-    Where a block hardly changes the quotient says nothing, so it divides by a tenth of the block's
-    mean change at least.
+    The sensitivity is measured with the output of the step before as it is; the residual says how
+    much larger or smaller the error is of the output in use, as it will be aligned.
     """
-    change = np.asarray(change, np.float64)
-    floor = 0.1 * change[1:].mean(axis=0) if len(change) > 1 else change[0]
-    result: np.ndarray = sensitivity / np.maximum(np.maximum(change, floor), 1e-12)
+    once = sensitivity.T.reshape(*sensitivity.T.shape, *[1] * (residuals.ndim - 2))
+    result: np.ndarray = once.astype(np.float64) * residuals
     return result

@@ -11,6 +11,9 @@ SOLVERS = ("dpm", "ddim", "euler")
 ALIGNMENTS = {"none": 1, "least-squares": 1, "distil": 1, "history": 2, "history-distil": 2}
 """Ways to align reused outputs, and how many computed outputs of a block they combine."""
 
+REUSES = PLAIN, SCALE_SHIFT, HISTORY = "plain", "scale-shift", "history"
+"""What takes an output's place: the last one, that scaled and shifted, or the last two combined."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PresetOptions:
@@ -63,6 +66,13 @@ class PresetOptions:
     def outputs(self) -> int:
         """How many computed outputs of a block its alignment combines: 1 or 2."""
         return ALIGNMENTS[self.alignment]
+
+    @property
+    def reuse(self) -> str:
+        """What takes the place of an output, as ``residuals`` calls it."""
+        if self.alignment == "none":
+            return PLAIN
+        return HISTORY if self.outputs == 2 else SCALE_SHIFT
 
     @property
     def calibrated(self) -> bool:

@@ -1,7 +1,8 @@
-"""Schedules from measured change: the threshold of eq. 7, and the best one under a budget.
+"""Schedules from measurements: the threshold of eq. 7, and the best one under a budget.
 
 ``change[s, k]`` is L1_rel of eq. 6 between step s-1 and step s of block k, in denoising order;
-``change[0]`` is 0 by definition, there is no step before. numpy only.
+``change[0]`` is 0 by definition, there is no step before. ``loss[k, s, a]`` is what the image loses
+when block k reuses its output of step a at step s. numpy only.
 """
 
 from __future__ import annotations
@@ -59,68 +60,76 @@ def threshold_within(change: np.ndarray, cost: np.ndarray, spend: float) -> Sche
     return threshold(change, high)
 
 
-def budget(
-    change: np.ndarray, cost: np.ndarray, spend: float, weight: np.ndarray | None = None
-) -> Schedule:
+def budget(change: np.ndarray, cost: np.ndarray, spend: float) -> Schedule:
     """The schedule with the least total accumulated change among those that cost no more.
 
-    Minimises ``sum(weight * accumulated_change(change, schedule))`` under
-    ``sum(cost * recompute) <= spend``. For one block and r recomputes the best steps are a
-    shortest path through the steps; a knapsack over the blocks' curves then shares out the budget.
     A threshold's schedule is one of the candidates at its own cost, so this one never accumulates
-    more. That holds exactly up to ``MOST_POINTS`` combinations of cost and change, and beyond, to
-    their resolution of the budget.
+    more.
 
     Args:
         change: float [S, K], finite, not negative.
+        cost: as of ``least_loss``, which also raises the errors.
+        spend: as of ``least_loss``.
+    """
+    return least_loss(np.stack([_in_use(column) for column in check_change(change).T]), cost, spend)
+
+
+def least_loss(loss: np.ndarray, cost: np.ndarray, spend: float) -> Schedule:
+    """The schedule with the least total loss among those that cost no more.
+
+    For one block and r recomputes the best steps are a shortest path through the steps, or through
+    pairs of steps where the loss depends on the last two; a knapsack over the blocks' curves then
+    shares out the budget. That is exact up to ``MOST_POINTS`` combinations of cost and loss, and
+    beyond, to their resolution of the budget.
+
+    Args:
+        loss: float [K, S, S], ``loss[k, s, a]`` of the output of step a in use at step s > a; or
+            [K, S, S, S], ``loss[k, s, a, b]`` with that of step b <= a computed before it, b = a
+            where there is none. Finite and not negative there; the rest is not read.
         cost: float [K], what one run of a block costs (FLOPs, milliseconds), more than 0.
         spend: what all runs of all blocks may cost, in the same unit.
-        weight: float [S, K], what a unit of change in use at a step costs in quality
-            (``sensitivity.py``), finite, not negative; default 1 everywhere.
 
     Raises:
         ConfigError: the budget does not even pay for step 0, which recomputes every block; or a
-            cost or weight is out of range.
+            cost or loss is out of range.
     """
-    change, cost = check_change(change), np.asarray(cost, np.float64)
-    weight = np.ones(change.shape) if weight is None else np.asarray(weight, np.float64)
-    if cost.shape != change.shape[1:] or not (cost > 0).all():
+    loss, cost = np.asarray(loss, np.float64), np.asarray(cost, np.float64)
+    if loss.ndim not in (3, 4) or len(set(loss.shape[1:])) != 1 or not loss.size:
+        raise ConfigError(f"Expected loss[K, S, S] or loss[K, S, S, S], got {loss.shape}.")
+    if cost.shape != loss.shape[:1] or not (cost > 0).all():
         raise ConfigError(
-            f"Expected a cost above 0 for each of {change.shape[1]} blocks, got {cost.tolist()}."
+            f"Expected a cost above 0 for each of {len(loss)} blocks, got {cost.tolist()}."
         )
-    if weight.shape != change.shape or not ((weight >= 0) & np.isfinite(weight)).all():
-        raise ConfigError(
-            f"Expected finite weights of 0 or more, of the change's shape {change.shape}; got "
-            f"shape {weight.shape}. Measure the sensitivity again."
-        )
+    if not ((loss >= 0) & np.isfinite(loss)).all():
+        raise ConfigError("Expected finite losses of 0 or more. Measure the sensitivity again.")
     allowed = spend * (1 + 1e-12)  # a sum of the same costs in another order is no overrun
     if not cost.sum() <= allowed:
         raise ConfigError(
             f"Expected a budget of at least {cost.sum():g}, one run of every block; got {spend:g}."
         )
-    curves = [_curve(change[:, k], weight[:, k]) for k in range(change.shape[1])]
-    counts = _share_out([curve.change for curve in curves], cost, allowed)
+    curves = [_curve(block) if block.ndim == 2 else _paired_curve(block) for block in loss]
+    counts = _share_out([curve.loss for curve in curves], cost, allowed)
     chosen = [curve.recompute[count - 1] for curve, count in zip(curves, counts, strict=True)]
     return Schedule(np.stack(chosen, axis=1))
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """One block: the least change for every number of recomputes, 1..S."""
+    """One block: the least loss for every number of recomputes, 1..S."""
 
-    change: np.ndarray  # float64 [S]
+    loss: np.ndarray  # float64 [S]
     recompute: np.ndarray  # bool [S, S]: row r - 1 is the schedule with r recomputes
 
 
-def _curve(change: np.ndarray, weight: np.ndarray) -> _Curve:
+def _curve(loss: np.ndarray) -> _Curve:
     """Shortest paths from step 0 to step S with 1..S edges; an edge is one cache lifetime."""
-    steps = len(change)
-    lifetime = _lifetime_change(change, weight)
+    steps = len(loss)
+    lifetime = _lifetimes(loss.T)  # [a, next]
     least = np.full(steps + 1, np.inf)
     least[0] = 0.0
     totals, origins = [], []
     for _ in range(steps):
-        paths = least[:, None] + lifetime
+        paths = least[:steps, None] + lifetime
         origins.append(paths.argmin(axis=0))
         least = paths.min(axis=0)
         totals.append(least[steps])
@@ -133,26 +142,60 @@ def _curve(change: np.ndarray, weight: np.ndarray) -> _Curve:
     return _Curve(np.array(totals), recompute)
 
 
-def _lifetime_change(change: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """[S + 1, S + 1]: total change in use if a block runs at step a and next at step b > a."""
+def _paired_curve(loss: np.ndarray) -> _Curve:
+    """The same where a lifetime's loss also depends on the recompute before it.
+
+    Nodes are pairs (b, a) of the last two recomputes, and an edge leads to (a, next).
+    """
+    steps = len(loss)
+    lifetime = _lifetimes(loss.transpose(2, 1, 0))  # [b, a, next]
+    least = np.full((steps, steps), np.inf)
+    least[0, 0] = 0.0
+    totals, recompute = [], np.zeros((steps, steps), np.bool_)
+    origins: list[np.ndarray] = []  # of (a, next): the best b
+    for row in range(steps):
+        paths = least[:, :, None] + lifetime
+        origins.append(paths.argmin(axis=0))
+        least = paths.min(axis=0)
+        before, end = int(least[:, steps].argmin()), steps
+        totals.append(least[before, steps])
+        for origin in reversed(origins):
+            recompute[row, before] = True
+            before, end = int(origin[before, end]), before
+        least = least[:, :steps]
+    return _Curve(np.array(totals), recompute)
+
+
+def _lifetimes(loss: np.ndarray) -> np.ndarray:
+    """Total loss if a block runs at step a and next at step n: [..., a, s] to [..., a, n].
+
+    n goes to S, which is the end; infinite for n <= a.
+    """
+    steps = loss.shape[-1]
+    a, n = np.indices((steps, steps + 1))
+    total = np.zeros((*loss.shape[:-1], steps + 1))
+    np.cumsum(np.where(n[:, :-1] > a[:, :-1], loss, 0.0), axis=-1, out=total[..., 1:])
+    return np.where(n > a, total, np.inf)
+
+
+def _in_use(change: np.ndarray) -> np.ndarray:
+    """Accumulated change of one block, float64 [s, a]: between the output of step a and step s."""
     steps = len(change)
-    table = np.full((steps + 1, steps + 1), np.inf)
+    table = np.zeros((steps, steps))
     for a in range(steps):
-        in_use = np.cumsum(change[a + 1 :])  # at steps a + 1, a + 2, ...
-        table[a, a + 1] = 0.0
-        table[a, a + 2 :] = np.cumsum(weight[a + 1 :] * in_use)
+        table[a + 1 :, a] = np.cumsum(change[a + 1 :])
     return table
 
 
 MOST_POINTS = 1 << 13
-"""Points kept on the frontier of cost and change; beyond, neighbours are merged."""
+"""Points kept on the frontier of cost and loss; beyond, neighbours are merged."""
 
 
 def _share_out(curves: list[np.ndarray], cost: np.ndarray, allowed: float) -> np.ndarray:
     """Recomputes of each block, 1..S: the knapsack over all blocks' curves. int [K].
 
     Block after block, every combination is tried and the dominated ones are dropped: what is left
-    is the frontier of cost against change. It stays exact up to ``MOST_POINTS``.
+    is the frontier of cost against loss. It stays exact up to ``MOST_POINTS``.
     """
     spent, total = np.zeros(1), np.zeros(1)
     counts = np.zeros((1, 0), np.int64)

@@ -2,9 +2,9 @@
 
 Change (eq. 6) says how much a block's output differs from the one before, not what that does to
 the image: on one model, the blocks at the highest resolution cost a fifth of the deep ones and
-disturb the image twenty times as much. So the budget weighs change by what it does,
+disturb the image twenty times as much. So the budget counts in
 
-    weight[s, k] = sensitivity[s, k] / change[s, k],
+    loss = sensitivity[s, k] * residual   (see residuals.py)
 
 with ``sensitivity[s, k]`` the relative L2 distance of the final latents to the uncached run's when
 block k, and it alone, uses its output of step s - 1 at step s.

@@ -23,6 +23,7 @@ from blockcache.export.change import ProfileOptions  # noqa: E402
 from blockcache.export.distillation import DistillationOptions  # noqa: E402
 from blockcache.export.pipeline import CompileOptions, compile_model  # noqa: E402
 from blockcache.export.preset_options import PresetOptions  # noqa: E402
+from blockcache.export.residuals import ResidualOptions  # noqa: E402
 from blockcache.export.sensitivity import SensitivityOptions  # noqa: E402
 from blockcache.export.to_onnx import ExportOptions  # noqa: E402
 from blockcache.runtime import Bundle, ConfigError, Session  # noqa: E402
@@ -33,11 +34,19 @@ CALIBRATION = CalibrationOptions(
     guidance_scale=3.0,
     profile=ProfileOptions(prompts=2, seeds=1, images_at_once=2),
     sensitivity=SensitivityOptions(images=1),
+    residuals=ResidualOptions(images=1),
     alignment=AlignmentOptions(images=2),
     distillation=DistillationOptions(iterations=1, images_at_once=1),
 )
 BUDGET = "dpm:4:x1.1:history"
-STAGES = ("measure_change", "measure_sensitivity", "fit_alignment", "distil", "judge_alignment")
+STAGES = (
+    "measure_change",
+    "measure_sensitivity",
+    "measure_residuals",
+    "fit_alignment",
+    "distil",
+    "judge_alignment",
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +119,7 @@ def relative(ours, reference):
 
 def test_a_budget_preset_with_history_measures_once_and_says_so(made):
     bundle, called, heard = made
-    assert called == ["measure_change", "measure_sensitivity", "fit_alignment"]
+    assert called == ["measure_change", "measure_sensitivity", "measure_residuals", "fit_alignment"]
     preset = bundle.preset("dpm-4-x1.1-history")
     assert 0 < preset.schedule.computed_fraction() < 1
     assert preset.alignment.outputs == bundle.model.outputs == 2
@@ -124,7 +133,9 @@ def test_a_budget_preset_with_history_measures_once_and_says_so(made):
         "alignment_report": "profiles/dpm-4-x1.1-history-alignment.safetensors",
     }
     stages = list(dict.fromkeys(stage for stage, _, _ in heard))
-    assert stages == ["profile dpm-4", "sensitivity dpm-4", "export", "presets", "align dpm-4"]
+    assert stages == [
+        "profile dpm-4", "sensitivity dpm-4", "residuals dpm-4", "export", "presets", "align dpm-4",
+    ]  # fmt: skip
     for stage in stages:
         done = [(count, total) for name, count, total in heard if name == stage]
         assert done == sorted(done)

@@ -7,13 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from blockcache.export import policies
-from blockcache.export.policies import KINDS, UNCACHED, Measured, Policy, affordable, weights
-from blockcache.export.schedule import accumulated_change, budget, threshold
+from blockcache.export.policies import (
+    KINDS,
+    UNCACHED,
+    Measured,
+    Policy,
+    affordable,
+    predicted_loss,
+)
+from blockcache.export.schedule import budget, least_loss, threshold
 from blockcache.export.timings import Costs
 from blockcache.runtime import ConfigError
 
@@ -149,9 +156,13 @@ SENSITIVITY = np.array(
     [[0.0, 0.0, 0.0], [0.5, 0.1, 0.2], [0.4, 0.1, 0.1], [0.6, 0.1, 0.1], [0.2, 0.2, 0.3],
      [0.1, 0.1, 0.3]]
 )  # fmt: skip
+RESIDUALS = np.array(
+    [[[1 + 0.5 * k * (s - a - 1) if a < s else 0.0 for a in range(6)] for s in range(6)]
+     for k in range(3)]
+)  # fmt: skip
 COSTS = Costs(np.array([1.5, 4.0, 2.0]), trunk_ms=3.0, prompt_ms=1.0)
 PATHS = ["down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0"]
-FACTS = Measured(6, PATHS, COSTS, CHANGE, SENSITIVITY)
+FACTS = Measured(6, PATHS, COSTS, CHANGE, SENSITIVITY, RESIDUALS)
 
 
 def recompute(text, facts=FACTS):
@@ -181,17 +192,32 @@ def test_smoothcache_reuses_where_the_mean_change_is_small():
     assert recompute("smooth0.4").all(axis=1).astype(int).tolist() == [1, 0, 1, 0, 1, 1]
 
 
-def test_a_budget_weighs_change_by_sensitivity_and_a_change_budget_does_not():
+def test_a_budget_is_the_least_predicted_loss_and_a_change_budget_the_least_change():
     spend = affordable(COSTS, 6, 1.4)
-    plain = budget(CHANGE, COSTS.block_ms, spend)
-    weight = weights(SENSITIVITY, CHANGE)
-    weighed = budget(CHANGE, COSTS.block_ms, spend, weight)
-    np.testing.assert_array_equal(recompute("c1.4"), plain.recompute)
-    np.testing.assert_array_equal(recompute("x1.4"), weighed.recompute)
-    loss = [(weight * accumulated_change(CHANGE, made)).sum() for made in (weighed, plain)]
-    assert loss[0] < loss[1]
+    loss = predicted_loss(SENSITIVITY, RESIDUALS)
+    np.testing.assert_array_equal(
+        recompute("c1.4"), budget(CHANGE, COSTS.block_ms, spend).recompute
+    )
+    np.testing.assert_array_equal(
+        recompute("x1.4"), least_loss(loss, COSTS.block_ms, spend).recompute
+    )
+    assert (recompute("x1.4") != recompute("c1.4")).any()
     assert Policy.parse("x1.4").weighted
     assert not Policy.parse("c1.4").weighted
+
+
+def test_the_predicted_loss_is_the_sensitivity_where_the_step_before_is_reused():
+    loss = predicted_loss(SENSITIVITY, RESIDUALS)
+    for step in range(1, 6):
+        np.testing.assert_array_equal(loss[:, step, step - 1], SENSITIVITY[step])
+    assert loss[2, 4, 1] == pytest.approx(SENSITIVITY[4, 2] * 3.0)
+
+
+def test_the_predicted_loss_of_history_knows_the_step_before():
+    paired = RESIDUALS[..., None] * np.arange(1, 7)
+    loss = predicted_loss(SENSITIVITY, paired)
+    assert loss.shape == (3, 6, 6, 6)
+    assert loss[1, 3, 2, 1] == pytest.approx(2 * SENSITIVITY[3, 1])
 
 
 tables = hnp.arrays(
@@ -220,7 +246,10 @@ def measured(draw):
 def test_a_budget_is_as_fast_as_was_asked_for(made, kind, data):
     facts, uncached, speedup = made
     sensitivity = data.draw(hnp.arrays(np.float64, facts.change.shape, elements=st.floats(0, 10)))
-    facts = Measured(facts.steps, facts.paths, facts.costs, facts.change, sensitivity)
+    steps, blocks = facts.change.shape
+    shape = (blocks, *[steps] * data.draw(st.integers(2, 3)))
+    residuals = data.draw(hnp.arrays(np.float64, shape, elements=st.floats(0, 10)))
+    facts = Measured(steps, facts.paths, facts.costs, facts.change, sensitivity, residuals)
     schedule = Policy(kind, speedup).schedule(facts)
     # Sums in another order: some units in the last place.
     assert facts.costs.image_ms(schedule.recompute) <= uncached / speedup * (1 + 1e-9)
@@ -245,24 +274,3 @@ def test_a_speed_up_out_of_reach_says_what_is_within():
         "Expected at most 2.415."
     )
     assert recompute("x2.415").sum() == 3
-
-
-@given(st.data(), tables)
-def test_weights_are_finite_and_bounded(data, change):
-    sensitivity = data.draw(
-        hnp.arrays(np.float64, change.shape, elements=st.floats(0, 10, allow_subnormal=False))
-    )
-    made = weights(sensitivity, change)
-    assert made.shape == change.shape
-    assert np.isfinite(made).all()
-    assert (made >= 0).all()
-    if len(change) > 1:
-        assert (made * change[1:].mean(axis=0) <= sensitivity * (10 + 1e-9)).all()
-
-
-@given(tables)
-def test_where_change_is_ordinary_a_weight_is_sensitivity_by_change(change):
-    assume(len(change) > 1)
-    assume((change[1:] > 0.1 * change[1:].mean(axis=0)).all())
-    change = np.maximum(change, 1e-9)
-    np.testing.assert_allclose(weights(3 * change, change)[1:], 3.0)

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from blockcache.export import schedule as schedule_module
-from blockcache.export.schedule import accumulated_change, budget, threshold, threshold_within
+from blockcache.export.schedule import (
+    accumulated_change,
+    budget,
+    least_loss,
+    threshold,
+    threshold_within,
+)
 from blockcache.runtime import ConfigError, Schedule
 
 # Multiples of 1/64: sums of them are exact in float64, so that properties need no tolerance.
@@ -180,6 +186,19 @@ def loss(change, schedule, weight=1.0):
     return float((weight * accumulated_change(change, schedule)).sum())
 
 
+def losses(change, weight):
+    """loss[k, s, a]: the weighted change between step a and step s, the definition spelled out."""
+    steps, blocks = change.shape
+    made = np.zeros((blocks, steps, steps))
+    for k, s, a in np.ndindex(made.shape):
+        made[k, s, a] = weight[s, k] * change[a + 1 : s + 1, k].sum()
+    return made
+
+
+def weighed(change, cost, spend, weight):
+    return least_loss(losses(change, weight), cost, spend)
+
+
 def test_a_hand_worked_budget():
     """Five runs at most, costs 1 and 2, so beside step 0 block 0 runs twice or block 1 once.
 
@@ -192,7 +211,7 @@ def test_a_hand_worked_budget():
     assert made.recompute.astype(int).T.tolist() == [[1, 0, 0, 0], [1, 0, 1, 0]]
     assert loss(change, made) == 6
     # Where block 1 hardly matters, block 0 gets both runs.
-    light = budget(change, cost, 5.0, np.array([[1, 1 / 64]] * 4))
+    light = weighed(change, cost, 5.0, np.array([[1, 1 / 64]] * 4))
     assert light.recompute.astype(int).T.tolist()[1] == [1, 0, 0, 0]
     assert loss(change, light) == 1 + 16
     assert spent(cost, light) == 5
@@ -201,7 +220,7 @@ def test_a_hand_worked_budget():
 def test_a_weight_moves_the_refresh_to_the_step_that_matters():
     change = column(0, 1, 1, 1)
     weight = column(1, 1, 1, 8)
-    made = budget(change, np.ones(1), 2.0, weight)
+    made = weighed(change, np.ones(1), 2.0, weight)
     assert np.flatnonzero(made.recompute[:, 0]).tolist() == [0, 3]
 
 
@@ -213,7 +232,7 @@ def test_a_run_that_is_a_billionth_too_dear_is_not_made(spend, runs):
 @given(problems())
 def test_a_budget_recomputes_all_at_step_0_and_is_not_overdrawn(problem):
     change, weight, cost, spend = problem
-    made = budget(change, cost, spend, weight)
+    made = weighed(change, cost, spend, weight)
     assert made.recompute.shape == change.shape
     assert made.recompute[0].all()
     assert spent(cost, made) <= spend
@@ -225,9 +244,9 @@ def test_a_budget_accumulates_no_more_than_the_threshold_at_its_cost(problem, de
     greedy = threshold(change, delta)
     spend = spent(cost, greedy)
     assert loss(change, budget(change, cost, spend)) <= loss(change, greedy)
-    weighed = budget(change, cost, spend, weight)
-    assert loss(change, weighed, weight) <= loss(change, greedy, weight)
-    assert spent(cost, weighed) <= spend
+    made = weighed(change, cost, spend, weight)
+    assert loss(change, made, weight) <= loss(change, greedy, weight)
+    assert spent(cost, made) <= spend
 
 
 @given(problems(), st.randoms(use_true_random=False))
@@ -236,7 +255,7 @@ def test_no_table_of_the_same_cost_accumulates_less(problem, random):
     marks = np.array([[random.random() < 0.5 for _ in row] for row in change])
     marks[0] = True
     other = Schedule(marks)
-    made = budget(change, cost, spent(cost, other), weight)
+    made = weighed(change, cost, spent(cost, other), weight)
     assert loss(change, made, weight) <= loss(change, other, weight)
 
 
@@ -250,20 +269,20 @@ def test_a_budget_is_the_best_of_all_tables(problem):
         other = Schedule(np.concatenate([np.ones((1, blocks), np.bool_), rows]))
         if spent(cost, other) <= spend:
             best = min(best, loss(change, other, weight))
-    assert loss(change, budget(change, cost, spend, weight), weight) == best
+    assert loss(change, weighed(change, cost, spend, weight), weight) == best
 
 
 @given(problems(), sixty_fourths(0, 6400))
 def test_more_to_spend_never_accumulates_more(problem, more):
     change, weight, cost, spend = problem
-    poor, rich = (budget(change, cost, spend + extra, weight) for extra in (0.0, more))
+    poor, rich = (weighed(change, cost, spend + extra, weight) for extra in (0.0, more))
     assert loss(change, rich, weight) <= loss(change, poor, weight)
 
 
 @given(problems())
 def test_a_budget_for_everything_accumulates_nothing(problem):
     change, weight, cost, _ = problem
-    made = budget(change, cost, cost.sum() * len(change), weight)
+    made = weighed(change, cost, cost.sum() * len(change), weight)
     assert loss(change, made, weight) == 0
 
 
@@ -277,8 +296,8 @@ def test_a_budget_for_step_0_alone_is_spent_there(problem):
 def test_the_order_of_the_blocks_changes_nothing(problem, order):
     change, weight, cost, spend = problem
     order = [k for k in order if k < change.shape[1]]
-    made = budget(change, cost, spend, weight)
-    moved = budget(change[:, order], cost[order], spend, weight[:, order])
+    made = weighed(change, cost, spend, weight)
+    moved = weighed(change[:, order], cost[order], spend, weight[:, order])
     assert loss(change[:, order], moved, weight[:, order]) == loss(change, made, weight)
 
 
@@ -303,10 +322,12 @@ def test_merged_points_never_overdraw(problem, points):
     change, weight, cost, spend = problem
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule_module, "MOST_POINTS", points)
-        merged = budget(change, cost, spend, weight)
+        merged = weighed(change, cost, spend, weight)
     assert merged.recompute[0].all()
     assert spent(cost, merged) <= spend
-    assert loss(change, budget(change, cost, spend, weight), weight) <= loss(change, merged, weight)
+    assert loss(change, weighed(change, cost, spend, weight), weight) <= loss(
+        change, merged, weight
+    )
 
 
 def test_merged_points_keep_close_to_the_best():
@@ -343,14 +364,83 @@ def test_costs_that_are_none_are_refused(cost):
     assert str(caught.value) == f"Expected a cost above 0 for each of 1 blocks, got {cost}."
 
 
-@pytest.mark.parametrize("weight", [column(1), column(1, -1), column(1, np.nan), column(1, np.inf)])
-def test_weights_that_are_none_are_refused(weight):
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_losses_that_are_none_are_refused(bad):
     with pytest.raises(ConfigError) as caught:
-        budget(column(0, 1), np.ones(1), 4.0, weight)
+        least_loss(np.array([[[0.0, 0.0], [bad, 0.0]]]), np.ones(1), 4.0)
     assert str(caught.value) == (
-        f"Expected finite weights of 0 or more, of the change's shape (2, 1); got shape "
-        f"{weight.shape}. Measure the sensitivity again."
+        "Expected finite losses of 0 or more. Measure the sensitivity again."
     )
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (1, 2, 3), (0, 2, 2), (1, 0, 0), (1, 2, 2, 3)])
+def test_losses_of_another_shape_are_refused(shape):
+    with pytest.raises(ConfigError) as caught:
+        least_loss(np.zeros(shape), np.ones(1), 4.0)
+    assert str(caught.value) == f"Expected loss[K, S, S] or loss[K, S, S, S], got {shape}."
+
+
+# -- losses that depend on the last two computed outputs -------------------------------------------
+
+
+@st.composite
+def paired_problems(draw, steps=6, blocks=3):
+    """loss[k, s, a, b], cost, and a budget that pays for step 0 at least."""
+    count, width = draw(st.integers(1, steps)), draw(st.integers(1, blocks))
+    made = draw(table((width, count, count, count), sixty_fourths(0, 64)))
+    cost = draw(table(width, sixty_fourths(1, 64)))
+    return made, cost, cost.sum() * (1 + draw(sixty_fourths(0, 64)) * (count - 1))
+
+
+def paired_loss(made, schedule):
+    """What a schedule loses, by walking through it."""
+    total = 0.0
+    for k, marks in enumerate(schedule.recompute.T):
+        last = before = 0
+        for step in range(1, len(marks)):
+            if marks[step]:
+                last, before = step, last
+            else:
+                total += made[k, step, last, before]
+    return total
+
+
+def test_a_budget_that_looks_two_recomputes_back():
+    """One run beside step 0, of four steps. Step 3 from step 2 is good only with step 0 before it,
+
+    which it is: run 2. Had the loss not known the step before, run 1 would be as good.
+    """
+    loss_table = np.full((1, 4, 4, 4), 4.0)
+    loss_table[0, 1, 0, 0] = 1.0
+    loss_table[0, 3, 2, 0] = 0.5
+    made = least_loss(loss_table, np.ones(1), 2.0)
+    assert made.recompute[:, 0].tolist() == [True, False, True, False]
+    assert paired_loss(loss_table, made) == 1.5
+
+
+@given(paired_problems(steps=5, blocks=2))
+def test_a_paired_budget_is_the_best_of_all_tables(problem):
+    made, cost, spend = problem
+    blocks, steps = made.shape[:2]
+    best = np.inf
+    for marks in itertools.product((False, True), repeat=(steps - 1) * blocks):
+        rows = np.array(marks, np.bool_).reshape(steps - 1, blocks)
+        other = Schedule(np.concatenate([np.ones((1, blocks), np.bool_), rows]))
+        if spent(cost, other) <= spend:
+            best = min(best, paired_loss(made, other))
+    chosen = least_loss(made, cost, spend)
+    assert chosen.recompute[0].all()
+    assert spent(cost, chosen) <= spend
+    assert paired_loss(made, chosen) == best
+
+
+@given(problems())
+def test_a_loss_that_ignores_the_step_before_gives_the_plain_budget(problem):
+    change, weight, cost, spend = problem
+    plain = losses(change, weight)
+    paired = np.repeat(plain[..., None], len(change), axis=3)
+    ours, theirs = (least_loss(made, cost, spend) for made in (paired, plain))
+    assert loss(change, ours, weight) == loss(change, theirs, weight)
 
 
 @given(changes, deltas, st.data())

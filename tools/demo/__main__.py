@@ -69,7 +69,10 @@ def autoencoder(
     minutes: Minutes = 0.0,
     device: Device = "cpu",
     reuse: Annotated[
-        Path | None, typer.Option(help="Take the autoencoder of this model folder; trains none.")
+        Path | None,
+        typer.Option(
+            help="Take the autoencoder of this model folder; with --minutes, train its decoder on."
+        ),
     ] = None,
 ) -> None:
     """Train the autoencoder, or take a trained one, and encode all pictures."""
@@ -81,10 +84,13 @@ def autoencoder(
     folder = _folder(work, chosen)
     config = chosen.autoencoder
     config = replace(config, minutes=minutes or config.minutes)
+    dataset = pictures.load(folder)
     if reuse is None:
-        fit_autoencoder.fit(pictures.load(folder), config, folder, device)
+        fit_autoencoder.fit(dataset, config, folder, device)
+    elif minutes:
+        fit_autoencoder.refine(load_autoencoder(reuse), dataset, config, folder, device)
     else:
-        fit_autoencoder.adopt(load_autoencoder(reuse), pictures.load(folder), folder)
+        fit_autoencoder.adopt(load_autoencoder(reuse), dataset, folder)
     typer.echo((folder / "autoencoder.txt").read_text().strip())
 
 
@@ -97,13 +103,21 @@ def unet(
     start: Annotated[
         Path | None, typer.Option(help="Begin with the U-Net of this model folder.")
     ] = None,
+    learning_rate: Annotated[
+        float, typer.Option(help="At its peak; 0: the preset's own. Lower it with --start.")
+    ] = 0.0,
 ) -> None:
     """Train the U-Net, or go on where a checkpoint stands."""
     from blockcache.tools.demo import train
     from blockcache.tools.demo.model import load_unet
 
     chosen = _preset(preset)
-    chosen = replace(chosen, train=replace(chosen.train, minutes=minutes or chosen.train.minutes))
+    config = replace(
+        chosen.train,
+        minutes=minutes or chosen.train.minutes,
+        learning_rate=learning_rate or chosen.train.learning_rate,
+    )
+    chosen = replace(chosen, train=config)
     folder = _folder(work, chosen)
     weights = None if start is None else load_unet(start)
     trainer = train.Trainer(chosen, folder / train.FOLDER, device, weights)

@@ -61,11 +61,28 @@ def fit(
         model.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
     )
     _loop(model, optimizer, dataset, config, device)
-    model.eval()
     chunks = _chunks(dataset)
     with torch.inference_mode():
         raw = [model.encode_raw(to_signed(c).to(device)).cpu() for c in chunks]
     model.normalise(torch.cat(raw))
+    adopt(model, dataset, work, device)
+    return model
+
+
+def refine(
+    model: TinyAutoencoder, dataset: Dataset, config: AutoencoderConfig, work: Path, device: str
+) -> TinyAutoencoder:
+    """Train the decoder alone for the configured minutes: latents, and U-Nets on them, stay valid.
+
+    Stores what `fit` does.
+    """
+    torch.manual_seed(0)
+    model = model.to(device, memory_format=torch.channels_last)
+    model.encoder.requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        model.decoder.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    _loop(model, optimizer, dataset, config, device)
     adopt(model, dataset, work, device)
     return model
 
@@ -90,6 +107,7 @@ def _loop(
             budget.tick()
             note = f"step {step} loss {loss:.4f} PSNR {psnr:.2f} dB"
             progress.update(task, completed=budget.spent_s, note=note)
+    model.eval()
 
 
 def _step(
@@ -97,7 +115,7 @@ def _step(
 ) -> tuple[float, float]:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
         raw = model.encode_raw(images)
-        output = model.decode(raw + noise * torch.randn_like(raw)).float()
+        output = model.decoder(raw + noise * torch.randn_like(raw)).float()
     loss = reconstruction_loss(output, images)
     optimizer.zero_grad()
     loss.backward()

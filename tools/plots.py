@@ -210,16 +210,25 @@ def plot_frontiers(panels: Sequence[Panel], file: Path) -> None:
     _save(figure, file)
 
 
-def plot_against_delta(quality: Line, speedups: Sequence[float], title: str, file: Path) -> None:
-    """Quality (left axis) and speed-up (right axis) against the threshold (Fig. 7)."""
-    figure, axes = _figure(6.2, 4)
-    _draw_line(axes, quality)
-    axes.set_xlabel("threshold δ")
-    axes.set_ylabel(quality.label)
-    right = axes.twinx()
-    right.plot(quality.x, speedups, "s--", color="#b8562b", ms=4, lw=1.2)
-    right.set_ylabel("speed-up", color="#b8562b")
-    axes.set_title(title, fontsize=10, loc="left")
+def plot_against_delta(
+    qualities: Sequence[Line], speedups: Sequence[float], speed: str, title: str, file: Path
+) -> None:
+    """Quality (left axis) and speed-up (right axis) against the threshold (Fig. 7).
+
+    A panel for each of ``qualities``, whose label says what it is, as ``speed`` does.
+    """
+    count = len(qualities)
+    figure, axes = _pyplot().subplots(
+        1, count, figsize=(6.2 * count, 4), squeeze=False, layout="constrained"
+    )
+    for cell, quality in zip(axes.flat, qualities, strict=True):
+        _draw_line(cell, quality)
+        cell.set_xlabel("threshold δ")
+        cell.set_ylabel(quality.label)
+        right = cell.twinx()
+        right.plot(quality.x, speedups, "s--", color="#b8562b", ms=4, lw=1.2)
+        right.set_ylabel(speed, color="#b8562b")
+    figure.suptitle(title, fontsize=10)
     _save(figure, file)
 
 

@@ -64,8 +64,11 @@ def test_a_frontier_has_a_panel_a_metric(tmp_path):
 
 
 def test_quality_and_speed_are_drawn_against_delta(tmp_path):
-    plot_against_delta(LINE, [1.2, 1.9], "dpm-20", tmp_path / "d.svg")
-    assert "<!-- threshold δ -->" in (tmp_path / "d.svg").read_text()
+    plot_against_delta([LINE, LINE], [1.2, 1.9], "measured speed", "dpm-20", tmp_path / "d.svg")
+    text = (tmp_path / "d.svg").read_text()
+    assert text.count("<!-- threshold δ -->") == 2
+    assert text.count("<!-- x -->") == 2
+    assert text.count("<!-- measured speed -->") == 2
 
 
 def test_alignment_is_drawn_grey_where_nothing_is_reused(tmp_path):

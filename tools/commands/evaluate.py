@@ -37,6 +37,14 @@ Presets: TypeAlias = Annotated[
     list[str] | None,
     typer.Option("--preset", help="Presets to compare; repeatable. Default all."),
 ]
+Reference: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PRESET",
+        help="An uncached preset that all are compared with, fewer steps with caching too. "
+        "Default: the uncached run of each preset's own step count.",
+    ),
+]
 OnlyTiming: TypeAlias = Annotated[
     bool, typer.Option(help="Time the presets and stop; a later run reads the result.")
 ]
@@ -46,6 +54,7 @@ def evaluate(
     bundle: BundleFolder,
     model: ModelName = None,
     preset: Presets = None,
+    reference: Reference = None,
     images: Annotated[int, typer.Option(help="Images drawn with every preset.")] = 256,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("evaluation"),
     work: Work = None,
@@ -86,9 +95,10 @@ def evaluate(
     names = tuple(preset or ())
     with StageProgress(quiet=as_json) as progress:
         if only_timing:
-            run.measure_times(opened, subject, options, work or out / run.WORK, names, progress)
+            kept = work or out / run.WORK
+            run.measure_times(opened, subject, options, kept, names, progress, reference)
             return
-        report = run.evaluate(opened, subject, options, out, names, progress, work)
+        report = run.evaluate(opened, subject, options, out, names, progress, work, reference)
     print(report.to_json() if as_json else markdown(report))
 
 

@@ -32,9 +32,9 @@ def _table(group: GroupReport, metric: Metric, alignments: list[str]) -> list[st
     head = [f"{metric.title}, schedule of", "FLOPs", "blocks"]
     head += ["plain reuse" if name == PLAIN else name for name in alignments]
     lines = [line([*head, "fewer steps"]), line(["---"] * (len(head) + 1))]
-    schedules = dict.fromkeys(row.schedule for row in sorted(_cached(group), key=_flops))
+    schedules = dict.fromkeys(map(_schedule, sorted(_cached(group), key=_flops)))
     for schedule in schedules:
-        rows = [row for row in _cached(group) if row.schedule == schedule]
+        rows = [row for row in _cached(group) if _schedule(row) == schedule]
         found = {row.alignment: metric.layout.format(row.quality[metric.key].value) for row in rows}
         first = min(rows, key=lambda row: len(row.preset))
         cells = [f"`{first.preset}`", f"{first.flops_fraction:.0%}", f"{first.blocks_fraction:.0%}"]
@@ -55,6 +55,11 @@ def _fewer_steps(group: GroupReport, row: Row, metric: Metric) -> str:
 
 def _cached(group: GroupReport) -> list[Row]:
     return [row for row in group.rows[1:] if row.method != FEWER]
+
+
+def _schedule(row: Row) -> tuple[int, str]:
+    """A group may hold several step counts: their schedules are never the same."""
+    return row.steps, row.schedule
 
 
 def _flops(row: Row) -> float:

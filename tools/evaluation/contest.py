@@ -1,4 +1,4 @@
-"""Who is compared with whom: the presets of a bundle as groups of one solver and step count."""
+"""Who is compared with whom: the presets of a bundle as groups around an uncached run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from blockcache.runtime import Bundle, Preset
+from blockcache.runtime import Bundle, ConfigError, Preset
 from blockcache.tools.bench.sessions import uncached
 
 UNCACHED, FEWER = "uncached", "fewer steps"
@@ -31,7 +31,7 @@ class Entrant:
     """One preset with its cost."""
 
     preset: Preset
-    method: str  # "uncached", "fewer steps", "threshold", "budget + history", ...
+    method: str  # "uncached", "fewer steps", "budget + history", "fewer steps + threshold", ...
     flops: float  # of one image, the whole U-Net
     block_flops: float  # of one image, the blocks alone
 
@@ -39,6 +39,11 @@ class Entrant:
     def name(self) -> str:
         """The preset's name."""
         return self.preset.name
+
+    @property
+    def steps(self) -> int:
+        """Solver steps of its own, not the reference's."""
+        return self.preset.schedule.steps
 
     @property
     def kind(self) -> str:
@@ -62,7 +67,7 @@ class Group:
 
     name: str  # "dpm-20"
     reference: Entrant
-    others: tuple[Entrant, ...]  # fewer steps first, then by method, dearest first
+    others: tuple[Entrant, ...]  # fewer uncached steps first, then by method, dearest first
 
     @property
     def entrants(self) -> tuple[Entrant, ...]:
@@ -79,13 +84,25 @@ class Pairing:
     against: str
 
 
-def make_groups(bundle: Bundle, names: Sequence[str] = ()) -> list[Group]:
+def make_groups(
+    bundle: Bundle, names: Sequence[str] = (), reference: str | None = None
+) -> list[Group]:
     """Groups of the named presets, or of all; references are added where not named.
+
+    With ``reference``, an uncached preset, there is one group: everything of its solver with at
+    most as many steps is compared with it, so that fewer steps and caching compete together.
+    Otherwise a cached preset is compared with the uncached run of its own step count.
 
     A step count is a group where a cached preset has it; a solver without cached presets is one
     group, with its longest run as the reference. Where the bundle lacks the uncached preset of a
     group, it is made from a cached one, with every block recomputed.
+
+    Raises:
+        ConfigError: ``reference`` is no uncached preset, or a named preset does not compete with
+            it.
     """
+    if reference is not None:
+        return [_joint_group(bundle, names, reference)]
     chosen = [bundle.preset(name) for name in names or bundle.preset_names]
     everything = [bundle.preset(name) for name in bundle.preset_names]
     groups = []
@@ -111,7 +128,7 @@ def pairings(group: Group) -> list[Pairing]:
             found.append(Pairing(entrant, _nearest(entrant, fewer), FEWER))
         if entrant.alignment != PLAIN:
             found += [Pairing(entrant, p, "unaligned") for p in group.others if _plain(p, entrant)]
-        alike = [other for other in thresholds if other.alignment == entrant.alignment]
+        alike = [other for other in thresholds if _comparable(other, entrant)]
         if entrant.kind != THRESHOLD and alike:
             found.append(Pairing(entrant, _nearest(entrant, alike), THRESHOLD))
     return found
@@ -140,20 +157,50 @@ def _group(bundle: Bundle, mine: list[Preset], references: list[Preset], steps: 
             uncached(cached[0]), name=f"{name}-{UNCACHED}", policy={"kind": UNCACHED}
         )
     )
-    made = [_entrant(bundle, preset, _method(preset)) for preset in cached]
-    made.sort(key=lambda entrant: (entrant.method, -entrant.flops))
-    shorter = [_entrant(bundle, preset, FEWER) for preset in fewer]
-    shorter.sort(key=lambda entrant: -entrant.flops)
-    return Group(name, _entrant(bundle, reference, UNCACHED), (*shorter, *made))
+    return _around(bundle, name, reference, [*fewer, *cached])
+
+
+def _joint_group(bundle: Bundle, names: Sequence[str], name: str) -> Group:
+    """One group of all step counts up to the reference's."""
+    everything = [bundle.preset(known) for known in bundle.preset_names]
+    references = {preset.name: preset for preset in everything if _is_uncached(preset)}
+    if name not in references:
+        raise ConfigError(
+            f"--reference: expected an uncached preset of the bundle, got {name!r}. Uncached "
+            f"presets there are: {', '.join(references) or 'none; compile one, such as dpm:20'}."
+        )
+    reference = references[name]
+    named = [bundle.preset(other) for other in names if other != name]
+    strange = [preset.name for preset in named if not _competes(preset, reference)]
+    if strange:
+        raise ConfigError(
+            f"--reference {name}: expected presets of the same solver and solver options with at "
+            f"most {reference.schedule.steps} steps, cached if with as many; got "
+            f"{', '.join(strange)}. Leave them out, or name another reference."
+        )
+    others = named if names else [p for p in everything if _competes(p, reference)]
+    return _around(bundle, name, reference, others)
+
+
+def _around(bundle: Bundle, name: str, reference: Preset, others: Sequence[Preset]) -> Group:
+    """A group in its order."""
+    steps = reference.schedule.steps
+    made = [_entrant(bundle, preset, _method(preset, steps)) for preset in others]
+    made.sort(key=lambda entrant: (entrant.method != FEWER, entrant.method, -entrant.flops))
+    return Group(name, _entrant(bundle, reference, UNCACHED), tuple(made))
 
 
 def _entrant(bundle: Bundle, preset: Preset, method: str) -> Entrant:
     return Entrant(preset, method, *image_flops(bundle, preset))
 
 
-def _method(preset: Preset) -> str:
-    kind, alignment = _kind(preset), _alignment(preset)
-    return kind if alignment == PLAIN else f"{kind} + {alignment}"
+def _method(preset: Preset, steps: int) -> str:
+    """What makes it cheaper than the uncached run of ``steps`` steps."""
+    parts = [FEWER] if preset.schedule.steps < steps else []
+    if not _is_uncached(preset):
+        alignment = _alignment(preset)
+        parts += [_kind(preset)] if alignment == PLAIN else [_kind(preset), alignment]
+    return " + ".join(parts)
 
 
 def _kind(preset: Preset) -> str:
@@ -170,14 +217,27 @@ def _is_uncached(preset: Preset) -> bool:
     return bool(preset.schedule.recompute.all())
 
 
+def _competes(preset: Preset, reference: Preset) -> bool:
+    """Whether the preset wants to be cheaper than the uncached reference, by the same solver."""
+    steps, most = preset.schedule.steps, reference.schedule.steps
+    cheaper = steps < most or (steps == most and not _is_uncached(preset))
+    return cheaper and _solver(preset) == _solver(reference)
+
+
 def _solver(preset: Preset) -> str:
     """The solver with all its options but the number of steps."""
     return json.dumps({k: v for k, v in preset.solver.items() if k != "steps"}, sort_keys=True)
 
 
 def _plain(candidate: Entrant, entrant: Entrant) -> bool:
-    """Whether ``candidate`` has the same schedule and no alignment."""
-    return candidate.alignment == PLAIN and candidate.schedule == entrant.schedule
+    """Whether ``candidate`` has the same steps and schedule, and no alignment."""
+    same = (candidate.steps, candidate.schedule) == (entrant.steps, entrant.schedule)
+    return same and candidate.alignment == PLAIN
+
+
+def _comparable(threshold: Entrant, entrant: Entrant) -> bool:
+    """Whether the two differ in how the schedule was chosen alone: same steps, same alignment."""
+    return (threshold.steps, threshold.alignment) == (entrant.steps, entrant.alignment)
 
 
 def _nearest(entrant: Entrant, others: Sequence[Entrant]) -> Entrant:

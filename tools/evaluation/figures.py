@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from blockcache.tools import plots
 from blockcache.tools.evaluation.contest import FEWER, PLAIN, THRESHOLD, UNCACHED, Group
@@ -32,8 +32,8 @@ def draw(
         plots.Panel(title=f"{group.name}: {title}", x=x, y=y, lines=_lines(group, key, x_of))
         for group in report.groups
         for key, y in _shown(group)
-        for title, x, x_of in _SPEEDS
-        if group.comparisons and all(x_of(row) is not None for row in group.rows)
+        for title, x, x_of in _speeds(group.rows)
+        if group.comparisons
     ]
     if frontiers:
         plots.plot_frontiers(frontiers, out / "frontier.png")
@@ -43,10 +43,16 @@ def _wall(row: Row) -> float | None:
     return None if row.speedup_wall is None else row.speedup_wall.median
 
 
-_SPEEDS: tuple[tuple[str, str, Callable[[Row], Any]], ...] = (
+_Speed: TypeAlias = tuple[str, str, Callable[[Row], Any]]  # title, label, of a row
+_SPEEDS: tuple[_Speed, ...] = (
     ("by computed cost", "speed-up by FLOPs of the whole U-Net", lambda row: row.speedup_flops),
     ("by wall clock", "measured speed-up", _wall),
 )
+
+
+def _speeds(rows: Sequence[Row]) -> list[_Speed]:
+    """The computed one, and the measured one where all rows were timed: one axis shows one kind."""
+    return [speed for speed in _SPEEDS if all(speed[2](row) is not None for row in rows)]
 
 
 def _shown(group: GroupReport) -> list[tuple[str, str]]:
@@ -108,15 +114,24 @@ def _caption(row: Row) -> str:
 
 def _against_delta(group: GroupReport, file: Path) -> None:
     """Quality and speed against delta (paper, Fig. 7), where several thresholds were compared."""
-    plain = [row for row in group.rows if row.alignment == PLAIN]
-    rows = sorted((row for row in plain if row.policy.get("kind") == THRESHOLD), key=_delta)
+    reference, *others = group.rows
+    rows = sorted((row for row in others if _has_delta(row, reference)), key=_delta)
     if len(rows) < 2:
         return
     deltas = [_delta(row) for row in rows]
-    key, title = _shown(group)[-1]
-    quality = _line(group, key, title, deltas, rows)
-    speeds = [_wall(row) or row.speedup_flops for row in rows]
-    plots.plot_against_delta(quality, speeds, group.name, file)
+    qualities = [_line(group, key, title, deltas, rows) for key, title in _shown(group)]
+    _, speed, speed_of = _speeds(rows)[-1]
+    title = f"{group.name}: thresholds, reused outputs not aligned"
+    plots.plot_against_delta(qualities, [speed_of(row) for row in rows], speed, title, file)
+
+
+def _has_delta(row: Row, reference: Row) -> bool:
+    """An explicit threshold at the reference's steps, unaligned: delta alone differs.
+
+    A threshold that was searched for a speed-up has that speed-up as its value, and no delta.
+    """
+    explicit = row.policy.get("kind") == THRESHOLD
+    return explicit and row.alignment == PLAIN and row.steps == reference.steps
 
 
 def _delta(row: Row) -> float:

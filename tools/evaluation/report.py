@@ -25,7 +25,7 @@ class Row:
 
     preset: str
     method: str
-    steps: int
+    steps: int  # its own, not the uncached run's
     alignment: str  # "none" where outputs are reused as they are
     schedule: str  # the same for presets with the same schedule
     policy: Mapping[str, object]
@@ -44,7 +44,7 @@ class Comparison:
 
     subject: str
     other: str
-    against: str  # "uncached", "fewer steps", "unaligned", "threshold"
+    against: str  # "uncached": the group's; "fewer steps", "unaligned", "threshold"
     flops_ratio: float  # subject : other
     findings: Mapping[str, Finding]
     verdict: str
@@ -52,7 +52,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupReport:
-    """One solver and step count."""
+    """An uncached run, the first row, and everything compared with it."""
 
     name: str
     floor: Mapping[str, Sequence[float]]  # real against real, repeated

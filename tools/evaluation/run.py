@@ -36,10 +36,11 @@ def measure_times(
     work: Path,
     names: Sequence[str] = (),
     observer: Observer = lambda stage, done, total: None,
+    reference: str | None = None,
 ) -> timing.Seconds:
     """The timing alone: a later ``evaluate`` with the same presets and options reads it."""
     return Stages(bundle, subject, options, work, observer).time(
-        _entrants(make_groups(bundle, names))
+        _entrants(make_groups(bundle, names, reference))
     )
 
 
@@ -51,6 +52,7 @@ def evaluate(
     names: Sequence[str] = (),
     observer: Observer = lambda stage, done, total: None,
     work: Path | None = None,
+    reference: str | None = None,
 ) -> Report:
     """Compare presets; writes evaluation.md, evaluation.json and the pictures into ``out``.
 
@@ -62,11 +64,13 @@ def evaluate(
         names: presets; default all. Uncached references are added.
         observer: progress.
         work: where drawn latents, pictures and features are kept; default ``out``/work.
+        reference: an uncached preset that all are compared with; default the uncached run of
+            each one's own step count.
 
     Raises:
         ConfigError, BundleError, MissingExtraError: before anything is drawn.
     """
-    groups = make_groups(bundle, names)
+    groups = make_groups(bundle, names, reference)
     stages = Stages(bundle, subject, options, work or out / WORK, observer)
     stages.check()
     entrants = _entrants(groups)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from blockcache.tools.evaluation.contest import image_flops, make_groups, pairings
+from blockcache.runtime import ConfigError, Schedule
+from blockcache.tools.evaluation.contest import (
+    Entrant,
+    Group,
+    image_flops,
+    make_groups,
+    pairings,
+)
 
 HALF = np.tile([[True, True], [False, False]], (2, 1))
 NINE = np.concatenate([[[True, True]], np.zeros((8, 2), np.bool_)])
@@ -91,3 +102,124 @@ def test_a_threshold_is_one_however_its_delta_was_chosen(bundle):
     found = {(p.subject.name, p.against, p.other.name) for p in pairings(group)}
     assert ("dpm-9-c", "threshold", "dpm-9-t") in found
     assert not any(p.subject.name == p.other.name for p in pairings(group))
+
+
+THIRD = np.array([[True, True], [True, False], [True, True]])
+
+
+@pytest.fixture
+def steps_and_caching(preset_of, presets_only):
+    """Schedules of 4, 3 and 2 steps around ``dpm-4``, and what does not belong to it.
+
+    By cost alone, ``dpm-3-x`` is nearest to the threshold of four steps.
+    """
+    threshold = {"kind": "threshold", "delta": 0.5}
+    return presets_only(
+        [
+            preset_of("dpm-9", 9),
+            preset_of("dpm-9-t", 9, NINE, **threshold),
+            preset_of("dpm-4-half", 4, HALF, **threshold),
+            preset_of("dpm-4-x-h", 4, FIRST, kind="budget", alignment="history"),
+            preset_of("dpm-4", 4),
+            preset_of("dpm-2", 2),
+            preset_of("dpm-3", 3),
+            preset_of("dpm-3-x", 3, THIRD, kind="budget"),
+            preset_of("dpm-3-x-h", 3, THIRD, kind="budget", alignment="history"),
+            preset_of("dpm-3-t", 3, NINE[:3], **threshold),
+            preset_of("dpm-2-t", 2, HALF[:2], **threshold),
+            preset_of("ddim-3", 3, solver="ddim"),
+        ]
+    )
+
+
+def test_with_a_reference_fewer_steps_and_caching_compete(steps_and_caching):
+    (group,) = make_groups(steps_and_caching, reference="dpm-4")
+    assert (group.name, group.reference.name) == ("dpm-4", "dpm-4")
+    assert [(entrant.name, entrant.method) for entrant in group.others] == [
+        ("dpm-3", "fewer steps"),
+        ("dpm-2", "fewer steps"),
+        ("dpm-4-x-h", "budget + history"),
+        ("dpm-3-x", "fewer steps + budget"),
+        ("dpm-3-x-h", "fewer steps + budget + history"),
+        ("dpm-3-t", "fewer steps + threshold"),
+        ("dpm-2-t", "fewer steps + threshold"),
+        ("dpm-4-half", "threshold"),
+    ]
+
+
+def test_schedules_are_compared_at_the_same_step_count_only(steps_and_caching):
+    (group,) = make_groups(steps_and_caching, reference="dpm-4")
+    found = {(p.subject.name, p.against, p.other.name) for p in pairings(group)}
+    assert {pair for pair in found if pair[1] not in ("uncached", "fewer steps")} == {
+        ("dpm-3-x", "threshold", "dpm-3-t"),
+        ("dpm-3-x-h", "unaligned", "dpm-3-x"),
+    }
+    assert {p.other.name for p in pairings(group) if p.against == "uncached"} == {"dpm-4"}
+    assert ("dpm-3-x", "fewer steps", "dpm-3") in found
+    assert ("dpm-2-t", "fewer steps", "dpm-2") in found
+    assert not any(
+        p.against == "fewer steps" and p.subject.name == "dpm-2" for p in pairings(group)
+    )
+
+
+def test_a_table_that_looks_alike_at_other_steps_is_no_plain_one():
+    """Two tables of the same bytes, by another number of blocks: no real bundle holds both."""
+    longer = np.array([[True, True], [True, False], [False, False]])
+
+    def entrant(name, table, **policy):
+        preset = SimpleNamespace(name=name, schedule=Schedule(table), policy=policy)
+        return Entrant(preset, name, 2.0, 1.0)
+
+    aligned = entrant("aligned", longer, kind="budget", alignment="history")
+    shorter = entrant("shorter", longer.reshape(2, 3), kind="budget")
+    assert aligned.schedule == shorter.schedule
+    for plain, expected in (
+        (shorter, []),
+        (entrant("plain", longer, kind="budget"), [("aligned", "plain")]),
+    ):
+        group = Group("g", entrant("g", np.ones((3, 2), np.bool_)), (aligned, plain))
+        unaligned = [pair for pair in pairings(group) if pair.against == "unaligned"]
+        assert [(pair.subject.name, pair.other.name) for pair in unaligned] == expected
+
+
+def test_named_presets_around_a_reference_need_not_name_it(steps_and_caching):
+    (group,) = make_groups(steps_and_caching, ["dpm-3-x-h", "dpm-2"], "dpm-4")
+    assert [entrant.name for entrant in group.entrants] == ["dpm-4", "dpm-2", "dpm-3-x-h"]
+    (group,) = make_groups(steps_and_caching, ["dpm-4", "dpm-2"], "dpm-4")
+    assert [entrant.name for entrant in group.entrants] == ["dpm-4", "dpm-2"]
+
+
+@pytest.mark.parametrize("name", ["dpm-4-half", "dpm-5"])
+def test_a_reference_is_an_uncached_preset_of_the_bundle(steps_and_caching, name):
+    message = (
+        f"--reference: expected an uncached preset of the bundle, got '{name}'. Uncached presets "
+        "there are: dpm-9, dpm-4, dpm-2, dpm-3, ddim-3."
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_groups(steps_and_caching, reference=name)
+
+
+def test_a_bundle_of_cached_presets_has_no_reference(preset_of, presets_only):
+    bundle = presets_only([preset_of("dpm-4-half", 4, HALF, kind="interval")])
+    with pytest.raises(ConfigError, match="Uncached presets there are: none; compile one"):
+        make_groups(bundle, reference="dpm-4")
+
+
+def test_named_presets_that_do_not_compete_are_refused(steps_and_caching):
+    names = ["dpm-4", "dpm-3-x", "dpm-9-t", "ddim-3"]
+    message = (
+        "--reference dpm-4: expected presets of the same solver and solver options with at most 4 "
+        "steps, cached if with as many; got dpm-9-t, ddim-3. Leave them out"
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_groups(steps_and_caching, names, "dpm-4")
+
+
+def test_other_options_make_another_solver(preset_of, presets_only):
+    karras = preset_of("dpm-3-k", 3)
+    karras = dataclasses.replace(karras, solver={**karras.solver, "karras": True})
+    bundle = presets_only([preset_of("dpm-4", 4), preset_of("dpm-4-twin", 4), karras])
+    (group,) = make_groups(bundle, reference="dpm-4")
+    assert group.others == ()
+    with pytest.raises(ConfigError, match="got dpm-4-twin, dpm-3-k"):
+        make_groups(bundle, ["dpm-4-twin", "dpm-3-k"], "dpm-4")

@@ -144,7 +144,7 @@ def test_the_command_compares_latents_of_encoded_prompts(
     save_file(tensors, tmp_path / "encoded.safetensors")
     arguments = ["evaluate", opened.folder, "--embeddings", tmp_path / "encoded.safetensors"]
     arguments += ["--preset", "ddim-4", "--images", 3, "--rounds", 1, "--timed-images", 1]
-    arguments += ["--out", tmp_path / "out", "--json"]
+    arguments += ["--out", tmp_path / "out", "--json", "--reference", "ddim-4"]
     monkeypatch.setattr(sys, "argv", ["blockcache", *map(str, [*arguments, "--only-timing"])])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
@@ -155,11 +155,17 @@ def test_the_command_compares_latents_of_encoded_prompts(
     with pytest.raises(SystemExit, match="0"):
         cli.main()
     report = json.loads(capsys.readouterr().out)
-    (row,) = report["groups"][0]["rows"]
-    assert row["preset"] == "ddim-4"
+    (group,) = report["groups"]
+    (row,) = group["rows"]
+    assert group["name"] == row["preset"] == "ddim-4"
     assert set(row["quality"]) == {"distance"}
     seconds = json.loads(timed)["ddim-4"]
     assert row["images_per_s"]["median"] == pytest.approx(1 / seconds[0])
+
+    monkeypatch.setattr(sys, "argv", ["blockcache", *map(str, arguments[:-1]), "ddim-9"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert "uncached preset of the bundle, got 'ddim-9'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from blockcache.export.alignment import (
 from blockcache.export.calibration import Calibration
 from blockcache.export.change import Profile, ProfileOptions, measure_change
 from blockcache.export.distillation import DistillationOptions, distil
+from blockcache.export.joint import TrialOptions, mean_distance, measured_for, trial_latents
 from blockcache.export.model import TORCH_DTYPES, SourceModel
 from blockcache.export.peers import read_table
 from blockcache.export.preset_options import PresetOptions
@@ -53,6 +54,7 @@ class CalibrationOptions:
     residuals: ResidualOptions = field(default_factory=ResidualOptions)
     alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
+    trial: TrialOptions = field(default_factory=TrialOptions)
 
 
 class CalibratedStages:
@@ -86,6 +88,10 @@ class CalibratedStages:
 
     def measure(self, preset: PresetOptions) -> None:
         """What the preset's schedule needs, measured and stored."""
+        if preset.policy.joint:
+            for other in measured_for(preset):
+                self.measure(other)
+            return
         if preset.policy.measured:
             self.profile(preset)
         if preset.policy.weighted:
@@ -145,7 +151,7 @@ class CalibratedStages:
         distilled = preset.alignment.endswith("distil")
         key = self._key(
             preset,
-            schedule=hashlib.sha256(schedule.recompute.tobytes()).hexdigest(),
+            schedule=_digest(schedule.recompute),
             alignment=self._options.alignment,
             kind=preset.alignment,
             precision=self._precision,
@@ -162,11 +168,45 @@ class CalibratedStages:
         tables = tuple(tensors[f"table_{k}"] for k in range(schedule.blocks))
         return AlignmentFit(Alignment(tables), tensors["before"], tensors["after"]), name
 
+    def distance(
+        self, tried: PresetOptions, schedule: Schedule, alignment: Alignment, full: PresetOptions
+    ) -> float:
+        """How far a candidate's latents end from the uncached run of ``full``: relative, mean."""
+        reference = self._trial(full, Schedule.uncached(full.steps, schedule.blocks), None)
+        return mean_distance(self._trial(tried, schedule, alignment), reference)
+
+    def _trial(
+        self, preset: PresetOptions, schedule: Schedule, alignment: Alignment | None
+    ) -> np.ndarray:
+        """Final latents of a few images that calibrated nothing: float32 [N, C, H, W]."""
+        tables = () if alignment is None else alignment.tables
+        key = self._key(
+            preset,
+            trial=self._options.trial,
+            precision=self._precision,
+            schedule=_digest(schedule.recompute),
+            coefficients=_digest(*tables),
+        )
+        name = f"profiles/{preset.solver}-{preset.steps}-{key[:8]}.safetensors"
+
+        def measure() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+            model, solver, calibration, guidance_scale = self._inputs(preset)
+            self._round()
+            made = trial_latents(
+                model, solver, schedule, alignment, calibration, guidance_scale, self._options.trial
+            )
+            return {"latents": made}, {}
+
+        return self._stage("trial", key, name, measure)[0]["latents"]
+
+    def _round(self) -> None:
+        """Give the U-Net the weights as they are exported, computed in float32."""
+        for dtype in (TORCH_DTYPES[self._precision], torch.float32):
+            torch.nn.Module.to(self.model.unet, dtype)
+
     def _fit(self, preset: PresetOptions, schedule: Schedule, distilled: bool) -> AlignmentFit:
         model, tables, calibration, guidance_scale = self._inputs(preset)
-        # The student has the exported weights: rounded to their precision, computed in float32.
-        for dtype in (TORCH_DTYPES[self._precision], torch.float32):
-            torch.nn.Module.to(model.unet, dtype)
+        self._round()  # the student has the exported weights
         fit = fit_alignment(
             model,
             tables,
@@ -247,6 +287,10 @@ def solver_config(model: SourceModel, preset: PresetOptions) -> SolverConfig:
             f"scheduler there."
         )
     return SolverConfig.from_diffusers(model.scheduler, solver=preset.solver, steps=preset.steps)
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
 def _hash(calibration: Calibration) -> str:

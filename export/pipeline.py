@@ -23,6 +23,7 @@ from blockcache.export.calibrated_stages import (
     solver_config,
 )
 from blockcache.export.calibration import Calibration
+from blockcache.export.joint import candidates
 from blockcache.export.model import SourceModel
 from blockcache.export.policies import Measured
 from blockcache.export.preset_options import PresetOptions
@@ -201,6 +202,8 @@ def _make_preset(
     facts: ModelFacts,
 ) -> Preset:
     """Schedule, alignment and time tables of a preset."""
+    if preset.policy.joint:
+        return _make_joint(stages, folder, preset, options, segments, facts)
     profile = stages.profile(preset) if preset.policy.measured else None
     measured = Measured(
         steps=preset.steps,
@@ -231,6 +234,29 @@ def _make_preset(
         guidance_scale=options.calibration.guidance_scale,
         policy=policy,
     )
+
+
+def _make_joint(
+    stages: CalibratedStages,
+    folder: Path,
+    preset: PresetOptions,
+    options: CompileOptions,
+    segments: tuple[Segment, ...],
+    facts: ModelFacts,
+) -> Preset:
+    """The candidate that lands nearest to the uncached run of all steps."""
+    tried = {}
+    for other in candidates(preset, _costs(segments, options.timings)):
+        made = _make_preset(stages, folder, other, options, segments, facts)
+        tried[stages.distance(other, made.schedule, made.alignment, preset)] = made
+    best = tried[min(tried)]
+    policy = best.policy | {
+        "kind": preset.policy.kind,
+        "value": preset.policy.value,
+        "of_steps": preset.steps,
+        "tried": {str(made.schedule.steps): round(d, 6) for d, made in tried.items()},
+    }
+    return dataclasses.replace(best, name=preset.name, policy=policy)
 
 
 # -- what the manifest says ------------------------------------------------------------------------

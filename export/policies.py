@@ -6,6 +6,7 @@
 | ``0.5`` or ``d0.5`` | threshold: delta of eq. 7 |
 | ``t1.5`` | threshold, with the smallest delta that is 1.5 times as fast as uncached |
 | ``x1.5`` | budget: 1.5 times as fast as uncached, with the least predicted loss |
+| ``j1.5`` | as fast with fewer steps and a budget together, whatever lands nearest (joint.py) |
 | ``c1.5`` | budget by accumulated change alone |
 | ``every3`` | every block at every third step |
 | ``deepcache3`` | DeepCache: deep blocks at every third step |
@@ -34,13 +35,14 @@ _PREFIXES = {
     "d": "threshold",
     "t": "threshold-speedup",
     "x": "budget",
+    "j": "joint",
     "c": "change-budget",
     "every": "interval",
     "deepcache": "deepcache",
     "smooth": "smoothcache",
 }
 KINDS = ("uncached", *dict.fromkeys(_PREFIXES.values()), "table")
-_SPEEDUPS = ("threshold-speedup", "budget", "change-budget")
+_SPEEDUPS = ("threshold-speedup", "budget", "joint", "change-budget")
 _WHOLE = ("interval", "deepcache")
 _MEASURED = ("threshold", "smoothcache", *_SPEEDUPS)
 
@@ -106,12 +108,20 @@ class Policy:
         return self.kind in _MEASURED
 
     @property
+    def joint(self) -> bool:
+        """Whether the number of steps is chosen too."""
+        return self.kind == "joint"
+
+    @property
     def weighted(self) -> bool:
         """Whether the sensitivity is needed."""
         return self.kind == "budget"
 
     def schedule(self, facts: Measured) -> Schedule:
-        """The table of this policy; ``facts`` holds what ``measured`` and ``weighted`` ask for."""
+        """The table of this policy; ``facts`` holds what ``measured`` and ``weighted`` ask for.
+
+        Not of a joint one, which is the table of one of its candidates.
+        """
         steps, blocks = facts.steps, len(facts.paths)
         if self.kind == "uncached":
             return Schedule.uncached(steps, blocks)
@@ -122,6 +132,7 @@ class Policy:
         if self.file is not None:
             return peers.read_table(self.file, steps, blocks)
         assert facts.change is not None
+        assert not self.joint
         if self.kind == "threshold":
             return threshold(facts.change, self.value)
         if self.kind == "smoothcache":

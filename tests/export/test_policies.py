@@ -29,6 +29,7 @@ TABLE = {
     "d0.5": Policy("threshold", 0.5),
     "t1.5": Policy("threshold-speedup", 1.5),
     "x1.5": Policy("budget", 1.5),
+    "j1.5": Policy("joint", 1.5),
     "c1.5": Policy("change-budget", 1.5),
     "every3": Policy("interval", 3),
     "deepcache3": Policy("deepcache", 3),
@@ -60,7 +61,7 @@ numbers = st.floats(1, 1e12).map(lambda value: float(f"{value:g}"))
 named = st.one_of(
     st.builds(
         Policy,
-        st.sampled_from(["threshold", "smoothcache", *SPEEDUPS]),
+        st.sampled_from(["threshold", "smoothcache", "joint", *SPEEDUPS]),
         numbers,
     ),
     st.builds(Policy, st.sampled_from(["threshold", "smoothcache"]), numbers.map(lambda v: 1 / v))

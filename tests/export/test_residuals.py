@@ -137,8 +137,8 @@ def test_a_u_net_is_measured_on_its_own_outputs(tiny_models, conditions_of):
         jobs = [(0, options.seed), (2, options.seed + 1)]
         noise, conditions = calibration_inputs(model, calibration, jobs, 3.0)
         uncached = Schedule.uncached(3, len(model.blocks))
-        denoise(cached, tables, uncached, None, noise, conditions, 3.0,
-                lambda step: kept.append([block.history[0] for block in cached.blocks]))  # fmt: skip
+        keep = lambda step: kept.append([block.history[0] for block in cached.blocks])  # noqa: E731
+        denoise(cached, tables, uncached, None, noise, conditions, 3.0, keep)
     for k in range(len(model.blocks)):
         far, near = ((kept[2][k] - kept[a][k]).double().norm() for a in (0, 1))
         assert found[k, 2, 0] == pytest.approx(float(far / near), rel=1e-4)

@@ -15,7 +15,8 @@ from blockcache.tools.bench.sessions import uncached
 UNCACHED, FEWER = "uncached", "fewer steps"
 PLAIN = "none"
 THRESHOLD = "threshold"
-KINDS = {"threshold-speedup": THRESHOLD, "change-budget": "budget by change"}
+JOINT = "fewer steps and budget"
+KINDS = {"threshold-speedup": THRESHOLD, "change-budget": "budget by change", "joint": JOINT}
 """How policies are called where their kind does not say what they do."""
 ALIGNMENTS = {
     "least-squares": "scale-shift",
@@ -109,7 +110,7 @@ def make_groups(
     for solver in dict.fromkeys(map(_solver, chosen)):
         mine = [preset for preset in chosen if _solver(preset) == solver]
         cached = [preset for preset in mine if not _is_uncached(preset)]
-        steps = {p.schedule.steps for p in cached} or {max(p.schedule.steps for p in mine)}
+        steps = {_full_steps(p) for p in cached} or {max(p.schedule.steps for p in mine)}
         references = [p for p in everything if _is_uncached(p) and _solver(p) == solver]
         groups += [_group(bundle, mine, references, count) for count in sorted(steps)]
     return groups
@@ -145,18 +146,21 @@ def image_flops(bundle: Bundle, preset: Preset) -> tuple[float, float]:
 
 
 def _group(bundle: Bundle, mine: list[Preset], references: list[Preset], steps: int) -> Group:
-    cached = [p for p in mine if not _is_uncached(p) and p.schedule.steps == steps]
+    cached = [p for p in mine if not _is_uncached(p) and _full_steps(p) == steps]
     fewer = [p for p in mine if _is_uncached(p) and p.schedule.steps < steps]
-    found = [p for p in references if p.schedule.steps == steps]
-    solver = cached[0].solver["solver"] if cached else found[0].solver["solver"]
-    name = f"{solver}-{steps}"
-    reference = (
-        found[0]
-        if found
-        else dataclasses.replace(
-            uncached(cached[0]), name=f"{name}-{UNCACHED}", policy={"kind": UNCACHED}
+    of_steps = [p for p in (*references, *cached) if p.schedule.steps == steps]
+    if not of_steps:
+        raise ConfigError(
+            f"Expected an uncached preset of {steps} steps beside {cached[0].name!r}, which takes "
+            f"its place with {cached[0].schedule.steps}; there is none. Compile one with it."
         )
-    )
+    reference = of_steps[0]
+    name = f"{reference.solver['solver']}-{steps}"
+    if not _is_uncached(reference):
+        policy = {"kind": UNCACHED}
+        reference = dataclasses.replace(
+            uncached(reference), name=f"{name}-{UNCACHED}", policy=policy
+        )
     return _around(bundle, name, reference, [*fewer, *cached])
 
 
@@ -196,11 +200,17 @@ def _entrant(bundle: Bundle, preset: Preset, method: str) -> Entrant:
 
 def _method(preset: Preset, steps: int) -> str:
     """What makes it cheaper than the uncached run of ``steps`` steps."""
-    parts = [FEWER] if preset.schedule.steps < steps else []
+    fewer = preset.schedule.steps < steps and _kind(preset) != JOINT
+    parts = [FEWER] if fewer or _is_uncached(preset) else []
     if not _is_uncached(preset):
         alignment = _alignment(preset)
         parts += [_kind(preset)] if alignment == PLAIN else [_kind(preset), alignment]
     return " + ".join(parts)
+
+
+def _full_steps(preset: Preset) -> int:
+    """The steps of the uncached run that a preset takes the place of."""
+    return int(str(preset.policy.get("of_steps", preset.schedule.steps)))
 
 
 def _kind(preset: Preset) -> str:

@@ -104,6 +104,45 @@ def test_a_threshold_is_one_however_its_delta_was_chosen(bundle):
     assert not any(p.subject.name == p.other.name for p in pairings(group))
 
 
+@pytest.fixture
+def with_joint(preset_of, presets_only):
+    """Presets that take the place of 4 steps with fewer, one of them without any caching."""
+    policy = {"kind": "joint", "value": 1.5, "of_steps": 4}
+    return presets_only(
+        [
+            preset_of("dpm-4", 4),
+            preset_of("dpm-3", 3),
+            preset_of("dpm-4-j1.5-history", 3, THIRD, **policy, alignment="history"),
+            preset_of("dpm-4-j1.9", 2, **policy),
+        ]
+    )
+
+
+def test_a_joint_preset_competes_where_it_was_asked_to(with_joint):
+    (group,) = make_groups(with_joint)
+    assert group.name == "dpm-4"
+    assert [(entrant.name, entrant.method) for entrant in group.entrants] == [
+        ("dpm-4", "uncached"),
+        ("dpm-3", "fewer steps"),
+        ("dpm-4-j1.9", "fewer steps"),
+        ("dpm-4-j1.5-history", "fewer steps and budget + history"),
+    ]
+    assert ("dpm-4-j1.5-history", "fewer steps", "dpm-3") in {
+        (p.subject.name, p.against, p.other.name) for p in pairings(group)
+    }
+
+
+def test_a_joint_preset_alone_has_nothing_to_be_compared_with(preset_of, presets_only):
+    policy = {"kind": "joint", "value": 1.5, "of_steps": 4, "alignment": "history"}
+    bundle = presets_only([preset_of("dpm-4-j1.5-history", 3, THIRD, **policy)])
+    with pytest.raises(ConfigError) as caught:
+        make_groups(bundle)
+    assert str(caught.value) == (
+        "Expected an uncached preset of 4 steps beside 'dpm-4-j1.5-history', which takes its "
+        "place with 3; there is none. Compile one with it."
+    )
+
+
 THIRD = np.array([[True, True], [True, False], [True, True]])
 
 

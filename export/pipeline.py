@@ -250,7 +250,8 @@ def _make_joint(
         made = _make_preset(stages, folder, other, options, segments, facts)
         tried[stages.distance(other, made.schedule, made.alignment, preset)] = made
     best = tried[min(tried)]
-    policy = best.policy | {
+    policy = {
+        **best.policy,
         "kind": preset.policy.kind,
         "value": preset.policy.value,
         "of_steps": preset.steps,

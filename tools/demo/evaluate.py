@@ -153,6 +153,8 @@ def _key(subject: Contender, options: SampleOptions) -> str:
     digest = hashlib.sha256(f"{options} {PART}".encode())
     for parameter in subject.unet.parameters():
         digest.update(parameter.detach().numpy().tobytes())
+    probe = initial_noise(1, subject.unet.config["sample_size"], seed=0)
+    digest.update(subject.decode(probe).tobytes())  # the decoder is just a function
     return f"{subject.name.replace(' ', '-')}-{digest.hexdigest()[:12]}"
 
 

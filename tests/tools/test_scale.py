@@ -24,7 +24,7 @@ def test_a_scale_run_meters_every_stage_and_agrees_with_torch(
     }
     monkeypatch.setitem(full_size.CONFIGS, "tiny", config)
     figures = tmp_path / "figures.json"
-    scale.main(tmp_path / "bundle", "tiny", "float32", steps=3, check=True, figures=figures)
+    scale.main(tmp_path / "bundle", "tiny", "float32", steps=[3], check=True, figures=figures)
     found = json.loads(figures.read_text())
     stages = [stage["name"] for stage in found["stages"]]
     assert stages == ["weights at random", "trace", "weights", "cut", "hash", "presets"]

@@ -77,7 +77,10 @@ def main(
     out: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     model: Annotated[str, typer.Option(help="sd15 or sdxl.")] = "sd15",
     precision: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
-    steps: Annotated[int, typer.Option(help="Of the made-up preset.")] = 2,
+    steps: Annotated[
+        list[int] | None, typer.Option(help="Of the made-up presets; repeatable. Default 2.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="1 halves the work.")] = 5.0,
     check: Annotated[bool, typer.Option(help="Denoise on the CPU, compare with PyTorch.")] = False,
     figures: Annotated[Path | None, typer.Option(help="Also write the figures there.")] = None,
 ) -> None:
@@ -89,7 +92,7 @@ def main(
     meter = StageMeter()
     meter.enter("weights at random")
     source = random_source(model, precision)
-    bundle = _compile(source, out, precision, steps, meter)
+    bundle = _compile(source, out, precision, steps or [2], guidance, meter)
     del source
     gc.collect()
     found: dict[str, Any] = {
@@ -111,19 +114,29 @@ def main(
 
 
 def _compile(
-    source: SourceModel, out: Path, precision: str, steps: int, meter: StageMeter
+    source: SourceModel,
+    out: Path,
+    precision: str,
+    steps: list[int],
+    guidance: float,
+    meter: StageMeter,
 ) -> Bundle:
-    """The bundle with an uncached and a made-up preset of ``steps`` steps."""
+    """The bundle with an uncached and a made-up preset of each number of steps."""
+    from blockcache.export.calibrated_stages import CalibrationOptions
     from blockcache.export.pipeline import CompileOptions, compile_model
     from blockcache.export.preset_options import PresetOptions
     from blockcache.export.to_onnx import ExportOptions
 
     options = CompileOptions(
-        presets=(PresetOptions.parse(f"ddim:{steps}"),), export=ExportOptions(precision=precision)
+        presets=tuple(PresetOptions.parse(f"ddim:{count}") for count in steps),
+        export=ExportOptions(precision=precision),
+        calibration=CalibrationOptions(guidance_scale=guidance),
     )
     bundle = compile_model(source, out, options, observer=meter.observe)
     meter.enter("")
-    return add_preset(bundle, made_up(bundle.preset(bundle.preset_names[0])))
+    for name in bundle.preset_names:
+        bundle = add_preset(bundle, made_up(bundle.preset(name)))
+    return bundle
 
 
 def made_up(preset: Preset, seed: int = 0) -> Preset:
@@ -216,10 +229,10 @@ def _torch_latents(
     from blockcache.runtime.solver import solver_tables
 
     tables = solver_tables(SolverConfig.from_json(preset.solver))
-    picked = Calibration(*conditions).pick([0], guided=True)
+    scale, start = preset.guidance_scale, torch.from_numpy(noise)
+    picked = Calibration(*conditions).pick([0], guided=scale != 1.0)
     source.unet.eval()
     with CachedUNet(source) as cached:
-        scale, start = preset.guidance_scale, torch.from_numpy(noise)
         latents = denoise(cached, tables, preset.schedule, preset.alignment, start, picked, scale)
     result: np.ndarray = latents.numpy()
     return result

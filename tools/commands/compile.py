@@ -19,8 +19,8 @@ Presets = Annotated[
         help="SOLVER:STEPS[:POLICY[:ALIGNMENT]], repeatable. SOLVER: dpm, ddim, euler. POLICY: "
         "0.5 (threshold of eq. 7), x1.5 (speed-up; least predicted loss), j1.5 (the same, with "
         "fewer steps too), c1.5 (least change), t1.5 (by threshold), every3, deepcache3, "
-        "smooth0.1, FILE.json; none: uncached. ALIGNMENT: least-squares, history, distil, history-distil; none: reuse "
-        "as it is."
+        "smooth0.1, FILE.json; none: uncached. ALIGNMENT: least-squares, history, distil, "
+        "history-distil; none: reuse as it is."
     ),
 ]
 BudgetTimings = Annotated[

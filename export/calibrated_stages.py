@@ -27,14 +27,17 @@ from blockcache.export.distillation import DistillationOptions, distil
 from blockcache.export.joint import TrialOptions, mean_distance, measured_for, trial_latents
 from blockcache.export.model import TORCH_DTYPES, SourceModel
 from blockcache.export.peers import read_table
-from blockcache.export.preset_options import PresetOptions
+from blockcache.export.preset_options import HISTORY, PresetOptions
 from blockcache.export.residuals import ResidualOptions, measure_residuals
 from blockcache.export.sensitivity import SensitivityOptions, measure_sensitivity
-from blockcache.export.stages import StageStore, stage_key
+from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.runtime.bundle import read_tensors, write_tensors
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solver import SolverConfig, solver_tables
+
+MOST_PAIRS = 1 << 28
+"""Numbers in a residual table with history, at most: 1 GiB, and as much again twice in use."""
 
 
 class Observer(Protocol):
@@ -75,6 +78,9 @@ class CalibratedStages:
         self._options = options
         self._calibration = calibration
         self._observer = observer
+        self._fits: dict[
+            str, AlignmentFit
+        ] = {}  # by key: a joint preset's winner was fitted before
 
     def check(self, preset: PresetOptions) -> None:
         """Raise ConfigError where a preset's own table does not fit, or prompts are missing."""
@@ -85,13 +91,20 @@ class CalibratedStages:
                 f"Preset {preset.name!r} is made from measurements and needs prompts to measure "
                 f"with: give a calibration (--calibration FILE), or leave out policy and alignment."
             )
+        pairs = len(self.model.blocks) * preset.steps**3
+        if preset.policy.budgeted and preset.reuse == HISTORY and pairs > MOST_PAIRS:
+            raise ConfigError(
+                f"Preset {preset.name!r}: a budget with history looks at all pairs of earlier "
+                f"steps, {pairs:.2g} numbers for {preset.steps} steps. Take fewer steps, "
+                f"another policy (t1.5, c1.5), or the alignment least-squares."
+            )
 
     def measure(self, preset: PresetOptions) -> None:
         """What the preset's schedule needs, measured and stored."""
         if preset.policy.joint:
             for other in measured_for(preset):
-                self.measure(other)
-            return
+                self.sensitivity(other)
+                self.residuals(other)
         if preset.policy.measured:
             self.profile(preset)
         if preset.policy.weighted:
@@ -133,7 +146,7 @@ class CalibratedStages:
     def residuals(self, preset: PresetOptions) -> np.ndarray:
         """What the preset's way to reuse leaves of an error: float32 [K, S, S] or [K, S, S, S]."""
         key = self._key(preset, residuals=self._options.residuals, reuse=preset.reuse)
-        name = f"profiles/{preset.solver}-{preset.steps}-{key[:8]}.safetensors"
+        name = f"{RECORDS}/residuals-{key[:12]}.safetensors"
 
         def measure() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             made = measure_residuals(
@@ -146,7 +159,9 @@ class CalibratedStages:
 
         return self._stage("residuals", key, name, measure)[0]["residuals"]
 
-    def alignment(self, preset: PresetOptions, schedule: Schedule) -> tuple[AlignmentFit, str]:
+    def alignment(
+        self, preset: PresetOptions, schedule: Schedule, folder: str = "profiles"
+    ) -> tuple[AlignmentFit, str]:
         """Coefficients of a preset's reused outputs, and the report's name in the bundle."""
         distilled = preset.alignment.endswith("distil")
         key = self._key(
@@ -157,10 +172,11 @@ class CalibratedStages:
             precision=self._precision,
             distillation=self._options.distillation if distilled else None,
         )
-        name = f"profiles/{preset.name}-alignment.safetensors"
+        name = f"{folder}/{preset.name}-alignment.safetensors"
 
         def measure() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            fit = self._fit(preset, schedule, distilled)
+            fit = self._fits.get(key) or self._fit(preset, schedule, distilled)
+            self._fits[key] = fit
             tables = {f"table_{k}": table for k, table in enumerate(fit.alignment.tables)}
             return {"before": fit.before, "after": fit.after, **tables}, {}
 
@@ -178,7 +194,7 @@ class CalibratedStages:
     def _trial(
         self, preset: PresetOptions, schedule: Schedule, alignment: Alignment | None
     ) -> np.ndarray:
-        """Final latents of a few images that calibrated nothing: float32 [N, C, H, W]."""
+        """Final latents of a few images from noise of their own: float32 [N, C, H, W]."""
         tables = () if alignment is None else alignment.tables
         key = self._key(
             preset,
@@ -187,26 +203,33 @@ class CalibratedStages:
             schedule=_digest(schedule.recompute),
             coefficients=_digest(*tables),
         )
-        name = f"profiles/{preset.solver}-{preset.steps}-{key[:8]}.safetensors"
+        name = f"{RECORDS}/trial-{key[:12]}.safetensors"
 
         def measure() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             model, solver, calibration, guidance_scale = self._inputs(preset)
-            self._round()
+            self._round_weights()
             made = trial_latents(
-                model, solver, schedule, alignment, calibration, guidance_scale, self._options.trial
+                model,
+                solver,
+                schedule,
+                alignment,
+                calibration,
+                guidance_scale,
+                self._options.trial,
+                progress=self._progress("try", preset),
             )
             return {"latents": made}, {}
 
         return self._stage("trial", key, name, measure)[0]["latents"]
 
-    def _round(self) -> None:
+    def _round_weights(self) -> None:
         """Give the U-Net the weights as they are exported, computed in float32."""
         for dtype in (TORCH_DTYPES[self._precision], torch.float32):
             torch.nn.Module.to(self.model.unet, dtype)
 
     def _fit(self, preset: PresetOptions, schedule: Schedule, distilled: bool) -> AlignmentFit:
         model, tables, calibration, guidance_scale = self._inputs(preset)
-        self._round()  # the student has the exported weights
+        self._round_weights()  # the student has the exported weights
         fit = fit_alignment(
             model,
             tables,

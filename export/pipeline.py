@@ -27,7 +27,7 @@ from blockcache.export.joint import candidates
 from blockcache.export.model import SourceModel
 from blockcache.export.policies import Measured
 from blockcache.export.preset_options import PresetOptions
-from blockcache.export.stages import StageStore, stage_key
+from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.time_tables import time_tables
 from blockcache.export.timings import Costs, Timings
 from blockcache.export.to_onnx import EXPORT_STAGES, ExportOptions, default_sizes, export_segments
@@ -116,7 +116,7 @@ def compile_model(
 
 def _refuse_foreign(folder: Path) -> None:
     """Do not mix a bundle into a folder that holds something else."""
-    if not (folder / ".stages").is_dir() and any(folder.iterdir()):
+    if not (folder / RECORDS).is_dir() and any(folder.iterdir()):
         raise ConfigError(
             f"Expected an empty folder or a bundle at {folder}, it holds other files. "
             f"Choose another folder."
@@ -200,11 +200,13 @@ def _make_preset(
     options: CompileOptions,
     segments: tuple[Segment, ...],
     facts: ModelFacts,
+    *,
+    trial: bool = False,
 ) -> Preset:
-    """Schedule, alignment and time tables of a preset."""
+    """Schedule, alignment and time tables of a preset; a trial's reports are not kept."""
     if preset.policy.joint:
         return _make_joint(stages, folder, preset, options, segments, facts)
-    profile = stages.profile(preset) if preset.policy.measured else None
+    profile = stages.profile(preset) if preset.policy.measured and not trial else None
     measured = Measured(
         steps=preset.steps,
         paths=[block.path for block in facts.blocks],
@@ -221,7 +223,7 @@ def _make_preset(
         policy |= {"images": profile.images, "profile": profile.file}
     alignment = Alignment.identity(preset.steps, facts.block_channels)
     if preset.alignment != "none" and not schedule.recompute.all():
-        fit, report = stages.alignment(preset, schedule)
+        fit, report = stages.alignment(preset, schedule, RECORDS if trial else "profiles")
         alignment = fit.alignment
         policy |= {"alignment": preset.alignment, "alignment_report": report}
     config = solver_config(stages.model, preset)
@@ -245,19 +247,26 @@ def _make_joint(
     facts: ModelFacts,
 ) -> Preset:
     """The candidate that lands nearest to the uncached run of all steps."""
-    tried = {}
+    tried: list[tuple[float, PresetOptions]] = []
     for other in candidates(preset, _costs(segments, options.timings)):
-        made = _make_preset(stages, folder, other, options, segments, facts)
-        tried[stages.distance(other, made.schedule, made.alignment, preset)] = made
-    best = tried[min(tried)]
+        made = _make_preset(stages, folder, other, options, segments, facts, trial=True)
+        distance = stages.distance(other, made.schedule, made.alignment, preset)
+        if np.isfinite(distance):
+            tried.append((distance, other))
+    if not tried:
+        raise ConfigError(f"Preset {preset.name!r}: no candidate ended in finite latents.")
+    _, best = min(tried, key=lambda pair: pair[0])
+    alignment = "none" if best.alignment == "none" else preset.alignment
+    winner = dataclasses.replace(best, name=preset.name, alignment=alignment)
+    made = _make_preset(stages, folder, winner, options, segments, facts)
     policy = {
-        **best.policy,
+        **made.policy,
         "kind": preset.policy.kind,
         "value": preset.policy.value,
         "of_steps": preset.steps,
-        "tried": {str(made.schedule.steps): round(d, 6) for d, made in tried.items()},
+        "tried": {str(other.steps): round(distance, 6) for distance, other in tried},
     }
-    return dataclasses.replace(best, name=preset.name, policy=policy)
+    return dataclasses.replace(made, policy=policy)
 
 
 # -- what the manifest says ------------------------------------------------------------------------

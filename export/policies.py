@@ -87,8 +87,8 @@ class Policy:
         match = re.fullmatch(r"([a-z]*)((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", text, re.ASCII)
         if match is None or match.group(1) not in _PREFIXES:
             raise ConfigError(
-                f"Expected a policy such as 0.5 (delta), x1.5 (speed-up), every3, deepcache3, "
-                f"smooth0.1 or FILE.json, got {text!r}."
+                f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), every3, "
+                f"deepcache3, smooth0.1 or FILE.json, got {text!r}."
             )
         return cls(_PREFIXES[match.group(1)], float(match.group(2)))
 
@@ -113,8 +113,13 @@ class Policy:
         return self.kind == "joint"
 
     @property
+    def budgeted(self) -> bool:
+        """Whether it predicts losses, or its candidates do."""
+        return self.weighted or self.joint
+
+    @property
     def weighted(self) -> bool:
-        """Whether the sensitivity is needed."""
+        """Whether sensitivity and residuals are needed."""
         return self.kind == "budget"
 
     def schedule(self, facts: Measured) -> Schedule:
@@ -131,8 +136,14 @@ class Policy:
             return peers.deepcache(steps, facts.paths, int(self.value))
         if self.file is not None:
             return peers.read_table(self.file, steps, blocks)
+        if self.weighted:
+            assert facts.sensitivity is not None
+            assert facts.residuals is not None
+            loss = predicted_loss(facts.sensitivity, facts.residuals)
+            return least_loss(
+                loss, facts.costs.block_ms, affordable(facts.costs, steps, self.value)
+            )
         assert facts.change is not None
-        assert not self.joint
         if self.kind == "threshold":
             return threshold(facts.change, self.value)
         if self.kind == "smoothcache":
@@ -140,12 +151,8 @@ class Policy:
         spend = affordable(facts.costs, steps, self.value)
         if self.kind == "threshold-speedup":
             return threshold_within(facts.change, facts.costs.block_ms, spend)
-        if self.kind == "change-budget":
-            return budget(facts.change, facts.costs.block_ms, spend)
-        assert facts.sensitivity is not None
-        assert facts.residuals is not None
-        loss = predicted_loss(facts.sensitivity, facts.residuals)
-        return least_loss(loss, facts.costs.block_ms, spend)
+        assert self.kind == "change-budget"
+        return budget(facts.change, facts.costs.block_ms, spend)
 
 
 UNCACHED = Policy()
@@ -172,6 +179,7 @@ def predicted_loss(sensitivity: np.ndarray, residuals: np.ndarray) -> np.ndarray
     The sensitivity is measured with the output of the step before as it is; the residual says how
     much larger or smaller the error is of the output in use, as it will be aligned.
     """
-    once = sensitivity.T.reshape(*sensitivity.T.shape, *[1] * (residuals.ndim - 2))
-    result: np.ndarray = once.astype(np.float64) * residuals
-    return result
+    axes = [1] * (residuals.ndim - 2)
+    weight = sensitivity.T.astype(np.float64).reshape(*residuals.shape[:2], *axes)
+    loss: np.ndarray = weight * residuals
+    return loss

@@ -111,7 +111,7 @@ def ratios(outputs: np.ndarray, reuse: str) -> np.ndarray:
     mean = flat.mean(axis=2)
     centred = flat - mean[:, :, None]
     covariance = centred @ centred.transpose(0, 2, 1) / count  # [C, S, S]
-    plain = _difference(covariance, mean)
+    plain = np.maximum(_difference(covariance, mean), 0.0)
     if reuse == PLAIN:
         squares = plain
     elif reuse == SCALE_SHIFT:
@@ -120,10 +120,10 @@ def ratios(outputs: np.ndarray, reuse: str) -> np.ndarray:
         squares = np.stack([_after_two(covariance, s) for s in range(steps)])
     else:
         raise ConfigError(f"Expected a reuse of {REUSES}, got {reuse!r}.")
-    once = np.sqrt(np.append(0.0, plain.diagonal(-1)))  # [S]: |C_s - C_{s-1}|
+    change = np.sqrt(np.append(0.0, plain.diagonal(-1)))  # [S]: |C_s - C_{s-1}|
     # Where a block hardly changes the quotient says nothing: a tenth of the mean at least.
-    floor = 0.1 * once[1:].mean() if steps > 1 else 1.0
-    scale = np.maximum(np.maximum(once, floor), 1e-30)
+    floor = 0.1 * change[1:].mean() if steps > 1 else 1.0
+    scale = np.maximum(np.maximum(change, floor), 1e-30)
     table = np.sqrt(np.maximum(squares, 0.0)) / scale.reshape(-1, *[1] * (squares.ndim - 1))
     result: np.ndarray = np.where(_earlier(squares.shape), table, 0.0).astype(np.float32)
     return result

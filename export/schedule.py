@@ -85,7 +85,7 @@ def least_loss(loss: np.ndarray, cost: np.ndarray, spend: float) -> Schedule:
     Args:
         loss: float [K, S, S], ``loss[k, s, a]`` of the output of step a in use at step s > a; or
             [K, S, S, S], ``loss[k, s, a, b]`` with that of step b <= a computed before it, b = a
-            where there is none. Finite and not negative there; the rest is not read.
+            where there is none. Finite, not negative, and anything such, as 0, elsewhere.
         cost: float [K], what one run of a block costs (FLOPs, milliseconds), more than 0.
         spend: what all runs of all blocks may cost, in the same unit.
 
@@ -101,7 +101,9 @@ def least_loss(loss: np.ndarray, cost: np.ndarray, spend: float) -> Schedule:
             f"Expected a cost above 0 for each of {len(loss)} blocks, got {cost.tolist()}."
         )
     if not ((loss >= 0) & np.isfinite(loss)).all():
-        raise ConfigError("Expected finite losses of 0 or more. Measure the sensitivity again.")
+        raise ConfigError(
+            "Expected finite losses of 0 or more. Measure sensitivity and residuals again."
+        )
     allowed = spend * (1 + 1e-12)  # a sum of the same costs in another order is no overrun
     if not cost.sum() <= allowed:
         raise ConfigError(

@@ -17,6 +17,9 @@ from typing import Any
 
 from blockcache.runtime.bundle import MANIFEST, FileEntry, hash_files, write_text
 
+RECORDS = ".stages"
+"""Folder of what only a compile reads; nothing in it is part of the bundle."""
+
 _TOOLS = ("blockcache", "torch", "diffusers", "onnx", "onnx_ir", "onnxscript")
 
 
@@ -39,7 +42,7 @@ class StageStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / ".stages").mkdir(parents=True, exist_ok=True)
+        (folder / RECORDS).mkdir(parents=True, exist_ok=True)
         self.keys: dict[str, str] = {}
         self.files: dict[str, FileEntry] = {}
 
@@ -76,11 +79,12 @@ class StageStore:
 
     def scratch(self, stage: str) -> Path:
         """A file in which an unfinished stage may keep what it has so far."""
-        return self.folder / ".stages" / f"{stage}.partial.safetensors"
+        return self.folder / RECORDS / f"{stage}.partial.safetensors"
 
     def _record(self, stage: str) -> Path:
-        return self.folder / ".stages" / f"{stage}.json"
+        return self.folder / RECORDS / f"{stage}.json"
 
     def _note(self, stage: str, key: str, entries: Mapping[str, FileEntry]) -> None:
         self.keys[stage] = key
-        self.files.update(entries)
+        shipped = {k: v for k, v in entries.items() if not k.startswith(f"{RECORDS}/")}
+        self.files.update(shipped)

@@ -318,6 +318,11 @@ class Preset:
     guidance_scale: float = 1.0
     policy: Mapping[str, object] = field(default_factory=dict)  # how the schedule was made
 
+    @property
+    def replaced_steps(self) -> int:
+        """Steps of the uncached run it takes the place of: its own, or more by a joint policy."""
+        return int(str(self.policy.get("of_steps", self.schedule.steps)))
+
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ConfigError(

@@ -213,6 +213,16 @@ def test_only_what_depends_on_an_option_is_measured_again(made, model, calibrati
     assert calls == ["fit_alignment"]
 
 
+def test_a_budget_with_history_over_500_steps_is_refused_at_once(model, calibration, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        compile_model(model, tmp_path / "b", options("ddim:500:x1.5:history"), calibration)
+    assert str(caught.value) == (
+        f"Preset 'ddim-500-x1.5-history': a budget with history looks at all pairs of earlier "
+        f"steps, {len(model.blocks) * 500**3:.2g} numbers for 500 steps. Take fewer steps, "
+        f"another policy (t1.5, c1.5), or the alignment least-squares."
+    )
+
+
 def test_presets_share_measurements_but_not_fits(made, model, calibration, calls, copy):
     wanted = [BUDGET, "dpm:4:x1.2:history", "dpm:4:c1.1", "dpm:4:0.5", "dpm:4:every2:least-squares"]
     bundle = compile_model(model, copy, options(*wanted), calibration)

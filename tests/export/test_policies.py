@@ -107,8 +107,8 @@ def test_a_text_that_is_no_policy_shows_examples(text):
     with pytest.raises(ConfigError) as caught:
         Policy.parse(text)
     assert str(caught.value) == (
-        f"Expected a policy such as 0.5 (delta), x1.5 (speed-up), every3, deepcache3, smooth0.1 "
-        f"or FILE.json, got {text!r}."
+        f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), every3, deepcache3, "
+        f"smooth0.1 or FILE.json, got {text!r}."
     )
 
 

@@ -369,7 +369,7 @@ def test_losses_that_are_none_are_refused(bad):
     with pytest.raises(ConfigError) as caught:
         least_loss(np.array([[[0.0, 0.0], [bad, 0.0]]]), np.ones(1), 4.0)
     assert str(caught.value) == (
-        "Expected finite losses of 0 or more. Measure the sensitivity again."
+        "Expected finite losses of 0 or more. Measure sensitivity and residuals again."
     )
 
 

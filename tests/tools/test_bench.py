@@ -105,6 +105,17 @@ def test_a_preset_is_compared_with_the_next_larger_uncached_run(made):
     assert [base_of(preset, bases).schedule.steps for preset in presets] == [5, 8, 5, 5, 8, 5]
 
 
+def test_a_joint_preset_is_compared_with_the_steps_it_replaces(bundle):
+    """5 cached steps in the place of 8; where nothing has 8, with its own 5."""
+    joint = preset_of(bundle, "ddim", 5, reuse=True)
+    joint = dataclasses.replace(joint, policy={"kind": "joint", "of_steps": 8})
+    full, other = preset_of(bundle, "ddim", 8), preset_of(bundle, "ddim", 5)
+    bases = base_presets([other, joint, full])
+    assert bases == [full]
+    assert base_of(joint, bases) is full
+    assert base_presets([other, joint]) == [joint]
+
+
 def test_without_a_cached_preset_every_one_is_a_base(bundle):
     presets = [preset_of(bundle, "ddim", steps) for steps in (3, 5)]
     assert base_presets(presets) == presets

@@ -92,8 +92,9 @@ class Estimate:
         """Every preset of the bundle."""
         measured = self.measured.costs(self.bundle.segments) if self.measured else None
         for name in self.bundle.preset_names:
-            schedule = self.bundle.preset(name).schedule
-            uncached = Schedule.uncached(schedule.steps, schedule.blocks)
+            preset = self.bundle.preset(name)
+            schedule = preset.schedule
+            uncached = Schedule.uncached(preset.replaced_steps, schedule.blocks)
             loop_ms = self.costs.image_ms(schedule.recompute)
             yield PresetRow(
                 name=name,

@@ -80,7 +80,6 @@ def main(
     steps: Annotated[
         list[int] | None, typer.Option(help="Of the made-up presets; repeatable. Default 2.")
     ] = None,
-    guidance: Annotated[float, typer.Option(help="1 halves the work.")] = 5.0,
     check: Annotated[bool, typer.Option(help="Denoise on the CPU, compare with PyTorch.")] = False,
     figures: Annotated[Path | None, typer.Option(help="Also write the figures there.")] = None,
 ) -> None:
@@ -92,7 +91,7 @@ def main(
     meter = StageMeter()
     meter.enter("weights at random")
     source = random_source(model, precision)
-    bundle = _compile(source, out, precision, steps or [2], guidance, meter)
+    bundle = _compile(source, out, precision, steps or [2], meter)
     del source
     gc.collect()
     found: dict[str, Any] = {
@@ -114,15 +113,9 @@ def main(
 
 
 def _compile(
-    source: SourceModel,
-    out: Path,
-    precision: str,
-    steps: list[int],
-    guidance: float,
-    meter: StageMeter,
+    source: SourceModel, out: Path, precision: str, steps: list[int], meter: StageMeter
 ) -> Bundle:
     """The bundle with an uncached and a made-up preset of each number of steps."""
-    from blockcache.export.calibrated_stages import CalibrationOptions
     from blockcache.export.pipeline import CompileOptions, compile_model
     from blockcache.export.preset_options import PresetOptions
     from blockcache.export.to_onnx import ExportOptions
@@ -130,7 +123,6 @@ def _compile(
     options = CompileOptions(
         presets=tuple(PresetOptions.parse(f"ddim:{count}") for count in steps),
         export=ExportOptions(precision=precision),
-        calibration=CalibrationOptions(guidance_scale=guidance),
     )
     bundle = compile_model(source, out, options, observer=meter.observe)
     meter.enter("")

@@ -73,13 +73,23 @@ def base_name(preset: Preset) -> str:
 
 def base_presets(presets: Sequence[Preset]) -> list[Preset]:
     """One preset for every solver and number of steps that something is cached at, else of all."""
-    cached = [preset for preset in presets if is_cached(preset)]
-    return list({base_name(preset): preset for preset in cached or presets}.values())
+    made: dict[str, Preset] = {}
+    for preset in [preset for preset in presets if is_cached(preset)] or presets:
+        full = [other for other in presets if _is_full(other, preset)]
+        base = full[0] if full else preset  # a joint preset alone is compared with its own steps
+        made.setdefault(base_name(base), base)
+    return list(made.values())
+
+
+def _is_full(other: Preset, preset: Preset) -> bool:
+    """Whether ``other`` has the solver and all the steps of the run that ``preset`` replaces."""
+    same = other.solver["solver"] == preset.solver["solver"]
+    return same and other.schedule.steps == preset.replaced_steps
 
 
 def base_of(preset: Preset, bases: Sequence[Preset]) -> Preset:
     """The uncached run that a preset replaces: same solver, the next larger number of steps."""
-    steps = preset.schedule.steps
+    steps = preset.replaced_steps
     same = [b for b in bases if b.solver["solver"] == preset.solver["solver"]]
     larger = [b for b in same if b.schedule.steps >= steps]
     return min(larger or same or bases, key=lambda b: b.schedule.steps)

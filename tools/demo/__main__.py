@@ -108,7 +108,7 @@ def unet(
     ] = 0.0,
 ) -> None:
     """Train the U-Net, or go on where a checkpoint stands."""
-    from blockcache.tools.demo import train
+    from blockcache.tools.demo import checkpoint, train
     from blockcache.tools.demo.model import load_unet
 
     chosen = _preset(preset)
@@ -120,6 +120,11 @@ def unet(
     chosen = replace(chosen, train=config)
     folder = _folder(work, chosen)
     weights = None if start is None else load_unet(start)
+    if start is not None and (folder / train.FOLDER / checkpoint.NAME).exists():
+        raise typer.BadParameter(
+            f"a checkpoint is in {folder / train.FOLDER}: leave out --start to go on with it, or "
+            f"delete it to begin anew"
+        )
     trainer = train.Trainer(chosen, folder / train.FOLDER, device, weights)
     train.run(trainer, train.load_source(folder, chosen.train))
     typer.echo(f"{trainer.step} steps in {trainer.budget.spent_s / 60:.1f} minutes")

@@ -100,18 +100,18 @@ def make_groups(
 
     Raises:
         ConfigError: ``reference`` is no uncached preset, or a named preset does not compete with
-            it.
+            it; or a joint preset's full number of steps is in no other preset.
     """
     if reference is not None:
-        return [_joint_group(bundle, names, reference)]
+        return [_reference_group(bundle, names, reference)]
     chosen = [bundle.preset(name) for name in names or bundle.preset_names]
     everything = [bundle.preset(name) for name in bundle.preset_names]
     groups = []
     for solver in dict.fromkeys(map(_solver, chosen)):
         mine = [preset for preset in chosen if _solver(preset) == solver]
         cached = [preset for preset in mine if not _is_uncached(preset)]
-        steps = {_full_steps(p) for p in cached} or {max(p.schedule.steps for p in mine)}
-        references = [p for p in everything if _is_uncached(p) and _solver(p) == solver]
+        steps = {p.replaced_steps for p in cached} or {max(p.replaced_steps for p in mine)}
+        references = [p for p in everything if _is_reference(p) and _solver(p) == solver]
         groups += [_group(bundle, mine, references, count) for count in sorted(steps)]
     return groups
 
@@ -146,13 +146,14 @@ def image_flops(bundle: Bundle, preset: Preset) -> tuple[float, float]:
 
 
 def _group(bundle: Bundle, mine: list[Preset], references: list[Preset], steps: int) -> Group:
-    cached = [p for p in mine if not _is_uncached(p) and _full_steps(p) == steps]
+    cached = [p for p in mine if not _is_uncached(p) and p.replaced_steps == steps]
     fewer = [p for p in mine if _is_uncached(p) and p.schedule.steps < steps]
     of_steps = [p for p in (*references, *cached) if p.schedule.steps == steps]
     if not of_steps:
+        joint = next(p for p in mine if p.replaced_steps == steps)
         raise ConfigError(
-            f"Expected an uncached preset of {steps} steps beside {cached[0].name!r}, which takes "
-            f"its place with {cached[0].schedule.steps}; there is none. Compile one with it."
+            f"Expected an uncached preset of {steps} steps beside {joint.name!r}, which takes its "
+            f"place with {joint.schedule.steps}; there is none. Compile one with it."
         )
     reference = of_steps[0]
     name = f"{reference.solver['solver']}-{steps}"
@@ -164,10 +165,10 @@ def _group(bundle: Bundle, mine: list[Preset], references: list[Preset], steps: 
     return _around(bundle, name, reference, [*fewer, *cached])
 
 
-def _joint_group(bundle: Bundle, names: Sequence[str], name: str) -> Group:
+def _reference_group(bundle: Bundle, names: Sequence[str], name: str) -> Group:
     """One group of all step counts up to the reference's."""
     everything = [bundle.preset(known) for known in bundle.preset_names]
-    references = {preset.name: preset for preset in everything if _is_uncached(preset)}
+    references = {preset.name: preset for preset in everything if _is_reference(preset)}
     if name not in references:
         raise ConfigError(
             f"--reference: expected an uncached preset of the bundle, got {name!r}. Uncached "
@@ -208,11 +209,6 @@ def _method(preset: Preset, steps: int) -> str:
     return " + ".join(parts)
 
 
-def _full_steps(preset: Preset) -> int:
-    """The steps of the uncached run that a preset takes the place of."""
-    return int(str(preset.policy.get("of_steps", preset.schedule.steps)))
-
-
 def _kind(preset: Preset) -> str:
     name = str(preset.policy.get("kind", "table"))
     return KINDS.get(name, name)
@@ -225,6 +221,11 @@ def _alignment(preset: Preset) -> str:
 
 def _is_uncached(preset: Preset) -> bool:
     return bool(preset.schedule.recompute.all())
+
+
+def _is_reference(preset: Preset) -> bool:
+    """Whether others are compared with it: uncached, and in no other run's place."""
+    return _is_uncached(preset) and preset.replaced_steps == preset.schedule.steps
 
 
 def _competes(preset: Preset, reference: Preset) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +75,10 @@ def refine(
 ) -> TinyAutoencoder:
     """Train the decoder alone for the configured minutes: latents, and U-Nets on them, stay valid.
 
-    Stores what `fit` does.
+    Half the learning rate of `fit`: it goes on from there. Stores what `fit` does.
     """
     torch.manual_seed(0)
+    config = replace(config, learning_rate=config.learning_rate / 2)
     model = model.to(device, memory_format=torch.channels_last)
     model.encoder.requires_grad_(False)
     optimizer = torch.optim.AdamW(

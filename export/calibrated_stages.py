@@ -78,9 +78,6 @@ class CalibratedStages:
         self._options = options
         self._calibration = calibration
         self._observer = observer
-        self._fits: dict[
-            str, AlignmentFit
-        ] = {}  # by key: a joint preset's winner was fitted before
 
     def check(self, preset: PresetOptions) -> None:
         """Raise ConfigError where a preset's own table does not fit, or prompts are missing."""
@@ -160,23 +157,29 @@ class CalibratedStages:
         return self._stage("residuals", key, name, measure)[0]["residuals"]
 
     def alignment(
-        self, preset: PresetOptions, schedule: Schedule, folder: str = "profiles"
+        self, preset: PresetOptions, schedule: Schedule, *, trial: bool = False
     ) -> tuple[AlignmentFit, str]:
-        """Coefficients of a preset's reused outputs, and the report's name in the bundle."""
+        """Coefficients of a preset's reused outputs, and the report's name in the bundle.
+
+        For a trial the fit takes as few images as the trial, and the report is not kept.
+        """
+        options = self._options.alignment
+        if trial:
+            images = min(options.images, self._options.trial.images)
+            options = dataclasses.replace(options, images=images)
         distilled = preset.alignment.endswith("distil")
         key = self._key(
             preset,
             schedule=_digest(schedule.recompute),
-            alignment=self._options.alignment,
+            alignment=options,
             kind=preset.alignment,
             precision=self._precision,
             distillation=self._options.distillation if distilled else None,
         )
-        name = f"{folder}/{preset.name}-alignment.safetensors"
+        name = f"{RECORDS if trial else 'profiles'}/{preset.name}-alignment.safetensors"
 
         def measure() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            fit = self._fits.get(key) or self._fit(preset, schedule, distilled)
-            self._fits[key] = fit
+            fit = self._fit(preset, schedule, options, distilled)
             tables = {f"table_{k}": table for k, table in enumerate(fit.alignment.tables)}
             return {"before": fit.before, "after": fit.after, **tables}, {}
 
@@ -227,7 +230,13 @@ class CalibratedStages:
         for dtype in (TORCH_DTYPES[self._precision], torch.float32):
             torch.nn.Module.to(self.model.unet, dtype)
 
-    def _fit(self, preset: PresetOptions, schedule: Schedule, distilled: bool) -> AlignmentFit:
+    def _fit(
+        self,
+        preset: PresetOptions,
+        schedule: Schedule,
+        options: AlignmentOptions,
+        distilled: bool,
+    ) -> AlignmentFit:
         model, tables, calibration, guidance_scale = self._inputs(preset)
         self._round_weights()  # the student has the exported weights
         fit = fit_alignment(
@@ -237,7 +246,7 @@ class CalibratedStages:
             calibration,
             guidance_scale,
             preset.outputs,
-            self._options.alignment,
+            options,
             progress=self._progress("align", preset),
         )
         if not distilled:
@@ -253,7 +262,7 @@ class CalibratedStages:
             progress=self._progress("distil", preset),
         )
         return judge_alignment(
-            model, tables, schedule, alignment, calibration, guidance_scale, self._options.alignment
+            model, tables, schedule, alignment, calibration, guidance_scale, options
         )
 
     # -- what all of them share ----------------------------------------------------------------

@@ -223,7 +223,7 @@ def _make_preset(
         policy |= {"images": profile.images, "profile": profile.file}
     alignment = Alignment.identity(preset.steps, facts.block_channels)
     if preset.alignment != "none" and not schedule.recompute.all():
-        fit, report = stages.alignment(preset, schedule, RECORDS if trial else "profiles")
+        fit, report = stages.alignment(preset, schedule, trial=trial)
         alignment = fit.alignment
         policy |= {"alignment": preset.alignment, "alignment_report": report}
     config = solver_config(stages.model, preset)

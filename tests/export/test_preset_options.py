@@ -65,7 +65,7 @@ REFUSED = {
     "dpm:0": "Expected steps of 1 or more, got 0.",
     "dpm:20:0.5:1": "Expected an alignment of none, least-squares, distil, history, "
     "history-distil, got '1'.",
-    "dpm:20::history": "Expected a policy such as 0.5 (delta), x1.5 (speed-up), every3, "
+    "dpm:20::history": "Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), every3, "
     "deepcache3, smooth0.1 or FILE.json, got ''.",
 }
 

@@ -102,6 +102,7 @@ class CalibratedStages:
             for other in measured_for(preset):
                 self.sensitivity(other)
                 self.residuals(other)
+            return
         if preset.policy.measured:
             self.profile(preset)
         if preset.policy.weighted:
@@ -114,6 +115,8 @@ class CalibratedStages:
         name = f"profiles/{preset.solver}-{preset.steps}-{key[:8]}.safetensors"
 
         def measure() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+            # A joint preset's winner is known after the export only, which converts the weights.
+            torch.nn.Module.to(self.model.unet, torch.float32)
             made = measure_change(
                 *self._inputs(preset),
                 self._options.profile,

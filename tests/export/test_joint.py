@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, reject
@@ -10,10 +13,11 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from blockcache.export import calibrated_stages
 from blockcache.export.alignment import AlignmentOptions
 from blockcache.export.calibrated_stages import CalibrationOptions
 from blockcache.export.calibration import Calibration
-from blockcache.export.change import ProfileOptions
+from blockcache.export.change import ProfileOptions, measure_change
 from blockcache.export.joint import (
     MOST_CANDIDATES,
     NEGLIGIBLE,
@@ -29,6 +33,7 @@ from blockcache.export.preset_options import PresetOptions
 from blockcache.export.residuals import ResidualOptions
 from blockcache.export.sensitivity import SensitivityOptions
 from blockcache.export.timings import Costs
+from blockcache.export.to_onnx import ExportOptions
 from blockcache.runtime import ConfigError
 
 COSTS = Costs(np.array([1.5, 4.0, 2.0]), trunk_ms=3.0, prompt_ms=1.0)
@@ -124,13 +129,23 @@ def test_a_trial_of_nothing_is_refused():
         TrialOptions(images=0)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_nearest_candidate_is_kept_and_the_others_are_reported(
-    tiny_models, conditions_of, tmp_path
+    tiny_models, conditions_of, tmp_path, monkeypatch, precision
 ):
+    profiled = []
+
+    def measure(model, tables, *rest, **named):
+        profiled.append(len(tables.timesteps))
+        return measure_change(model, tables, *rest, **named)
+
+    monkeypatch.setattr(calibrated_stages, "measure_change", measure)
     model = tiny_models("one-level")
+    model = dataclasses.replace(model, unet=copy.deepcopy(model.unet))  # weights are rounded
     calibration = Calibration(conditions_of(model, 2), conditions_of(model, 1, seed=5))
     options = CompileOptions(
         presets=(PresetOptions.parse("dpm:4:j1.2:history"), PresetOptions.parse("dpm:4")),
+        export=ExportOptions(precision=precision),
         calibration=CalibrationOptions(
             guidance_scale=3.0,
             profile=ProfileOptions(prompts=2, seeds=1),
@@ -148,6 +163,8 @@ def test_the_nearest_candidate_is_kept_and_the_others_are_reported(
     kept = bundle.preset("dpm-4-j1.2-history").schedule.steps
     assert tried[kept] == min(tried.values())
     assert set(tried) <= set(step_counts(4, 1.2))
+    cached = not bundle.preset("dpm-4-j1.2-history").schedule.recompute.all()
+    assert profiled == [kept] * cached, "the winner alone"
     assert bundle.preset("dpm-4-j1.2-history").replaced_steps == 4
     assert not any(
         name.startswith(".stages") or "-steps-" in name for name in bundle.manifest.files

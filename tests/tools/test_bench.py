@@ -157,6 +157,17 @@ def test_contestants_take_turns_and_the_first_round_is_not_timed():
     assert [len(each.seconds) for each in lineup] == [2, 2, 2]
 
 
+def test_without_a_warm_up_every_call_is_timed():
+    log = []
+    lineup = Lineup(tried=False)
+    lineup.admit("a", lambda: [Entry("a", lambda: contestant("a", log))])
+    assert log == []
+    take_turns(lineup.contestants, 2, warm_up=False)
+    assert log == ["a", "a"]
+    assert len(lineup.contestants[0].seconds) == 2
+    assert lineup.contestants[0].first_s == lineup.contestants[0].seconds[0]
+
+
 def test_turns_are_timed_by_the_clock_that_was_asked_for():
     ticks = iter(range(100))
     lineup = [contestant("a", [])]

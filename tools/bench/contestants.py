@@ -50,7 +50,9 @@ class Contestant:
         """One timed call."""
         begin = clock()
         record = self.run()
-        return clock() - begin, record
+        seconds = clock() - begin
+        self.first_s = self.first_s or seconds
+        return seconds, record
 
 
 class Entry(NamedTuple):
@@ -66,9 +68,10 @@ class Lineup:
 
     contestants: list[Contestant] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)  # who: why
+    tried: bool = True  # whether each runs once on entering
 
     def admit(self, engine: str, entries: Callable[[], Iterable[Entry]]) -> None:
-        """Open, and run once, what can run here; note the reason where something cannot.
+        """Open, and try once, what can run here; note the reason where something cannot.
 
         An engine that is not installed is missing as a whole; one that lacks a model, such as
         TensorRT without the uncut one, still runs the others.
@@ -84,7 +87,8 @@ class Lineup:
             begin = time.perf_counter()
             made = entry.open()
             made.open_s = time.perf_counter() - begin
-            made.first_s, _ = made.take_turn()
+            if self.tried:
+                made.take_turn()
             self.contestants.append(made)
         except BlockCacheError as error:
             self._note(entry.name, str(error))
@@ -103,15 +107,17 @@ def take_turns(
     between: Callable[[], None] = lambda: None,
     observer: Observer = lambda stage, done, total: None,
     clock: Callable[[], float] = time.perf_counter,
+    warm_up: bool = True,
 ) -> None:
     """Fill in seconds and records: one round to warm up, then ``rounds`` timed ones."""
-    for turn in range(rounds + 1):
-        observer("bench", turn, rounds + 1)
+    untimed = int(warm_up)
+    for turn in range(rounds + untimed):
+        observer("bench", turn, rounds + untimed)
         between()
         for contestant in contestants:
             seconds, record = contestant.take_turn(clock)
-            if turn:
+            if turn >= untimed:
                 contestant.seconds.append(seconds)
                 if record is not None:
                     contestant.records.append(record)
-    observer("bench", rounds + 1, rounds + 1)
+    observer("bench", rounds + untimed, rounds + untimed)

@@ -35,7 +35,8 @@ class BenchOptions:
     engines: tuple[str, ...] = ()  # of RUNTIME_ENGINES and PEER_ENGINES; () for all there are
     model: str = ""  # where the peers get their U-Net: "demo", a folder, a hub id; "" for none
     images: int = 1  # in one call
-    rounds: int = 7  # timed, after one to warm up
+    rounds: int = 7  # timed
+    warm_up: bool = True  # a first call of each and an untimed round
     threads: int | None = None  # of the CPU engines
     cpu_time: bool = False  # of all threads, in place of wall time: on a CPU that others use too
 
@@ -93,6 +94,7 @@ class LatencyReport:
     absent: Mapping[str, str]  # who did not run, and why
     machine: Mapping[str, str]
     steadiness: Mapping[str, str] = field(default_factory=dict)
+    warm_up: bool = True  # whether untimed calls came first
 
 
 def measure_latency(
@@ -124,7 +126,8 @@ def measure_latency(
         raise ConfigError(f"Expected at least one engine to time, there is none. {reasons}")
     steadiness = Steadiness()
     clock = time.process_time if options.cpu_time else time.perf_counter
-    take_turns(lineup.contestants, options.rounds, steadiness.sample, observer, clock)
+    rounds, warm_up = options.rounds, options.warm_up
+    take_turns(lineup.contestants, rounds, steadiness.sample, observer, clock, warm_up)
     steadiness.sample()
     timings = {
         made.engine: _timings(made)
@@ -143,12 +146,13 @@ def measure_latency(
         absent=lineup.absent,
         machine=machine_facts(),
         steadiness=steadiness.notes(),
+        warm_up=options.warm_up,
     )
 
 
 def assemble(bundle: Bundle, presets: Sequence[Preset], options: BenchOptions) -> Lineup:
     """Open everything that is to be timed and can be."""
-    lineup = Lineup()
+    lineup = Lineup(tried=options.warm_up)
     admit_bundle(lineup, bundle, presets, options)
     peers = [engine for engine in PEER_ENGINES if engine in (options.engines or PEER_ENGINES)]
     if peers and not options.model:

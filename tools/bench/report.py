@@ -20,7 +20,8 @@ def report_text(report: LatencyReport) -> str:
     sizes = report.sizes
     parts = [
         f"**{report.model}**, {report.images} image(s), latents {sizes['height']} x "
-        f"{sizes['width']}, guidance, {report.rounds} rounds in turns; median (range).",
+        f"{sizes['width']}, guidance, {report.rounds} rounds in turns"
+        f"{'' if report.warm_up else ', no warm-up'}; median (range).",
         "; ".join(f"{name} {value}" for name, value in report.machine.items() if value),
         "while it ran: " + "; ".join(f"{k} {v}" for k, v in report.steadiness.items()),
         _table1(report.rows),

@@ -36,7 +36,14 @@ def bench(
         str, typer.Option(help="Its source (demo, sd15, folder, hub id), for the torch ones.")
     ] = "",
     images: Annotated[int, typer.Option(help="Images in one call.")] = 1,
-    rounds: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.")] = 7,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
+    warm_up: Annotated[
+        bool,
+        typer.Option(
+            help="First a call of each and an untimed round; --no-warm-up where a call takes "
+            "minutes."
+        ),
+    ] = True,
     threads: Threads = None,
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="CPU seconds, where others use the machine too.")
@@ -69,6 +76,7 @@ def bench(
         model=model,
         images=images,
         rounds=rounds,
+        warm_up=warm_up,
         threads=threads,
         cpu_time=cpu_time,
     )

@@ -79,6 +79,11 @@ class CalibratedStages:
         self._calibration = calibration
         self._observer = observer
 
+    @property
+    def guidance_scale(self) -> float:
+        """As in use."""
+        return self._options.guidance_scale
+
     def check(self, preset: PresetOptions) -> None:
         """Raise ConfigError where a preset's own table does not fit, or prompts are missing."""
         if preset.policy.file is not None:

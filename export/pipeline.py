@@ -27,9 +27,10 @@ from blockcache.export.joint import candidates
 from blockcache.export.model import SourceModel
 from blockcache.export.policies import Measured
 from blockcache.export.preset_options import PresetOptions
+from blockcache.export.roofline import Processor, predict
 from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.time_tables import time_tables
-from blockcache.export.timings import Costs, Timings
+from blockcache.export.timings import Costs, Timings, counted
 from blockcache.export.to_onnx import EXPORT_STAGES, ExportOptions, default_sizes, export_segments
 from blockcache.runtime.bundle import (
     MANIFEST,
@@ -63,11 +64,20 @@ class CompileOptions:
     export: ExportOptions = field(default_factory=ExportOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     timings: Timings | None = None  # what budgets count with; default FLOPs
+    processor: Processor | None = None  # in their place: predicted times of one image
 
     def __post_init__(self) -> None:
+        if self.timings is not None and self.processor is not None:
+            raise ConfigError("Expected measured timings or a GPU to predict them for, got both.")
         names = [preset.name for preset in self.presets]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"Expected presets with different names, got {names}.")
+        if not (self.timings or self.processor) and any(p.policy.timed for p in self.presets):
+            raise ConfigError(
+                "A preset of so many milliseconds needs times. Give measured ones (blockcache "
+                "bench BUNDLE --timings FILE, then --timings FILE here), or a GPU to predict them "
+                "for (--gpu a100)."
+            )
         needed = max(preset.outputs for preset in self.presets)
         if needed > self.export.outputs:
             export = dataclasses.replace(self.export, outputs=needed)
@@ -141,10 +151,11 @@ def _compile(
         stages.measure(preset)
     segments = _export_stage(model, store, options.export, observer)
     facts = _model_facts(model, options.export, segments)
+    costs = _costs(segments, folder, options, facts)
     presets = {}
     for done, preset in enumerate(options.presets):
         observer("presets", done, len(options.presets))
-        made = _make_preset(stages, folder, preset, options, segments, facts)
+        made = _make_preset(stages, folder, preset, costs, segments, facts)
         name = f"presets/{preset.name}.safetensors"
         path = folder / name
         if not path.is_file() or path.read_bytes() != preset_bytes(made):
@@ -185,19 +196,23 @@ def _export_stage(
     return tuple(segment_from_plain(entry) for entry in facts["segments"])
 
 
-def _costs(segments: Sequence[Segment], timings: Timings | None) -> Costs:
-    """What a step costs. A budget needs proportions only, so GFLOP may stand in for time."""
-    if timings is None:
-        gflop = {segment.name: segment.flops / 1e9 for segment in segments}
-        timings = Timings("flops", "none", {}, gflop)
-    return timings.costs(segments)
+def _costs(
+    segments: Sequence[Segment], folder: Path, options: CompileOptions, facts: ModelFacts
+) -> Costs:
+    """What a step costs: as measured, as predicted for a GPU, or in GFLOP."""
+    timings = options.timings
+    if options.processor is not None:
+        guided = options.calibration.guidance_scale != 1.0
+        sizes = {**facts.sizes, "batch": 2 if guided else 1}
+        timings = predict(segments, folder / "segments", options.processor, sizes)
+    return (timings or counted(segments)).costs(segments)
 
 
 def _make_preset(
     stages: CalibratedStages,
     folder: Path,
     preset: PresetOptions,
-    options: CompileOptions,
+    costs: Costs,
     segments: tuple[Segment, ...],
     facts: ModelFacts,
     *,
@@ -205,12 +220,12 @@ def _make_preset(
 ) -> Preset:
     """Schedule, alignment and time tables of a preset; a trial's reports are not kept."""
     if preset.policy.joint:
-        return _make_joint(stages, folder, preset, options, segments, facts)
+        return _make_joint(stages, folder, preset, costs, segments, facts)
     profile = stages.profile(preset) if preset.policy.measured and not trial else None
     measured = Measured(
         steps=preset.steps,
         paths=[block.path for block in facts.blocks],
-        costs=_costs(segments, options.timings),
+        costs=costs,
         change=None if profile is None else profile.mean,
         sensitivity=stages.sensitivity(preset) if preset.policy.weighted else None,
         residuals=stages.residuals(preset) if preset.policy.weighted else None,
@@ -233,7 +248,7 @@ def _make_preset(
         schedule=schedule,
         alignment=alignment.combining(facts.outputs),
         time_tables=time_tables(segments, folder / "segments", solver_tables(config).timesteps),
-        guidance_scale=options.calibration.guidance_scale,
+        guidance_scale=stages.guidance_scale,
         policy=policy,
     )
 
@@ -242,14 +257,14 @@ def _make_joint(
     stages: CalibratedStages,
     folder: Path,
     preset: PresetOptions,
-    options: CompileOptions,
+    costs: Costs,
     segments: tuple[Segment, ...],
     facts: ModelFacts,
 ) -> Preset:
     """The candidate that lands nearest to the uncached run of all steps."""
     tried: list[tuple[float, PresetOptions]] = []
-    for other in candidates(preset, _costs(segments, options.timings)):
-        made = _make_preset(stages, folder, other, options, segments, facts, trial=True)
+    for other in candidates(preset, costs):
+        made = _make_preset(stages, folder, other, costs, segments, facts, trial=True)
         distance = stages.distance(other, made.schedule, made.alignment, preset)
         if np.isfinite(distance):
             tried.append((distance, other))
@@ -258,7 +273,7 @@ def _make_joint(
     _, best = min(tried, key=lambda pair: pair[0])
     alignment = "none" if best.alignment == "none" else preset.alignment
     winner = dataclasses.replace(best, name=preset.name, alignment=alignment)
-    made = _make_preset(stages, folder, winner, options, segments, facts)
+    made = _make_preset(stages, folder, winner, costs, segments, facts)
     policy = {
         **made.policy,
         "kind": preset.policy.kind,

@@ -6,6 +6,7 @@
 | ``0.5`` or ``d0.5`` | threshold: delta of eq. 7 |
 | ``t1.5`` | threshold, with the smallest delta that is 1.5 times as fast as uncached |
 | ``x1.5`` | budget: 1.5 times as fast as uncached, with the least predicted loss |
+| ``ms250`` | budget: one image in 250 milliseconds, with the least predicted loss |
 | ``j1.5`` | as fast with fewer steps and a budget together, whatever lands nearest (joint.py) |
 | ``c1.5`` | budget by accumulated change alone |
 | ``every3`` | every block at every third step |
@@ -35,6 +36,7 @@ _PREFIXES = {
     "d": "threshold",
     "t": "threshold-speedup",
     "x": "budget",
+    "ms": "latency",
     "j": "joint",
     "c": "change-budget",
     "every": "interval",
@@ -44,7 +46,8 @@ _PREFIXES = {
 KINDS = ("uncached", *dict.fromkeys(_PREFIXES.values()), "table")
 _SPEEDUPS = ("threshold-speedup", "budget", "joint", "change-budget")
 _WHOLE = ("interval", "deepcache")
-_MEASURED = ("threshold", "smoothcache", *_SPEEDUPS)
+_WEIGHTED = ("budget", "latency")
+_MEASURED = ("threshold", "smoothcache", "latency", *_SPEEDUPS)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Policy:
     """How a schedule is made."""
 
     kind: str = "uncached"
-    value: float = 0.0  # delta, speed-up, interval or alpha, by kind
+    value: float = 0.0  # delta, speed-up, milliseconds, interval or alpha, by kind
     file: Path | None = None  # of a table
 
     def __post_init__(self) -> None:
@@ -87,8 +90,8 @@ class Policy:
         match = re.fullmatch(r"([a-z]*)((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", text, re.ASCII)
         if match is None or match.group(1) not in _PREFIXES:
             raise ConfigError(
-                f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), every3, "
-                f"deepcache3, smooth0.1 or FILE.json, got {text!r}."
+                f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), ms250 (latency), "
+                f"every3, deepcache3, smooth0.1 or FILE.json, got {text!r}."
             )
         return cls(_PREFIXES[match.group(1)], float(match.group(2)))
 
@@ -120,7 +123,12 @@ class Policy:
     @property
     def weighted(self) -> bool:
         """Whether sensitivity and residuals are needed."""
-        return self.kind == "budget"
+        return self.kind in _WEIGHTED
+
+    @property
+    def timed(self) -> bool:
+        """Whether costs in milliseconds are needed."""
+        return self.kind == "latency"
 
     def schedule(self, facts: Measured) -> Schedule:
         """The table of this policy; ``facts`` holds what ``measured`` and ``weighted`` ask for.
@@ -139,10 +147,10 @@ class Policy:
         if self.weighted:
             assert facts.sensitivity is not None
             assert facts.residuals is not None
+            afford = affordable_within if self.timed else affordable
+            spend = afford(facts.costs, steps, self.value)
             loss = predicted_loss(facts.sensitivity, facts.residuals)
-            return least_loss(
-                loss, facts.costs.block_ms, affordable(facts.costs, steps, self.value)
-            )
+            return least_loss(loss, facts.costs.block_ms, spend)
         assert facts.change is not None
         if self.kind == "threshold":
             return threshold(facts.change, self.value)
@@ -171,6 +179,20 @@ def affordable(costs: Costs, steps: int, speedup: float) -> float:
             f"step 0. Expected at most {math.floor(1000 * most) / 1000}."
         )
     return spend
+
+
+def affordable_within(costs: Costs, steps: int, latency_ms: float) -> float:
+    """What all runs of all blocks may cost, for an image in ``latency_ms``."""
+    assert costs.timed
+    spend = latency_ms - costs.prompt_ms - steps * costs.trunk_ms
+    once = float(costs.block_ms.sum())
+    if not spend >= once:
+        least = latency_ms - spend + once
+        raise ConfigError(
+            f"{latency_ms:g} ms an image are out of reach: the trunk always runs, and every block "
+            f"at step 0. Expected at least {math.ceil(1000 * least) / 1000}, or fewer steps."
+        )
+    return min(spend, steps * once)
 
 
 def predicted_loss(sensitivity: np.ndarray, residuals: np.ndarray) -> np.ndarray:

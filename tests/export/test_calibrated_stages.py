@@ -24,6 +24,7 @@ from blockcache.export.distillation import DistillationOptions  # noqa: E402
 from blockcache.export.pipeline import CompileOptions, compile_model  # noqa: E402
 from blockcache.export.preset_options import PresetOptions  # noqa: E402
 from blockcache.export.residuals import ResidualOptions  # noqa: E402
+from blockcache.export.roofline import gpu, predict  # noqa: E402
 from blockcache.export.sensitivity import SensitivityOptions  # noqa: E402
 from blockcache.export.to_onnx import ExportOptions  # noqa: E402
 from blockcache.runtime import Bundle, ConfigError, Session  # noqa: E402
@@ -115,6 +116,22 @@ def copy(made, tmp_path, calls):
 
 def relative(ours, reference):
     return float(np.abs(ours - reference).max() / np.abs(reference).max())
+
+
+def test_a_latency_on_a_gpu_that_is_not_at_hand(made, copy, model, calibration, calls):
+    """The budget counts in the milliseconds that the roofline predicts."""
+    bundle = made[0]
+    sizes = {**bundle.model.sizes, "batch": 2}  # guidance
+    costs = predict(bundle.segments, bundle.folder / "segments", gpu("a100"), sizes).costs(
+        bundle.segments
+    )
+    within = costs.image_ms(np.ones((4, len(costs.block_ms)), np.bool_)) / 1.2
+    preset = PresetOptions.parse(f"dpm:4:ms{within:.4f}:history")
+    wanted = dataclasses.replace(options(BUDGET), presets=(preset,), processor=gpu("a100"))
+    schedule = compile_model(model, copy, wanted, calibration).preset(preset.name).schedule
+    assert 0.9 * within < costs.image_ms(schedule.recompute) <= within * 1.001
+    assert schedule.computed_fraction(costs.block_ms) < 1
+    assert calls == ["fit_alignment"]
 
 
 def test_a_budget_preset_with_history_measures_once_and_says_so(made):

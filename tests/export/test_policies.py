@@ -29,6 +29,7 @@ TABLE = {
     "d0.5": Policy("threshold", 0.5),
     "t1.5": Policy("threshold-speedup", 1.5),
     "x1.5": Policy("budget", 1.5),
+    "ms250": Policy("latency", 250),
     "j1.5": Policy("joint", 1.5),
     "c1.5": Policy("change-budget", 1.5),
     "every3": Policy("interval", 3),
@@ -61,7 +62,7 @@ numbers = st.floats(1, 1e12).map(lambda value: float(f"{value:g}"))
 named = st.one_of(
     st.builds(
         Policy,
-        st.sampled_from(["threshold", "smoothcache", "joint", *SPEEDUPS]),
+        st.sampled_from(["threshold", "smoothcache", "joint", "latency", *SPEEDUPS]),
         numbers,
     ),
     st.builds(Policy, st.sampled_from(["threshold", "smoothcache"]), numbers.map(lambda v: 1 / v))
@@ -107,8 +108,8 @@ def test_a_text_that_is_no_policy_shows_examples(text):
     with pytest.raises(ConfigError) as caught:
         Policy.parse(text)
     assert str(caught.value) == (
-        f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), every3, deepcache3, "
-        f"smooth0.1 or FILE.json, got {text!r}."
+        f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), ms250 (latency), "
+        f"every3, deepcache3, smooth0.1 or FILE.json, got {text!r}."
     )
 
 
@@ -254,6 +255,9 @@ def test_a_budget_is_as_fast_as_was_asked_for(made, kind, data):
     schedule = Policy(kind, speedup).schedule(facts)
     # Sums in another order: some units in the last place.
     assert facts.costs.image_ms(schedule.recompute) <= uncached / speedup * (1 + 1e-9)
+    if kind == "budget":
+        latency = Policy("latency", uncached / speedup * (1 + 1e-12)).schedule(facts)
+        assert facts.costs.image_ms(latency.recompute) <= uncached / speedup * (1 + 1e-9)
 
 
 @given(measured())
@@ -275,3 +279,27 @@ def test_a_speed_up_out_of_reach_says_what_is_within():
         "Expected at most 2.415."
     )
     assert recompute("x2.415").sum() == 3
+
+
+def test_a_latency_is_a_budget_in_milliseconds():
+    """uncached 1 + 6 * (3 + 7.5) = 64 ms."""
+    np.testing.assert_array_equal(recompute("ms40"), recompute("x1.6"))
+    policy = Policy.parse("ms40")
+    assert policy.measured
+    assert policy.weighted
+    assert policy.timed
+    assert not Policy.parse("x1.6").timed
+    loss = predicted_loss(SENSITIVITY, RESIDUALS)
+    everything = least_loss(loss, COSTS.block_ms, 6 * COSTS.block_ms.sum())
+    np.testing.assert_array_equal(recompute("ms1000"), everything.recompute)
+
+
+def test_a_latency_out_of_reach_says_what_is_within():
+    """At least 1 + 6 * 3 + 7.5 = 26.5."""
+    with pytest.raises(ConfigError) as caught:
+        recompute("ms26.4")
+    assert str(caught.value) == (
+        "26.4 ms an image are out of reach: the trunk always runs, and every block at step 0. "
+        "Expected at least 26.5, or fewer steps."
+    )
+    assert recompute("ms26.5").sum() == 3

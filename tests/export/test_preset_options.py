@@ -16,6 +16,8 @@ from blockcache.runtime.plan import Preset
 pytest.importorskip("torch")
 pytest.importorskip("onnx_ir")
 from blockcache.export.pipeline import CompileOptions
+from blockcache.export.roofline import gpu
+from blockcache.export.timings import Timings
 from blockcache.export.to_onnx import ExportOptions
 
 READ = {
@@ -65,8 +67,8 @@ REFUSED = {
     "dpm:0": "Expected steps of 1 or more, got 0.",
     "dpm:20:0.5:1": "Expected an alignment of none, least-squares, distil, history, "
     "history-distil, got '1'.",
-    "dpm:20::history": "Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), every3, "
-    "deepcache3, smooth0.1 or FILE.json, got ''.",
+    "dpm:20::history": "Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), ms250 "
+    "(latency), every3, deepcache3, smooth0.1 or FILE.json, got ''.",
 }
 
 
@@ -134,3 +136,14 @@ def test_export_options_are_checked():
         ExportOptions(precision="int8")
     with pytest.raises(ConfigError, match="A reuse combines 1 or 2 computed outputs; got 3"):
         ExportOptions(outputs=3)
+
+
+def test_a_latency_needs_times_and_one_source_of_them():
+    latency = PresetOptions.parse("dpm:20:ms250:history")
+    assert latency.name == "dpm-20-ms250-history"
+    with pytest.raises(ConfigError, match=r"needs times\. Give measured ones"):
+        CompileOptions(presets=(latency,))
+    times = Timings("trt", "", {}, {"trunk_00": 1.0})
+    with pytest.raises(ConfigError, match="Expected measured timings or a GPU"):
+        CompileOptions(presets=(latency,), timings=times, processor=gpu("a100"))
+    assert CompileOptions(presets=(latency,), timings=times).export.outputs == 2

@@ -24,6 +24,7 @@ import numpy as np
 import typer
 
 from blockcache.export.model import SourceModel
+from blockcache.export.to_onnx import ExportOptions
 from blockcache.runtime import Alignment, Bundle, Preset, Schedule, Session, SolverConfig
 from blockcache.runtime.bundle import (
     MANIFEST,
@@ -80,6 +81,9 @@ def main(
     steps: Annotated[
         list[int] | None, typer.Option(help="Of the made-up presets; repeatable. Default 2.")
     ] = None,
+    hoist: Annotated[
+        bool, typer.Option(help="Take what does not depend on the sample out of the loop.")
+    ] = True,
     check: Annotated[bool, typer.Option(help="Denoise on the CPU, compare with PyTorch.")] = False,
     figures: Annotated[Path | None, typer.Option(help="Also write the figures there.")] = None,
 ) -> None:
@@ -91,7 +95,7 @@ def main(
     meter = StageMeter()
     meter.enter("weights at random")
     source = random_source(model, precision)
-    bundle = _compile(source, out, precision, steps or [2], meter)
+    bundle = _compile(source, out, ExportOptions(precision=precision, hoist=hoist), steps, meter)
     del source
     gc.collect()
     found: dict[str, Any] = {
@@ -113,16 +117,19 @@ def main(
 
 
 def _compile(
-    source: SourceModel, out: Path, precision: str, steps: list[int], meter: StageMeter
+    source: SourceModel,
+    out: Path,
+    export: ExportOptions,
+    steps: list[int] | None,
+    meter: StageMeter,
 ) -> Bundle:
     """The bundle with an uncached and a made-up preset of each number of steps."""
     from blockcache.export.pipeline import CompileOptions, compile_model
     from blockcache.export.preset_options import PresetOptions
-    from blockcache.export.to_onnx import ExportOptions
 
     options = CompileOptions(
-        presets=tuple(PresetOptions.parse(f"ddim:{count}") for count in steps),
-        export=ExportOptions(precision=precision),
+        presets=tuple(PresetOptions.parse(f"ddim:{count}") for count in steps or [2]),
+        export=export,
     )
     bundle = compile_model(source, out, options, observer=meter.observe)
     meter.enter("")

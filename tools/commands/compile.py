@@ -17,15 +17,19 @@ Presets = Annotated[
     list[str] | None,
     typer.Option(
         help="SOLVER:STEPS[:POLICY[:ALIGNMENT]], repeatable. SOLVER: dpm, ddim, euler. POLICY: "
-        "0.5 (threshold of eq. 7), x1.5 (speed-up; least predicted loss), j1.5 (the same, with "
-        "fewer steps too), c1.5 (least change), t1.5 (by threshold), every3, deepcache3, "
-        "smooth0.1, FILE.json; none: uncached. ALIGNMENT: least-squares, history, distil, "
-        "history-distil; none: reuse as it is."
+        "0.5 (threshold of eq. 7), x1.5 (speed-up; least predicted loss), ms250 (the same, in "
+        "milliseconds an image), j1.5 (as x1.5, with fewer steps too), c1.5 (least change), t1.5 "
+        "(by threshold), every3, deepcache3, smooth0.1, FILE.json; none: uncached. ALIGNMENT: "
+        "least-squares, history, distil, history-distil; none: reuse as it is."
     ),
 ]
 BudgetTimings = Annotated[
     Path | None,
     typer.Option(help="Segment times for budgets (blockcache bench --timings); default FLOPs."),
+]
+BudgetGpu = Annotated[
+    str | None,
+    typer.Option(help="Predict them for a GPU that is not at hand (blockcache estimate): a100."),
 ]
 
 
@@ -57,6 +61,7 @@ def compile_bundle(
     images_at_once: Annotated[int, typer.Option(help="Batch size of the profile.")] = 8,
     align_images: Annotated[int, typer.Option(help="Images to fit an alignment on.")] = 48,
     timings: BudgetTimings = None,
+    gpu: BudgetGpu = None,
     as_json: AsJson = False,
 ) -> None:
     """Profile a U-Net, derive schedules, and write a bundle.
@@ -71,6 +76,7 @@ def compile_bundle(
     from blockcache.export.change import ProfileOptions
     from blockcache.export.pipeline import CompileOptions
     from blockcache.export.preset_options import PresetOptions
+    from blockcache.export.roofline import gpu as data_sheet
     from blockcache.export.timings import read_timings
     from blockcache.export.to_onnx import ExportOptions
     from blockcache.tools.commands.show import print_bundle
@@ -86,6 +92,7 @@ def compile_bundle(
             alignment=AlignmentOptions(images=align_images),
         ),
         timings=None if timings is None else read_timings(timings),
+        processor=None if gpu is None else data_sheet(gpu),
     )
     bundle = _compile(model, out, options, calibration, prompts, blocks)
     print_bundle(bundle, as_json=as_json)

@@ -16,7 +16,12 @@ UNCACHED, FEWER = "uncached", "fewer steps"
 PLAIN = "none"
 THRESHOLD = "threshold"
 JOINT = "fewer steps and budget"
-KINDS = {"threshold-speedup": THRESHOLD, "change-budget": "budget by change", "joint": JOINT}
+KINDS = {
+    "threshold-speedup": THRESHOLD,
+    "change-budget": "budget by change",
+    "joint": JOINT,
+    "latency": "budget",
+}
 """How policies are called where their kind does not say what they do."""
 ALIGNMENTS = {
     "least-squares": "scale-shift",

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 Against = Annotated[
     Path | None, typer.Option(help="Another bundle of the model, with the same presets.")
 ]
+WarmUp = Annotated[
+    bool,
+    typer.Option(
+        help="First a call of each and an untimed round; --no-warm-up where a call takes minutes."
+    ),
+]
 ReportFolder = Annotated[
     Path | None, typer.Option(help="Folder for report.md, report.json and latency.svg.")
 ]
@@ -37,13 +43,7 @@ def bench(
     ] = "",
     images: Annotated[int, typer.Option(help="Images in one call.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
-    warm_up: Annotated[
-        bool,
-        typer.Option(
-            help="First a call of each and an untimed round; --no-warm-up where a call takes "
-            "minutes."
-        ),
-    ] = True,
+    warm_up: WarmUp = True,
     threads: Threads = None,
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="CPU seconds, where others use the machine too.")

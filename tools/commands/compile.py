@@ -23,6 +23,12 @@ Presets = Annotated[
         "least-squares, history, distil, history-distil; none: reuse as it is."
     ),
 ]
+CachedBlocks = Annotated[
+    str, typer.Option(help="What may be cached: transformers (as the paper), or resnets.")
+]
+Hoist = Annotated[
+    bool, typer.Option(help="Take what does not depend on the sample out of the loop.")
+]
 BudgetTimings = Annotated[
     Path | None,
     typer.Option(help="Segment times for budgets (blockcache bench --timings); default FLOPs."),
@@ -44,12 +50,8 @@ def compile_bundle(
     history: Annotated[
         bool, typer.Option("--history", help="Let a reuse combine a block's last two outputs.")
     ] = False,
-    blocks: Annotated[
-        str, typer.Option(help="What may be cached: transformers (as the paper), or resnets.")
-    ] = "transformers",
-    hoist: Annotated[
-        bool, typer.Option(help="Take what does not depend on the sample out of the loop.")
-    ] = True,
+    blocks: CachedBlocks = "transformers",
+    hoist: Hoist = True,
     prompts: Annotated[
         Path | None, typer.Option(help="Profile with these prompts, one a line.")
     ] = None,

@@ -172,7 +172,7 @@ def matrix(
 ) -> float:
     """The same, where every channel may draw on all channels of the last output.
 
-    No linear adjustment before the block's output projection could do better than this.
+    With few images its error shows too little data, not what a matrix could do.
     """
     x, y = _by_channel([last])[:, 0], _by_channel([target])[:, 0]  # [C, N]
     x_mean, y_mean = x.mean(axis=1, keepdims=True), y.mean(axis=1, keepdims=True)

@@ -201,10 +201,16 @@ def _costs(
 ) -> Costs:
     """What a step costs: as measured, as predicted for a GPU, or in GFLOP."""
     timings = options.timings
+    guided = options.calibration.guidance_scale != 1.0
+    sizes = {**facts.sizes, "batch": 2 if guided else 1}  # of one image
     if options.processor is not None:
-        guided = options.calibration.guidance_scale != 1.0
-        sizes = {**facts.sizes, "batch": 2 if guided else 1}
         timings = predict(segments, folder / "segments", options.processor, sizes)
+    timed = any(preset.policy.timed for preset in options.presets)
+    if timed and timings is not None and dict(timings.sizes) != sizes:
+        raise ConfigError(
+            f"A preset of so many milliseconds needs times of one image, at {sizes}; got some at "
+            f"{dict(timings.sizes)}. Measure with --images 1, or predict them with --gpu."
+        )
     return (timings or counted(segments)).costs(segments)
 
 

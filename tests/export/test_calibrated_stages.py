@@ -26,6 +26,7 @@ from blockcache.export.preset_options import PresetOptions  # noqa: E402
 from blockcache.export.residuals import ResidualOptions  # noqa: E402
 from blockcache.export.roofline import gpu, predict  # noqa: E402
 from blockcache.export.sensitivity import SensitivityOptions  # noqa: E402
+from blockcache.export.timings import Timings  # noqa: E402
 from blockcache.export.to_onnx import ExportOptions  # noqa: E402
 from blockcache.runtime import Bundle, ConfigError, Session  # noqa: E402
 from blockcache.runtime.bundle import read_tensors  # noqa: E402
@@ -132,6 +133,11 @@ def test_a_latency_on_a_gpu_that_is_not_at_hand(made, copy, model, calibration, 
     assert 0.9 * within < costs.image_ms(schedule.recompute) <= within * 1.001
     assert schedule.computed_fraction(costs.block_ms) < 1
     assert calls == ["fit_alignment"]
+
+    two_images = Timings("trt", "", {**sizes, "batch": 4}, {"trunk_00": 1.0})
+    wrong = dataclasses.replace(wanted, processor=None, timings=two_images)
+    with pytest.raises(ConfigError, match=r"needs times of one image, at .* Measure with --images"):
+        compile_model(model, copy, wrong, calibration)
 
 
 def test_a_budget_preset_with_history_measures_once_and_says_so(made):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's Table 1 on the demo model, with every alignment and policy beside the paper's:
 #   bash tools/dev/table1.sh [dpm-20] [ddim-20] [dpm-50] [ddim-50] [peers-20] [delta-20] [resnets-20]
-# Results in table1-out/GROUP, ten to thirty minutes each on two cores. IMAGES=512 for tighter
+# Results in table1-out/GROUP, five to fifty minutes each on two cores. IMAGES=512 for tighter
 # intervals.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 [ -n "${SKIP_SETUP:-}" ] || setup cpu,export,demo
@@ -17,9 +17,12 @@ presets_of() { # S uncached, as few steps as the cached runs pay for, and the ca
       20:t1.25 20:t1.25:least-squares 20:t1.25:history \
       20:t1.67 20:t1.67:least-squares 20:t1.67:history \
       20:t2 20:t2:least-squares 20:t2:distil 20:t2:history ;;
-    ddim-20) echo 20 14 20:t1.43 20:t1.43:least-squares 20:t1.43:history 20:x1.43 \
-      20:x1.43:history ;;
-    *-50) echo 50 30 50:t1.67 50:t1.67:least-squares 50:t1.67:history 50:x1.67:history ;;
+    ddim-20) echo 20 16 14 12 10 8 6 20:t1.43 20:t1.43:least-squares 20:t1.43:history 20:x1.43 \
+      20:x1.25:history 20:x1.43:history 20:j1.67:history 20:j2:history 20:j2.5:history \
+      20:j3.3:history ;;
+    *-50) echo 50 40 35 30 25 20 15 50:t1.67 50:t1.67:least-squares 50:t1.67:history \
+      50:x1.25:history 50:x1.43:history 50:x1.67:history 50:j2:history 50:j2.5:history \
+      50:j3.3:history ;;
     peers-20) echo 20 16 14 20:c1.43:history 20:every2:history 20:deepcache2:history \
       20:smooth0.2:history 20:x1.43:history ;;
     delta-20) echo 20 20:0.1 20:0.2 20:0.3 20:0.4 20:0.5 ;; # the paper's Fig. 7

@@ -28,7 +28,7 @@ from blockcache.runtime import (
 )
 from blockcache.runtime.solver import solver_tables
 from blockcache.tools.bench import machine, torch_loop
-from blockcache.tools.bench.contestants import Contestant, Entry, Lineup, take_turns
+from blockcache.tools.bench.contestants import Contestant, Entry, Lineup
 from blockcache.tools.bench.latency import BenchOptions, _device_ms, measure_latency
 from blockcache.tools.bench.report import append_history, report_text
 from blockcache.tools.bench.sessions import (
@@ -151,10 +151,10 @@ def contestant(name, log=None, seconds=()):
 
 def test_contestants_take_turns_and_the_first_round_is_not_timed():
     log = []
-    lineup = [contestant(name, log) for name in "abc"]
-    take_turns(lineup, 2, between=lambda: log.append("|"))
+    lineup = Lineup([contestant(name, log) for name in "abc"])
+    lineup.take_turns(2, between=lambda: log.append("|"))
     assert "".join(log) == "|abc|abc|abc"
-    assert [len(each.seconds) for each in lineup] == [2, 2, 2]
+    assert [len(each.seconds) for each in lineup.contestants] == [2, 2, 2]
 
 
 def test_without_a_warm_up_every_call_is_timed():
@@ -162,17 +162,34 @@ def test_without_a_warm_up_every_call_is_timed():
     lineup = Lineup(tried=False)
     lineup.admit("a", lambda: [Entry("a", lambda: contestant("a", log))])
     assert log == []
-    take_turns(lineup.contestants, 2, warm_up=False)
+    lineup.take_turns(2)
     assert log == ["a", "a"]
     assert len(lineup.contestants[0].seconds) == 2
-    assert lineup.contestants[0].first_s == lineup.contestants[0].seconds[0]
+    assert lineup.contestants[0].first_s > 0
 
 
 def test_turns_are_timed_by_the_clock_that_was_asked_for():
     ticks = iter(range(100))
-    lineup = [contestant("a", [])]
-    take_turns(lineup, 3, clock=lambda: next(ticks) ** 2)
-    assert lineup[0].seconds == [5, 9, 13]  # 3² - 2² and so on: the first turn warms up
+    lineup = Lineup([contestant("a", [])])
+    lineup.take_turns(3, clock=lambda: next(ticks) ** 2)
+    (only,) = lineup.contestants
+    assert only.seconds == [5, 9, 13]  # 3² - 2² and so on: the first turn warms up
+    assert only.first_s < 1  # seconds of the wall, not of that clock
+
+
+def test_who_fails_in_a_turn_is_out_with_the_reason():
+    """Without a warm-up nothing fails earlier."""
+
+    def fails():
+        raise EnginesMissingError("no memory")
+
+    log = []
+    failing = dataclasses.replace(contestant("b"), run=fails)
+    lineup = Lineup([contestant("a", log), failing, contestant("c", log)], tried=False)
+    lineup.take_turns(2)
+    assert log == ["a", "c", "a", "c"]
+    assert [each.engine for each in lineup.contestants] == ["a", "c"]
+    assert lineup.absent == {"b whole p": "no memory"}
 
 
 def absent_for(reason):
@@ -307,7 +324,15 @@ def test_another_bundle_takes_its_turns_beside(made, tmp_path):
     report = measure_latency(made, options, against=other)
     lines = [(row.engine, row.kind) for row in report.rows]
     kinds = ("whole", "split", "cached")
-    assert lines == [(engine, kind) for engine in ("ort", "ort @other") for kind in kinds]
+    assert lines == [*(("ort", kind) for kind in kinds), *(("ort @other", k) for k in kinds[1:])]
+    assert all(row.speedup is not None for row in report.rows)  # all over the one uncut model
+    assert [(p.name, p.engine) for p in report.promises] == [
+        ("split / whole", "ort"),
+        ("cached / segments it ran", "ort"),
+        ("split / whole", "ort @other"),
+        ("split / split @other", "ort"),
+        ("cached / segments it ran", "ort @other"),
+    ]
     (ratio,) = [p for p in report.promises if p.name == "split / split @other"]
     assert ratio.goal is None
     assert report.timings.keys() == {"ort", "ort @other"}

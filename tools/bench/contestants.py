@@ -7,7 +7,7 @@ A contestant denoises the same images over and over, in one way, on one engine. 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -20,7 +20,7 @@ another project's cache."""
 Observer: TypeAlias = Callable[[str, int, int], None]
 
 
-@dataclass
+@dataclass(eq=False)
 class Contestant:
     """One way to denoise. ``run`` does one call; only the runtime returns a record of it."""
 
@@ -47,11 +47,11 @@ class Contestant:
     def take_turn(
         self, clock: Callable[[], float] = time.perf_counter
     ) -> tuple[float, RunRecord | None]:
-        """One timed call."""
-        begin = clock()
+        """One timed call; ``first_s`` is wall time by any clock."""
+        entered, begin = time.perf_counter(), clock()
         record = self.run()
         seconds = clock() - begin
-        self.first_s = self.first_s or seconds
+        self.first_s = self.first_s or time.perf_counter() - entered
         return seconds, record
 
 
@@ -68,7 +68,7 @@ class Lineup:
 
     contestants: list[Contestant] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)  # who: why
-    tried: bool = True  # whether each runs once on entering
+    tried: bool = True  # whether each runs once on entering, and an untimed round
 
     def admit(self, engine: str, entries: Callable[[], Iterable[Entry]]) -> None:
         """Open, and try once, what can run here; note the reason where something cannot.
@@ -93,31 +93,37 @@ class Lineup:
         except BlockCacheError as error:
             self._note(entry.name, str(error))
 
+    def take_turns(
+        self,
+        rounds: int,
+        between: Callable[[], None] = lambda: None,
+        observer: Observer = lambda stage, done, total: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Fill in seconds and records of ``rounds`` rounds, after an untimed one if ``tried``.
+
+        Who fails is out, and absent with the reason: a ratio needs every round.
+        """
+        untimed = int(self.tried)
+        for turn in range(rounds + untimed):
+            observer("bench", turn, rounds + untimed)
+            between()
+            for contestant in list(self.contestants):
+                try:
+                    seconds, record = contestant.take_turn(clock)
+                except BlockCacheError as error:
+                    self.contestants.remove(contestant)
+                    self._note(contestant.name, str(error))
+                    continue
+                if turn >= untimed:
+                    contestant.seconds.append(seconds)
+                    if record is not None:
+                        contestant.records.append(record)
+        observer("bench", rounds + untimed, rounds + untimed)
+
     def _note(self, who: str, why: str) -> None:
         """Who are absent for one reason share a line."""
         same = [name for name, reason in self.absent.items() if reason == why]
         for name in same:
             del self.absent[name]
         self.absent[", ".join([*same, who])] = why
-
-
-def take_turns(
-    contestants: Sequence[Contestant],
-    rounds: int,
-    between: Callable[[], None] = lambda: None,
-    observer: Observer = lambda stage, done, total: None,
-    clock: Callable[[], float] = time.perf_counter,
-    warm_up: bool = True,
-) -> None:
-    """Fill in seconds and records: one round to warm up, then ``rounds`` timed ones."""
-    untimed = int(warm_up)
-    for turn in range(rounds + untimed):
-        observer("bench", turn, rounds + untimed)
-        between()
-        for contestant in contestants:
-            seconds, record = contestant.take_turn(clock)
-            if turn >= untimed:
-                contestant.seconds.append(seconds)
-                if record is not None:
-                    contestant.records.append(record)
-    observer("bench", rounds + untimed, rounds + untimed)

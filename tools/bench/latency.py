@@ -18,7 +18,7 @@ import numpy as np
 from blockcache.export.timings import Timings
 from blockcache.runtime import Bundle, ConfigError, Preset, RunRecord
 from blockcache.runtime.engine import make_backend
-from blockcache.tools.bench.contestants import Contestant, Entry, Lineup, Observer, take_turns
+from blockcache.tools.bench.contestants import Contestant, Entry, Lineup, Observer
 from blockcache.tools.bench.machine import Steadiness, cpu_name, machine_facts, nvidia_smi
 from blockcache.tools.bench.sessions import base_presets, bundle_contestants, host_cost_us
 from blockcache.tools.bench.spread import Spread
@@ -110,7 +110,8 @@ def measure_latency(
         options: what to time.
         observer: progress.
         against: another bundle of the model with presets of the same names, compiled in another
-            way; its engines carry its folder's name.
+            way. Its segments take their turns, its engines carry its folder's name; the uncut
+            model is the first bundle's, so that a large one is in memory once.
 
     Raises:
         ConfigError: none of the wanted engines is there; the message has the reasons.
@@ -121,14 +122,14 @@ def measure_latency(
     if against is not None:
         same = [against.preset(preset.name) for preset in presets]
         admit_bundle(lineup, against, same, options, f" @{against.folder.name}")
+    steadiness = Steadiness()
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    if lineup.contestants:
+        lineup.take_turns(options.rounds, steadiness.sample, observer, clock)
+        steadiness.sample()
     if not lineup.contestants:
         reasons = "; ".join(f"{who}: {why}" for who, why in lineup.absent.items())
         raise ConfigError(f"Expected at least one engine to time, there is none. {reasons}")
-    steadiness = Steadiness()
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    rounds, warm_up = options.rounds, options.warm_up
-    take_turns(lineup.contestants, rounds, steadiness.sample, observer, clock, warm_up)
-    steadiness.sample()
     timings = {
         made.engine: _timings(made)
         for made in lineup.contestants
@@ -174,20 +175,23 @@ def admit_bundle(
     options: BenchOptions,
     label: str = "",
 ) -> None:
-    """Add a bundle's contestants on every engine of the runtime; ``label`` ends their names."""
+    """Add a bundle's contestants on every engine of the runtime.
+
+    A labelled bundle is the other one: the label ends its engines' names, and it stays cut.
+    """
     for engine in RUNTIME_ENGINES:
         if engine in (options.engines or RUNTIME_ENGINES):
 
             def entries(engine: str = engine) -> Iterator[Entry]:
                 backend = make_backend(engine, threads=options.threads)
                 name, images = engine + label, options.images
-                return bundle_contestants(bundle, presets, backend, name, images)
+                return bundle_contestants(bundle, presets, backend, name, images, uncut=not label)
 
             lineup.admit(engine + label, entries)
 
 
 def _row(made: Contestant, everyone: Sequence[Contestant]) -> Row:
-    engine = "torch" if made.engine in PEER_ENGINES else made.engine
+    engine = "torch" if made.engine in PEER_ENGINES else _library(made)
     whole = [o for o in everyone if (o.engine, o.kind, o.base) == (engine, "whole", made.base)]
     return Row(
         engine=made.engine,
@@ -205,24 +209,27 @@ def _row(made: Contestant, everyone: Sequence[Contestant]) -> Row:
     )
 
 
+def _library(made: Contestant) -> str:
+    """The engine without another bundle's folder."""
+    return made.engine.partition(" @")[0]
+
+
 def _promises(everyone: Sequence[Contestant], timings: Mapping[str, Timings]) -> list[Promise]:
     """Split is free, caching pays what it should; and how another bundle's split compares."""
     found = []
     by_key = {(o.engine, o.kind, o.base): o for o in everyone if o.kind != "cached"}
     for made in everyone:
         split = by_key.get((made.engine, "split", made.base))
-        whole = by_key.get((made.engine, "whole", made.base))
-        if split is None or whole is None:
-            continue
-        if made is split:
+        whole = by_key.get((_library(made), "whole", made.base))
+        mine = by_key.get((_library(made), "split", made.base))
+        if made is split and whole is not None:
             ratio = Spread.of_ratio(split.seconds, whole.seconds)
             found.append(Promise(made.engine, "split / whole", made.base, ratio, 1.02))
-            engine, _, folder = made.engine.partition(" @")
-            mine = by_key.get((engine, "split", made.base))
-            if folder and mine is not None:
-                ratio = Spread.of_ratio(mine.seconds, made.seconds)
-                found.append(Promise(engine, f"split / split @{folder}", made.base, ratio, None))
-        if made.kind == "cached":
+        if made is split and mine is not None and mine is not made:
+            folder = made.engine.partition("@")[2]
+            ratio = Spread.of_ratio(mine.seconds, made.seconds)
+            found.append(Promise(mine.engine, f"split / split @{folder}", made.base, ratio, None))
+        if made.kind == "cached" and split is not None:
             ran = _ran_seconds(split.records, made.records, timings[made.engine])
             ratio = Spread.of_ratio([record.total_ns / 1e9 for record in made.records], ran)
             found.append(Promise(made.engine, "cached / segments it ran", made.preset, ratio, 1.03))

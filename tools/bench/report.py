@@ -111,6 +111,8 @@ def append_history(file: Path, report: LatencyReport) -> None:
         "machine": report.machine.get("name", report.machine["cpu"]),
         "model": report.model,
         "images": report.images,
+        "rounds": report.rounds,
+        "warm_up": report.warm_up,
         "host_us_per_launch": round(report.host_us_per_launch, 3),
         "rows": {
             f"{r.engine} {r.kind} {r.preset}": {

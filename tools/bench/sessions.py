@@ -30,20 +30,27 @@ measure half the work."""
 
 
 def bundle_contestants(
-    bundle: Bundle, presets: Sequence[Preset], backend: Backend, engine: str, images: int
+    bundle: Bundle,
+    presets: Sequence[Preset],
+    backend: Backend,
+    engine: str,
+    images: int,
+    *,
+    uncut: bool = True,
 ) -> Iterator[Entry]:
     """Whole and split once for each number of steps that a cached preset has, and every preset.
 
     A preset that recomputes everything in fewer steps than a cached one of its solver is the
-    step-reduced baseline of the paper; it runs uncut, as who does not cache would run it.
+    step-reduced baseline of the paper; it runs uncut, as who does not cache would run it. Without
+    ``uncut`` both are left out.
     """
 
     def entry(kind: Kind, preset: Preset, base: Preset) -> Entry:
         def open_it() -> Contestant:
-            uncut = kind in ("whole", "fewer steps")
+            whole = kind in ("whole", "fewer steps")
             session = Session(
-                whole_bundle(bundle) if uncut else bundle,
-                whole_preset(preset) if uncut else uncached(preset) if kind == "split" else preset,
+                whole_bundle(bundle) if whole else bundle,
+                whole_preset(preset) if whole else uncached(preset) if kind == "split" else preset,
                 backend,
             )
             return _contestant(session, engine, kind, base_name(base), images)
@@ -52,12 +59,13 @@ def bundle_contestants(
 
     bases = base_presets(presets)
     for base in bases:
-        yield entry("whole", base, base)
+        if uncut:
+            yield entry("whole", base, base)
         yield entry("split", base, base)
     for preset in presets:
         if is_cached(preset):
             yield entry("cached", preset, base_of(preset, bases))
-        elif base_name(preset) not in map(base_name, bases):
+        elif uncut and base_name(preset) not in map(base_name, bases):
             yield entry("fewer steps", preset, base_of(preset, bases))
 
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from blockcache.tools.bench.latency import LatencyReport
 
 Against = Annotated[
-    Path | None, typer.Option(help="Another bundle of the model, with the same presets.")
+    Path | None,
+    typer.Option(help="Another bundle of the model, same presets: its segments take turns too."),
 ]
 WarmUp = Annotated[
     bool,

@@ -68,7 +68,10 @@ class CompileOptions:
 
     def __post_init__(self) -> None:
         if self.timings is not None and self.processor is not None:
-            raise ConfigError("Expected measured timings or a GPU to predict them for, got both.")
+            raise ConfigError(
+                "Expected measured timings (--timings) or a GPU to predict them for (--gpu), got "
+                "both."
+            )
         names = [preset.name for preset in self.presets]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"Expected presets with different names, got {names}.")
@@ -205,10 +208,10 @@ def _costs(
     sizes = {**facts.sizes, "batch": 2 if guided else 1}  # of one image
     if options.processor is not None:
         timings = predict(segments, folder / "segments", options.processor, sizes)
-    timed = any(preset.policy.timed for preset in options.presets)
+    timed = [preset.name for preset in options.presets if preset.policy.timed]
     if timed and timings is not None and dict(timings.sizes) != sizes:
         raise ConfigError(
-            f"A preset of so many milliseconds needs times of one image, at {sizes}; got some at "
+            f"Preset {timed[0]!r} needs times of one image, at {sizes}; got some at "
             f"{dict(timings.sizes)}. Measure with --images 1, or predict them with --gpu."
         )
     return (timings or counted(segments)).costs(segments)
@@ -240,6 +243,8 @@ def _make_preset(
     policy: dict[str, object] = {"kind": preset.policy.kind}
     if preset.policy.value:
         policy["value"] = preset.policy.value
+    if preset.policy.priced:
+        policy["costs"] = costs.source
     if profile is not None:
         policy |= {"images": profile.images, "profile": profile.file}
     alignment = Alignment.identity(preset.steps, facts.block_channels)

@@ -27,7 +27,7 @@ import numpy as np
 
 from blockcache.export import peers
 from blockcache.export.schedule import budget, least_loss, threshold, threshold_within
-from blockcache.export.timings import Costs
+from blockcache.export.timings import FLOPS, Costs
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Schedule
 
@@ -76,6 +76,8 @@ class Policy:
         if (self.kind == "table") != (self.file is not None):
             raise ConfigError(f"A table, and only a table, is read from a file; got {self}.")
         least = 1 if self.kind in (*_SPEEDUPS, *_WHOLE) else 0
+        if self.timed and not 0 < self.value < math.inf:
+            raise ConfigError(f"Expected milliseconds above 0, got {self.value:g}.")
         if not least <= self.value < math.inf or (self.kind in _WHOLE and self.value % 1):
             raise ConfigError(
                 f"Expected a {'whole ' * (self.kind in _WHOLE)}number of {least} or more for the "
@@ -124,6 +126,11 @@ class Policy:
     def weighted(self) -> bool:
         """Whether sensitivity and residuals are needed."""
         return self.kind in _WEIGHTED
+
+    @property
+    def priced(self) -> bool:
+        """Whether it depends on what blocks cost."""
+        return self.kind in ("latency", *_SPEEDUPS)
 
     @property
     def timed(self) -> bool:
@@ -183,14 +190,14 @@ def affordable(costs: Costs, steps: int, speedup: float) -> float:
 
 def affordable_within(costs: Costs, steps: int, latency_ms: float) -> float:
     """What all runs of all blocks may cost, for an image in ``latency_ms``."""
-    assert costs.timed
+    assert costs.source != FLOPS
     spend = latency_ms - costs.prompt_ms - steps * costs.trunk_ms
     once = float(costs.block_ms.sum())
     if not spend >= once:
         least = latency_ms - spend + once
         raise ConfigError(
             f"{latency_ms:g} ms an image are out of reach: the trunk always runs, and every block "
-            f"at step 0. Expected at least {math.ceil(1000 * least) / 1000}, or fewer steps."
+            f"at step 0. Expected {math.ceil(1000 * least) / 1000} ms or more, or fewer steps."
         )
     return min(spend, steps * once)
 

@@ -21,7 +21,7 @@ from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import LOOP_ROLES, Segment, Sizes
 
 FORMAT = "blockcache-timings"
-FLOPS = "flops"
+FLOPS = "FLOPs"
 """The backend of GFLOP that stand in for milliseconds: proportions, but no times."""
 
 
@@ -32,7 +32,7 @@ class Costs:
     block_ms: np.ndarray  # float64 [K], one run of each block
     trunk_ms: float  # everything else of one step
     prompt_ms: float  # once per image
-    timed: bool = True  # in milliseconds; else in GFLOP
+    source: str = ""  # FLOPS where in GFLOP, else whose milliseconds: "a100, roofline"
 
     def image_ms(self, recompute: np.ndarray) -> float:
         """Milliseconds of one denoising loop by a schedule, bool [S, K], and its prompt segment."""
@@ -44,7 +44,7 @@ class Costs:
 class Timings:
     """Milliseconds per run of each segment, all taken on one engine library and device."""
 
-    backend: str  # "ort-cpu-2", "trt", ...; "roofline" where predicted, FLOPS where counted
+    backend: str  # "ort", "trt", ...; "roofline" where predicted, FLOPS where counted
     device: str  # "AMD EPYC x 2", "NVIDIA H100 80GB HBM3"; "a100" where predicted, "" if any
     sizes: Sizes  # batch (with guidance twice the images), height, width, tokens
     segment_ms: Mapping[str, float]  # by segment name; median where measured
@@ -68,7 +68,7 @@ class Timings:
             block_ms=np.array([self.segment_ms[s.name] for s in blocks], np.float64),
             trunk_ms=sum(self.segment_ms[s.name] for s in segments if s.role in _TRUNK),
             prompt_ms=sum(self.segment_ms.get(s.name, 0.0) for s in segments if s.role == "prompt"),
-            timed=self.backend != FLOPS,
+            source=", ".join(part for part in (self.device, self.backend) if part),
         )
 
     def __contains__(self, segment: str) -> bool:

@@ -129,14 +129,18 @@ def test_a_latency_on_a_gpu_that_is_not_at_hand(made, copy, model, calibration, 
     within = costs.image_ms(np.ones((4, len(costs.block_ms)), np.bool_)) / 1.2
     preset = PresetOptions.parse(f"dpm:4:ms{within:.4f}:history")
     wanted = dataclasses.replace(options(BUDGET), presets=(preset,), processor=gpu("a100"))
-    schedule = compile_model(model, copy, wanted, calibration).preset(preset.name).schedule
+    made_for_it = compile_model(model, copy, wanted, calibration).preset(preset.name)
+    assert made_for_it.policy["costs"] == "a100, roofline"
+    schedule = made_for_it.schedule
     assert 0.9 * within < costs.image_ms(schedule.recompute) <= within * 1.001
     assert schedule.computed_fraction(costs.block_ms) < 1
     assert calls == ["fit_alignment"]
 
     two_images = Timings("trt", "", {**sizes, "batch": 4}, {"trunk_00": 1.0})
     wrong = dataclasses.replace(wanted, processor=None, timings=two_images)
-    with pytest.raises(ConfigError, match=r"needs times of one image, at .* Measure with --images"):
+    with pytest.raises(
+        ConfigError, match=r"dpm-4-ms.*needs times of one image, at .* Measure with --images"
+    ):
         compile_model(model, copy, wrong, calibration)
 
 
@@ -151,6 +155,7 @@ def test_a_budget_preset_with_history_measures_once_and_says_so(made):
     assert policy == {
         "kind": "budget",
         "value": 1.1,
+        "costs": "FLOPs",
         "images": 2,
         "alignment": "history",
         "alignment_report": "profiles/dpm-4-x1.1-history-alignment.safetensors",

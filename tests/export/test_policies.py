@@ -300,6 +300,6 @@ def test_a_latency_out_of_reach_says_what_is_within():
         recompute("ms26.4")
     assert str(caught.value) == (
         "26.4 ms an image are out of reach: the trunk always runs, and every block at step 0. "
-        "Expected at least 26.5, or fewer steps."
+        "Expected 26.5 ms or more, or fewer steps."
     )
     assert recompute("ms26.5").sum() == 3

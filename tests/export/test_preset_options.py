@@ -67,6 +67,7 @@ REFUSED = {
     "dpm:0": "Expected steps of 1 or more, got 0.",
     "dpm:20:0.5:1": "Expected an alignment of none, least-squares, distil, history, "
     "history-distil, got '1'.",
+    "dpm:20:ms0": "Expected milliseconds above 0, got 0.",
     "dpm:20::history": "Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), ms250 "
     "(latency), every3, deepcache3, smooth0.1 or FILE.json, got ''.",
 }
@@ -144,6 +145,6 @@ def test_a_latency_needs_times_and_one_source_of_them():
     with pytest.raises(ConfigError, match=r"needs times\. Give measured ones"):
         CompileOptions(presets=(latency,))
     times = Timings("trt", "", {}, {"trunk_00": 1.0})
-    with pytest.raises(ConfigError, match="Expected measured timings or a GPU"):
+    with pytest.raises(ConfigError, match=r"measured timings \(--timings\) or a GPU .*got both"):
         CompileOptions(presets=(latency,), timings=times, processor=gpu("a100"))
     assert CompileOptions(presets=(latency,), timings=times).export.outputs == 2

@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 
 from safetensors.numpy import save_file
 
-from blockcache.runtime import DriftMonitor, Session
+from blockcache.runtime import Bundle, DriftMonitor, Session
 from blockcache.tools import cli
 
 
@@ -99,6 +99,18 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
     (prediction,) = json.loads(out)
     assert all(row["measured_ms"] > 0 for row in prediction["presets"])
 
+    # Measured on one image, so that a budget may count in them; or predicted, but never both.
+    again = ["compile", source, tmp_path / "timed", "--calibration", calibration]
+    again += ["--preset", "ddim:4:ms1000000", "--profile-prompts", 1, "--profile-seeds", 1]
+    code, out, _ = blockcache(*again, "--timings", timings, "--json")
+    assert code == 0
+    (preset,) = json.loads(out)["presets"]
+    counted = Bundle.open(tmp_path / "timed").preset(preset).policy["costs"]
+    assert counted.endswith(", ort")
+    code, _, err = blockcache(*again, "--timings", timings, "--gpu", "a100")
+    assert code == 1
+    assert "(--timings) or a GPU to predict them for (--gpu), got both." in err
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -112,6 +124,13 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
         ),
         (["compile", "demo", "out", "--preset", "heun:9"], "error: Expected a solver of"),
         (["compile", "demo", "out", "--precision", "int8"], "error: Expected a precision of"),
+        (["compile", "demo", "out", "--gpu", "voodoo"], "error: Expected a GPU of"),
+        (
+            ["compile", "demo", "out", "--preset", "dpm:20:ms250"],
+            "error: A preset of so many milliseconds needs times. Give measured ones (blockcache "
+            "bench BUNDLE --timings FILE, then --timings FILE here), or a GPU to predict them for "
+            "(--gpu a100).",
+        ),
     ],
 )
 def test_expected_errors_are_one_line_and_exit_code_1(blockcache, arguments, message, tmp_path):

@@ -35,7 +35,7 @@ BudgetTimings = Annotated[
 ]
 BudgetGpu = Annotated[
     str | None,
-    typer.Option(help="Predict them for a GPU that is not at hand (blockcache estimate): a100."),
+    typer.Option(help="A GPU to predict such times for, in half precision: a100, h100, ..."),
 ]
 
 

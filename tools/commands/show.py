@@ -207,7 +207,7 @@ def _presets_table(bundle: Bundle) -> Table:
     for column in ("steps", "blocks computed", "guidance"):
         table.add_column(column, justify="right")
     for name, entry in bundle.manifest.presets.items():
-        shown = ("value", "alignment", "images")
+        shown = ("value", "alignment", "images", "costs")
         policy = " ".join(f"{k}={v}" for k, v in entry.policy.items() if k in shown)
         table.add_row(
             name,

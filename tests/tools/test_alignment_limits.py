@@ -12,21 +12,23 @@ SHAPE = (2, 8, 6, 32)  # branch, image, channel, position
 PAPER = "scale and shift by channel (the paper)"
 MATRIX = "a matrix over all channels and a shift"
 HISTORY = "last two outputs by channel (history)"
+BEFORE = "scale and shift by channel, before the projection"
+TURN, _ = np.linalg.qr(np.random.default_rng(3).standard_normal((6, 6)))  # of the last layer
 
 
 def noise(seed, shape=SHAPE):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def left(step):
+def left(step, period=2):
     """Errors for the outputs that ``step(s)`` makes, float32 [S, ...]."""
-    return errors(np.stack([step(s) for s in range(12)]).astype(np.float32), period=2)
+    return errors(np.stack([step(s) for s in range(14)]).astype(np.float32), period, TURN)
 
 
 def test_every_kind_is_told_apart_and_plain_reuse_is_the_unit():
     found = left(lambda s: noise(s))
     assert found["as it is"] == 1.0
-    assert len(found) == 8
+    assert len(found) == 9
     # Of outputs that have nothing in common the mean is the best guess: 1 / sqrt(2).
     assert all(0.65 < error < 0.85 for kind, error in found.items() if kind != "as it is")
 
@@ -38,6 +40,14 @@ def test_a_scale_and_shift_of_each_channel_is_repaired_by_the_paper_s_adjustment
     assert found["scale and shift by channel, every image its own"] < 0.02
 
 
+@pytest.mark.parametrize("period", [2, 3, 4])
+def test_a_scale_of_what_the_last_layer_sees_is_repaired_before_it(period):
+    rate, base = 0.8 + 0.1 * noise(1, (6, 1)), noise(0)
+    found = left(lambda s: np.einsum("dc,bicp->bidp", TURN, base * rate**s), period)
+    assert found[BEFORE] < 0.02
+    assert found[PAPER] > 0.05
+
+
 def test_a_movement_of_each_position_needs_history():
     start, way = noise(0), noise(1)
     found = left(lambda s: 20 * start + s * way)
@@ -46,9 +56,8 @@ def test_a_movement_of_each_position_needs_history():
 
 
 def test_a_mixture_of_channels_needs_a_matrix():
-    turn, _ = np.linalg.qr(noise(3, (6, 6)))
     base = noise(0)
-    found = left(lambda s: np.einsum("dc,bicp->bidp", np.linalg.matrix_power(turn, s), base))
+    found = left(lambda s: np.einsum("dc,bicp->bidp", np.linalg.matrix_power(TURN, s), base))
     assert found[PAPER] > 0.3
     assert found[MATRIX] < 0.02
 

@@ -4,8 +4,9 @@
 
 Runs the uncached loop of the demo model, keeps every block's outputs, fits later outputs by earlier
 ones in many ways on half of the images, and prints the error on the other half, as a share of the
-error without alignment. Then denoises by the preset's schedule with alignments fitted on few and on
-many images, and prints the distance to the uncached run: whether more data would help.
+error without alignment. All of it on the uncached trajectory, which flatters every way alike. Then
+denoises by the preset's schedule with alignments fitted on few and on many images, and prints the
+distance to the uncached run: whether more data would help.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from blockcache.export.cached_unet import CachedUNet, denoise
 from blockcache.export.calibration import Calibration, calibration_inputs
 from blockcache.export.joint import TrialOptions, mean_distance, trial_latents
 from blockcache.export.model import SourceModel
-from blockcache.runtime import Alignment, Bundle, Schedule, SolverConfig
+from blockcache.runtime import Alignment, Bundle, ConfigError, Schedule, SolverConfig
 from blockcache.runtime.solver import SolverTables, solver_tables
 from blockcache.tools.bench.report import markdown_table
 from blockcache.tools.sources import DEMO, calibration_for, load_source
@@ -40,16 +41,23 @@ RIDGE = 1e-3
 def main(
     bundle: Annotated[str, typer.Argument(help="A bundle of the demo model.")],
     preset: Annotated[str, typer.Option(help="Solver, guidance and schedule.")] = "dpm-20-t1.43",
-    images: Annotated[int, typer.Option(help="Half to fit on, half to judge by.")] = 32,
+    images: Annotated[int, typer.Option(min=2, help="Half to fit on, half to judge by.")] = 32,
 ) -> None:
     """Print both tables."""
-    chosen = Bundle.open(bundle).preset(preset)
+    opened = Bundle.open(bundle)
+    chosen = opened.preset(preset)
     model, calibration = load_source(DEMO), calibration_for(DEMO, None, None)
+    if opened.model.sha256 != model.sha256 or chosen.guidance_scale == 1:
+        raise ConfigError(f"Expected a bundle of the demo model, with guidance, at {bundle}.")
     tables = solver_tables(SolverConfig.from_json(chosen.solver))
     guidance = chosen.guidance_scale
     outputs = all_outputs(model, tables, calibration, guidance, images)
+    projections = [_projection(model, block.path) for block in model.blocks]
     columns = [f"every {period} steps" for period in PERIODS]
-    made = [[errors(block, period) for block in outputs] for period in PERIODS]
+    made = [
+        [errors(block, period, weight) for block, weight in zip(outputs, projections, strict=True)]
+        for period in PERIODS
+    ]
     rows = [
         [kind, *(f"{np.mean([block[kind] for block in blocks]):.2f}" for blocks in made)]
         for kind in made[0][0]
@@ -85,22 +93,31 @@ def all_outputs(
     return [np.stack(steps) for steps in kept]
 
 
-def errors(outputs: Outputs, period: int) -> dict[str, float]:
+def _projection(model: SourceModel, path: str) -> np.ndarray:
+    """The weight [C, C] of a transformer's last layer, which makes C of its features."""
+    weight = model.unet.get_submodule(path).proj_out.weight.detach()
+    return np.asarray(weight.flatten(1).double().numpy())
+
+
+def errors(outputs: Outputs, period: int, projection: np.ndarray) -> dict[str, float]:
     """Error left by every kind of fit, as a share of plain reuse's, over all steps.
 
-    Only steps with three computed outputs behind them count, so that all kinds face the same.
+    Only steps with three computed outputs behind them at the longest period count, so that all
+    kinds and periods face the same.
     """
     squares: dict[str, float] = {}
-    for step in range(3 * period - 1, len(outputs)):
+    for step in range(3 * max(PERIODS) - 1, len(outputs)):
         target = outputs[step]
         past = [outputs[step - period + 1 - back * period] for back in range(3)]
-        for kind, left in _kinds(target, past).items():
+        for kind, left in _kinds(target, past, projection).items():
             squares[kind] = squares.get(kind, 0.0) + left
     plain = squares["as it is"]
     return {kind: float(np.sqrt(left / plain)) for kind, left in squares.items()}
 
 
-def _kinds(target: np.ndarray, past: Sequence[np.ndarray]) -> dict[str, float]:
+def _kinds(
+    target: np.ndarray, past: Sequence[np.ndarray], projection: np.ndarray
+) -> dict[str, float]:
     """Squared error on the images that were not fitted on: arrays [branch, image, C, P]."""
     half = target.shape[1] // 2
     seen, unseen = slice(None, half), slice(half, None)
@@ -135,6 +152,9 @@ def _kinds(target: np.ndarray, past: Sequence[np.ndarray]) -> dict[str, float]:
         "scale and shift by channel (the paper)": fitted(1),
         "scale and shift by channel and guidance branch": by_branch(1),
         "scale and shift by channel, every image its own": own(),
+        "scale and shift by channel, before the projection": before_projection(
+            projection, target[:, seen], last[:, seen], target[:, unseen], last[:, unseen]
+        ),
         "a matrix over all channels and a shift": matrix(
             target[:, seen], last[:, seen], target[:, unseen], last[:, unseen]
         ),
@@ -165,6 +185,32 @@ def affine(
     shift = y_mean - np.einsum("cq,cq->c", weights, x_mean)
     x, y = _by_channel(unseen_predictors), _by_channel([unseen_target])[:, 0]
     return _square(y - np.einsum("cq,cqn->cn", weights, x) - shift[:, None])
+
+
+def before_projection(
+    projection: np.ndarray,
+    target: np.ndarray,
+    last: np.ndarray,
+    unseen_target: np.ndarray,
+    unseen_last: np.ndarray,
+) -> float:
+    """The same, where what is scaled and shifted is the input h of the last layer, C = W h + bias.
+
+    The scales that leave the least error of C are one least-squares problem: its normal matrix is
+    the product, element by element, of W's and h's.
+    """
+    x, y = _by_channel([last])[:, 0], _by_channel([target])[:, 0]  # [C, N]
+    features = np.linalg.solve(projection, x)  # h, but for a constant, which a shift takes up
+    mean, y_mean = features.mean(axis=1, keepdims=True), y.mean(axis=1, keepdims=True)
+    centred = features - mean
+    left = y - y_mean - projection @ centred
+    normal = (projection.T @ projection) * (centred @ centred.T)
+    right = np.einsum("ci,cn,in->i", projection, left, centred, optimize=True)
+    ridge = np.diag(RIDGE * np.diag(normal))
+    scale = 1 + np.linalg.solve(normal + ridge, right)
+    x, y = _by_channel([unseen_last])[:, 0], _by_channel([unseen_target])[:, 0]
+    estimate = projection @ (scale[:, None] * (np.linalg.solve(projection, x) - mean))
+    return _square(y - y_mean - estimate)
 
 
 def matrix(

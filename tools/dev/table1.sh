@@ -12,11 +12,13 @@ work=${DEMO_WORK:-$HOME/.cache/blockcache/demo}
 presets_of() { # S uncached, as few steps as the cached runs pay for, and the cached runs
   case $1 in
     dpm-20) echo 20 16 14 12 10 8 6 20:t1.43 20:t1.43:least-squares 20:t1.43:distil \
-      20:t1.43:history 20:x1.25:history 20:x1.43 20:x1.43:history 20:x1.67:history \
+      20:t1.43:history 20:t1.43:history-distil 20:x1.25:history 20:x1.43 \
+      20:x1.43:least-squares 20:x1.43:distil 20:x1.43:history 20:x1.43:history-distil \
+      20:x1.67:history \
       20:j1.43:history 20:j1.67:history 20:j2:history 20:j2.5:history 20:j3.3:history \
       20:t1.25 20:t1.25:least-squares 20:t1.25:history \
       20:t1.67 20:t1.67:least-squares 20:t1.67:history \
-      20:t2 20:t2:least-squares 20:t2:distil 20:t2:history ;;
+      20:t2 20:t2:least-squares 20:t2:distil 20:t2:history 20:t2:history-distil ;;
     ddim-20) echo 20 16 14 12 10 8 6 20:t1.43 20:t1.43:least-squares 20:t1.43:history 20:x1.43 \
       20:x1.25:history 20:x1.43:history 20:j1.67:history 20:j2:history 20:j2.5:history \
       20:j3.3:history ;;

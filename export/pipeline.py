@@ -212,7 +212,9 @@ def _costs(
     if timed and timings is not None and dict(timings.sizes) != sizes:
         raise ConfigError(
             f"Preset {timed[0]!r} needs times of one image, at {sizes}; got some at "
-            f"{dict(timings.sizes)}. Measure with --images 1, or predict them with --gpu."
+            f"{dict(timings.sizes)}. "
+            + ("Measure with --images 1, or predict" if guided else "Without guidance, predict")
+            + " them with --gpu."
         )
     return (timings or counted(segments)).costs(segments)
 
@@ -290,6 +292,7 @@ def _make_joint(
         "kind": preset.policy.kind,
         "value": preset.policy.value,
         "of_steps": preset.steps,
+        "costs": costs.source,
         "tried": {str(other.steps): round(distance, 6) for distance, other in tried},
     }
     return dataclasses.replace(made, policy=policy)

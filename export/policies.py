@@ -77,7 +77,7 @@ class Policy:
             raise ConfigError(f"A table, and only a table, is read from a file; got {self}.")
         least = 1 if self.kind in (*_SPEEDUPS, *_WHOLE) else 0
         if self.timed and not 0 < self.value < math.inf:
-            raise ConfigError(f"Expected milliseconds above 0, got {self.value:g}.")
+            raise ConfigError(f"Expected a number of milliseconds above 0, got {self.value:g}.")
         if not least <= self.value < math.inf or (self.kind in _WHOLE and self.value % 1):
             raise ConfigError(
                 f"Expected a {'whole ' * (self.kind in _WHOLE)}number of {least} or more for the "

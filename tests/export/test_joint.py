@@ -158,6 +158,7 @@ def test_the_nearest_candidate_is_kept_and_the_others_are_reported(
     bundle = compile_model(model, tmp_path / "b", options, calibration)
     policy = bundle.preset("dpm-4-j1.2-history").policy
     assert (policy["kind"], policy["value"], policy["of_steps"]) == ("joint", 1.2, 4)
+    assert policy["costs"] == "FLOPs"
     tried = {int(steps): distance for steps, distance in policy["tried"].items()}
     assert tried, "at least one was within reach"
     kept = bundle.preset("dpm-4-j1.2-history").schedule.steps

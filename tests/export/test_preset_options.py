@@ -67,7 +67,7 @@ REFUSED = {
     "dpm:0": "Expected steps of 1 or more, got 0.",
     "dpm:20:0.5:1": "Expected an alignment of none, least-squares, distil, history, "
     "history-distil, got '1'.",
-    "dpm:20:ms0": "Expected milliseconds above 0, got 0.",
+    "dpm:20:ms0": "Expected a number of milliseconds above 0, got 0.",
     "dpm:20::history": "Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), ms250 "
     "(latency), every3, deepcache3, smooth0.1 or FILE.json, got ''.",
 }

@@ -20,9 +20,9 @@ def noise(seed, shape=SHAPE):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def left(step, period=2):
+def left(step, period=2, projection=TURN):
     """Errors for the outputs that ``step(s)`` makes, float32 [S, ...]."""
-    return errors(np.stack([step(s) for s in range(14)]).astype(np.float32), period, TURN)
+    return errors(np.stack([step(s) for s in range(14)]).astype(np.float32), period, projection)
 
 
 def test_every_kind_is_told_apart_and_plain_reuse_is_the_unit():
@@ -42,8 +42,8 @@ def test_a_scale_and_shift_of_each_channel_is_repaired_by_the_paper_s_adjustment
 
 @pytest.mark.parametrize("period", [2, 3, 4])
 def test_a_scale_of_what_the_last_layer_sees_is_repaired_before_it(period):
-    rate, base = 0.8 + 0.1 * noise(1, (6, 1)), noise(0)
-    found = left(lambda s: np.einsum("dc,bicp->bidp", TURN, base * rate**s), period)
+    weight, rate, base = TURN + 0.3 * noise(4, (6, 6)), 0.8 + 0.1 * noise(1, (6, 1)), noise(0)
+    found = left(lambda s: np.einsum("dc,bicp->bidp", weight, base * rate**s), period, weight)
     assert found[BEFORE] < 0.02
     assert found[PAPER] > 0.05
 

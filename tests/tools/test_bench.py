@@ -18,6 +18,7 @@ from blockcache.runtime import (
     Bundle,
     ConfigError,
     EmptyBackend,
+    EngineError,
     EnginesMissingError,
     MissingExtraError,
     Preset,
@@ -29,7 +30,7 @@ from blockcache.runtime import (
 from blockcache.runtime.solver import solver_tables
 from blockcache.tools.bench import machine, torch_loop
 from blockcache.tools.bench.contestants import Contestant, Entry, Lineup
-from blockcache.tools.bench.latency import BenchOptions, _device_ms, measure_latency
+from blockcache.tools.bench.latency import BenchOptions, _device_ms, measure_latency, own_timings
 from blockcache.tools.bench.report import append_history, report_text
 from blockcache.tools.bench.sessions import (
     base_of,
@@ -181,15 +182,50 @@ def test_who_fails_in_a_turn_is_out_with_the_reason():
     """Without a warm-up nothing fails earlier."""
 
     def fails():
-        raise EnginesMissingError("no memory")
+        log.append("!")
+        if log.count("!") == 2:
+            raise EnginesMissingError("no memory")
 
     log = []
     failing = dataclasses.replace(contestant("b"), run=fails)
     lineup = Lineup([contestant("a", log), failing, contestant("c", log)], tried=False)
-    lineup.take_turns(2)
-    assert log == ["a", "c", "a", "c"]
+    lineup.take_turns(3)
+    assert "".join(log) == "a!ca!cac"
     assert [each.engine for each in lineup.contestants] == ["a", "c"]
     assert lineup.absent == {"b whole p": "no memory"}
+
+
+def test_a_report_does_without_those_who_fell_out(made, monkeypatch):
+    """The uncut model fails in its second turn: no speed-up, but what needs none stays."""
+    original = Contestant.take_turn
+
+    def take_turn(self, *clock):
+        if self.kind == "whole" and self.seconds:
+            raise EngineError("no memory")
+        return original(self, *clock)
+
+    monkeypatch.setattr(Contestant, "take_turn", take_turn)
+    options = BenchOptions(engines=("ort",), presets=("ddim-5-cached",), rounds=2, threads=1)
+    report = measure_latency(made, options)
+    assert [(row.kind, row.speedup) for row in report.rows] == [("split", None), ("cached", None)]
+    assert [p.name for p in report.promises] == ["cached / segments it ran"]
+    assert report.absent["ort whole ddim-5-cached"] == "no memory"
+
+    def fail(self, *clock):
+        raise EngineError("no memory")
+
+    monkeypatch.setattr(Contestant, "take_turn", fail)
+    with pytest.raises(ConfigError, match=r"there is none\. .*: no memory"):
+        measure_latency(made, dataclasses.replace(options, warm_up=False))
+
+
+def test_a_peer_that_fails_is_absent(loop, bundle):
+    def fails(sample, at):
+        raise RuntimeError("out of memory")
+
+    made = loop.contestant("torch-compile", "whole", bundle.preset("ddim-4"), fails)
+    with pytest.raises(EngineError, match="torch-compile failed: out of memory"):
+        made.run()
 
 
 def absent_for(reason):
@@ -320,11 +356,18 @@ def test_another_bundle_takes_its_turns_beside(made, tmp_path):
     folder.symlink_to(made.folder)
     other = MadeBundle(made, *made.made.values())
     object.__setattr__(other, "folder", folder)
-    options = BenchOptions(engines=("ort",), presets=("ddim-5-cached",), rounds=1, threads=1)
+    presets = ("ddim-5-cached", "ddim-3")
+    options = BenchOptions(engines=("ort",), presets=presets, rounds=1, threads=1, cpu_time=True)
     report = measure_latency(made, options, against=other)
-    lines = [(row.engine, row.kind) for row in report.rows]
-    kinds = ("whole", "split", "cached")
-    assert lines == [*(("ort", kind) for kind in kinds), *(("ort @other", k) for k in kinds[1:])]
+    kinds = ("whole", "split", "cached", "fewer steps")
+    assert [(row.engine, row.kind) for row in report.rows] == [
+        *(("ort", kind) for kind in kinds),
+        ("ort @other", "split"),
+        ("ort @other", "cached"),
+    ]
+    assert "no warm-up" not in report_text(report)
+    assert "CPU seconds" in report_text(report)
+    assert own_timings(report) is report.timings["ort"]
     assert all(row.speedup is not None for row in report.rows)  # all over the one uncut model
     assert [(p.name, p.engine) for p in report.promises] == [
         ("split / whole", "ort"),
@@ -333,9 +376,22 @@ def test_another_bundle_takes_its_turns_beside(made, tmp_path):
         ("split / split @other", "ort"),
         ("cached / segments it ran", "ort @other"),
     ]
-    (ratio,) = [p for p in report.promises if p.name == "split / split @other"]
-    assert ratio.goal is None
+    assert [p.goal for p in report.promises] == [1.02, 1.03, None, None, 1.03]
     assert report.timings.keys() == {"ort", "ort @other"}
+    alone = dataclasses.replace(report, timings={"ort @other": report.timings["ort @other"]})
+    with pytest.raises(ConfigError, match="Expected times of the bundle's segments, no engine"):
+        own_timings(alone)
+
+
+def test_another_bundle_must_be_of_the_model_and_have_the_same_steps(made, bundle):
+    larger = dataclasses.replace(bundle.model, sizes={**bundle.model.sizes, "height": 96})
+    manifest = dataclasses.replace(bundle.manifest, model=larger)
+    options = BenchOptions(engines=("ort",), presets=("ddim-5-cached",))
+    with pytest.raises(ConfigError, match=r"another bundle of the model .*'height': 96"):
+        measure_latency(made, options, against=Bundle(bundle.folder, manifest))
+    uncached = dataclasses.replace(made.preset("ddim-5"), name="ddim-5-cached")
+    with pytest.raises(ConfigError, match=r"'ddim-5-cached' with as many steps in both bundles"):
+        measure_latency(made, options, against=MadeBundle(bundle, uncached))
 
 
 def test_the_report_reads_as_markdown(report):
@@ -355,6 +411,7 @@ def test_the_history_grows_by_a_line_a_run(report, tmp_path):
     append_history(file, report)
     first, second = (json.loads(line) for line in file.read_text().splitlines())
     assert first == second
+    assert (first["rounds"], first["warm_up"], first["cpu_time"]) == (2, True, False)
     assert set(first["promises"]) == {f"{p.name}, {p.engine} {p.preset}" for p in report.promises}
 
 

@@ -106,6 +106,8 @@ class Lineup:
         """
         untimed = int(self.tried)
         for turn in range(rounds + untimed):
+            if not self.contestants:
+                break
             observer("bench", turn, rounds + untimed)
             between()
             for contestant in list(self.contestants):

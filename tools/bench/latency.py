@@ -20,10 +20,18 @@ from blockcache.runtime import Bundle, ConfigError, Preset, RunRecord
 from blockcache.runtime.engine import make_backend
 from blockcache.tools.bench.contestants import Contestant, Entry, Lineup, Observer
 from blockcache.tools.bench.machine import Steadiness, cpu_name, machine_facts, nvidia_smi
-from blockcache.tools.bench.sessions import base_presets, bundle_contestants, host_cost_us
+from blockcache.tools.bench.sessions import (
+    base_name,
+    base_presets,
+    bundle_contestants,
+    host_cost_us,
+    is_cached,
+)
 from blockcache.tools.bench.spread import Spread
 
 RUNTIME_ENGINES = ("ort", "ort-cuda", "ort-tensorrt", "trt")
+OTHER = " @"
+"""Between an engine and the folder of another bundle that runs on it."""
 PEER_ENGINES = ("torch", "torch-compile", "deepcache", "diffusers-pab")
 
 
@@ -95,6 +103,18 @@ class LatencyReport:
     machine: Mapping[str, str]
     steadiness: Mapping[str, str] = field(default_factory=dict)
     warm_up: bool = True  # whether untimed calls came first
+    cpu_time: bool = False  # whether seconds are of the CPU, all threads; first_s never are
+
+
+def own_timings(report: LatencyReport) -> Timings:
+    """The segments' times of the first engine, of the bundle itself and not of another one."""
+    own = [times for engine, times in report.timings.items() if OTHER not in engine]
+    if not own:
+        raise ConfigError(
+            "Expected times of the bundle's segments, no engine has run them: "
+            + "; ".join(f"{who}: {why}" for who, why in report.absent.items())
+        )
+    return own[0]
 
 
 def measure_latency(
@@ -114,19 +134,19 @@ def measure_latency(
             model is the first bundle's, so that a large one is in memory once.
 
     Raises:
-        ConfigError: none of the wanted engines is there; the message has the reasons.
-        UnknownPresetError: a preset that the bundle does not have.
+        ConfigError: none of the wanted engines is there, or none got through; the message has the
+            reasons. Or ``against`` is of another model, or other steps.
+        UnknownPresetError: a preset that a bundle does not have.
     """
     presets = [bundle.preset(name) for name in options.presets or bundle.preset_names]
+    same = [] if against is None else _same_presets(bundle, presets, against)
     lineup = assemble(bundle, presets, options)
     if against is not None:
-        same = [against.preset(preset.name) for preset in presets]
-        admit_bundle(lineup, against, same, options, f" @{against.folder.name}")
+        admit_bundle(lineup, against, same, options, OTHER + against.folder.absolute().name)
     steadiness = Steadiness()
     clock = time.process_time if options.cpu_time else time.perf_counter
-    if lineup.contestants:
-        lineup.take_turns(options.rounds, steadiness.sample, observer, clock)
-        steadiness.sample()
+    lineup.take_turns(options.rounds, steadiness.sample, observer, clock)
+    steadiness.sample()
     if not lineup.contestants:
         reasons = "; ".join(f"{who}: {why}" for who, why in lineup.absent.items())
         raise ConfigError(f"Expected at least one engine to time, there is none. {reasons}")
@@ -148,7 +168,26 @@ def measure_latency(
         machine=machine_facts(),
         steadiness=steadiness.notes(),
         warm_up=options.warm_up,
+        cpu_time=options.cpu_time,
     )
+
+
+def _same_presets(bundle: Bundle, presets: Sequence[Preset], against: Bundle) -> list[Preset]:
+    """The other bundle's presets, where they can be compared with the first's uncut model."""
+    ours, theirs = bundle.model, against.model
+    if (ours.blocks, ours.sizes) != (theirs.blocks, theirs.sizes):
+        raise ConfigError(
+            f"Expected another bundle of the model {ours.name}, at {dict(ours.sizes)}; "
+            f"{against.folder} is of {theirs.name}, at {dict(theirs.sizes)}."
+        )
+    same = [against.preset(preset.name) for preset in presets]
+    for mine, other in zip(presets, same, strict=True):
+        if base_name(mine) != base_name(other) or is_cached(mine) != is_cached(other):
+            raise ConfigError(
+                f"Expected preset {mine.name!r} with as many steps in both bundles, and cached in "
+                f"both or neither; it differs in {against.folder}. Leave it out: --preset NAME."
+            )
+    return same
 
 
 def assemble(bundle: Bundle, presets: Sequence[Preset], options: BenchOptions) -> Lineup:
@@ -211,7 +250,7 @@ def _row(made: Contestant, everyone: Sequence[Contestant]) -> Row:
 
 def _library(made: Contestant) -> str:
     """The engine without another bundle's folder."""
-    return made.engine.partition(" @")[0]
+    return made.engine.partition(OTHER)[0]
 
 
 def _promises(everyone: Sequence[Contestant], timings: Mapping[str, Timings]) -> list[Promise]:
@@ -223,10 +262,11 @@ def _promises(everyone: Sequence[Contestant], timings: Mapping[str, Timings]) ->
         whole = by_key.get((_library(made), "whole", made.base))
         mine = by_key.get((_library(made), "split", made.base))
         if made is split and whole is not None:
+            goal = 1.02 if mine is made else None  # another bundle's may be anything
             ratio = Spread.of_ratio(split.seconds, whole.seconds)
-            found.append(Promise(made.engine, "split / whole", made.base, ratio, 1.02))
+            found.append(Promise(made.engine, "split / whole", made.base, ratio, goal))
         if made is split and mine is not None and mine is not made:
-            folder = made.engine.partition("@")[2]
+            folder = made.engine.partition(OTHER)[2]
             ratio = Spread.of_ratio(mine.seconds, made.seconds)
             found.append(Promise(mine.engine, f"split / split @{folder}", made.base, ratio, None))
         if made.kind == "cached" and split is not None:

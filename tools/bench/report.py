@@ -21,7 +21,8 @@ def report_text(report: LatencyReport) -> str:
     parts = [
         f"**{report.model}**, {report.images} image(s), latents {sizes['height']} x "
         f"{sizes['width']}, guidance, {report.rounds} rounds in turns"
-        f"{'' if report.warm_up else ', no warm-up'}; median (range).",
+        f"{'' if report.warm_up else ', no warm-up'}"
+        f"{', CPU seconds but for the first' if report.cpu_time else ''}; median (range).",
         "; ".join(f"{name} {value}" for name, value in report.machine.items() if value),
         "while it ran: " + "; ".join(f"{k} {v}" for k, v in report.steadiness.items()),
         _table1(report.rows),
@@ -113,6 +114,7 @@ def append_history(file: Path, report: LatencyReport) -> None:
         "images": report.images,
         "rounds": report.rounds,
         "warm_up": report.warm_up,
+        "cpu_time": report.cpu_time,
         "host_us_per_launch": round(report.host_us_per_launch, 3),
         "rows": {
             f"{r.engine} {r.kind} {r.preset}": {

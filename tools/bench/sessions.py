@@ -42,7 +42,7 @@ def bundle_contestants(
 
     A preset that recomputes everything in fewer steps than a cached one of its solver is the
     step-reduced baseline of the paper; it runs uncut, as who does not cache would run it. Without
-    ``uncut`` both are left out.
+    ``uncut`` the uncut model is left out in either case.
     """
 
     def entry(kind: Kind, preset: Preset, base: Preset) -> Entry:

@@ -18,7 +18,7 @@ from typing import TypeAlias
 import torch
 
 from blockcache.export.model import TORCH_DTYPES, SourceModel, UNetCall
-from blockcache.runtime import MissingExtraError, Preset, SolverConfig
+from blockcache.runtime import EngineError, MissingExtraError, Preset, SolverConfig
 from blockcache.runtime.solver import SolverTables, solver_tables
 from blockcache.tools.bench.contestants import Contestant, Entry, Kind
 from blockcache.tools.bench.sessions import GUIDANCE, base_name
@@ -91,8 +91,11 @@ class TorchLoop:
         call = evaluate or self.evaluate
 
         def run() -> None:
-            with around(tables):
-                self.denoise(call, tables)
+            try:
+                with around(tables):
+                    self.denoise(call, tables)
+            except RuntimeError as error:  # out of memory, a compiler that gave up
+                raise EngineError(f"{engine} failed: {error}") from error
 
         return Contestant(
             engine=engine,

@@ -93,11 +93,12 @@ def _write(
 ) -> None:
     """The files that were asked for."""
     from blockcache.export.timings import write_timings
+    from blockcache.tools.bench.latency import own_timings
     from blockcache.tools.bench.report import append_history, write_report
 
     if out is not None:
         write_report(report, out)
-    if timings is not None and report.timings:
-        write_timings(timings, next(iter(report.timings.values())))
+    if timings is not None:
+        write_timings(timings, own_timings(report))
     if history is not None:
         append_history(history, report)

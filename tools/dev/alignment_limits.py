@@ -47,8 +47,13 @@ def main(
     opened = Bundle.open(bundle)
     chosen = opened.preset(preset)
     model, calibration = load_source(DEMO), calibration_for(DEMO, None, None)
-    if opened.model.sha256 != model.sha256 or chosen.guidance_scale == 1:
-        raise ConfigError(f"Expected a bundle of the demo model, with guidance, at {bundle}.")
+    if opened.model.sha256 != model.sha256:
+        raise ConfigError(f"Expected a bundle of the demo model at {bundle}.")
+    if chosen.guidance_scale == 1 or chosen.schedule.steps < 3 * max(PERIODS):
+        raise ConfigError(
+            f"Expected a preset with guidance and {3 * max(PERIODS)} steps or more, got "
+            f"{chosen.guidance_scale:g} and {chosen.schedule.steps} of {preset}."
+        )
     tables = solver_tables(SolverConfig.from_json(chosen.solver))
     guidance = chosen.guidance_scale
     outputs = all_outputs(model, tables, calibration, guidance, images)
@@ -194,9 +199,9 @@ def before_projection(
     unseen_target: np.ndarray,
     unseen_last: np.ndarray,
 ) -> float:
-    """The same, where what is scaled and shifted is the input h of the last layer, C = W h + bias.
+    """The same, where what is scaled and shifted is the input h of the last layer, x = W h + bias.
 
-    The scales that leave the least error of C are one least-squares problem: its normal matrix is
+    The scales that leave the least error of x are one least-squares problem: its normal matrix is
     the product, element by element, of W's and h's.
     """
     x, y = _by_channel([last])[:, 0], _by_channel([target])[:, 0]  # [C, N]

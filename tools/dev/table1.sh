@@ -13,7 +13,8 @@ presets_of() { # S uncached, as few steps as the cached runs pay for, and the ca
   case $1 in
     dpm-20) echo 20 16 14 12 10 8 6 20:t1.43 20:t1.43:least-squares 20:t1.43:distil \
       20:t1.43:history 20:t1.43:history-distil 20:x1.25:history 20:x1.43 \
-      20:x1.43:least-squares 20:x1.43:distil 20:x1.43:history 20:x1.67:history \
+      20:x1.43:least-squares 20:x1.43:distil 20:x1.43:history 20:x1.43:history-distil \
+      20:x1.67:history \
       20:j1.43:history 20:j1.67:history 20:j2:history 20:j2.5:history 20:j3.3:history \
       20:t1.25 20:t1.25:least-squares 20:t1.25:history \
       20:t1.67 20:t1.67:least-squares 20:t1.67:history \
@@ -21,8 +22,9 @@ presets_of() { # S uncached, as few steps as the cached runs pay for, and the ca
     ddim-20) echo 20 16 14 12 10 8 6 20:t1.43 20:t1.43:least-squares 20:t1.43:history 20:x1.43 \
       20:x1.25:history 20:x1.43:history 20:j1.67:history 20:j2:history 20:j2.5:history \
       20:j3.3:history ;;
-    *-50) echo 50 40 35 30 25 15 50:t1.67 50:t1.67:least-squares 50:t1.67:history \
-      50:x1.25:history 50:x1.43:history 50:x1.67:history 50:j2:history 50:j3.3:history ;;
+    *-50) echo 50 40 35 30 25 20 15 50:t1.67 50:t1.67:least-squares 50:t1.67:history \
+      50:x1.25:history 50:x1.43:history 50:x1.67:history 50:j2:history 50:j2.5:history \
+      50:j3.3:history ;;
     peers-20) echo 20 16 14 20:c1.43:history 20:every2:history 20:deepcache2:history \
       20:smooth0.2:history 20:x1.43:history ;;
     delta-20) echo 20 20:0.1 20:0.2 20:0.3 20:0.4 20:0.5 ;; # the paper's Fig. 7

@@ -30,9 +30,9 @@ from blockcache.tools.bench.sessions import (
 from blockcache.tools.bench.spread import Spread
 
 RUNTIME_ENGINES = ("ort", "ort-cuda", "ort-tensorrt", "trt")
+PEER_ENGINES = ("torch", "torch-compile", "deepcache", "diffusers-pab")
 OTHER = " @"
 """Between an engine and the folder of another bundle that runs on it."""
-PEER_ENGINES = ("torch", "torch-compile", "deepcache", "diffusers-pab")
 
 
 @dataclass(frozen=True, kw_only=True)

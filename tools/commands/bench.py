@@ -84,8 +84,8 @@ def bench(
     other = Bundle.open(against) if against is not None else None
     with StageProgress(quiet=as_json) as progress:
         report = measure_latency(Bundle.open(bundle), options, progress, other)
-    _write(report, out, timings, history)
     print(report_json(report) if as_json else report_text(report))
+    _write(report, out, timings, history)
 
 
 def _write(
@@ -98,7 +98,7 @@ def _write(
 
     if out is not None:
         write_report(report, out)
-    if timings is not None:
-        write_timings(timings, own_timings(report))
     if history is not None:
         append_history(history, report)
+    if timings is not None:  # the last one: it may find nothing to write
+        write_timings(timings, own_timings(report))

@@ -16,22 +16,27 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from blockcache.export.calibrated_stages import (
+from blockcache.export.choose.joint import candidates
+from blockcache.export.choose.policies import Measured
+from blockcache.export.choose.preset import PresetOptions
+from blockcache.export.costs.roofline import Processor, predict
+from blockcache.export.costs.timings import Costs, Timings, counted
+from blockcache.export.graph.time_tables import time_tables
+from blockcache.export.graph.to_onnx import (
+    EXPORT_STAGES,
+    ExportOptions,
+    default_sizes,
+    export_segments,
+)
+from blockcache.export.measure.calibration import Calibration
+from blockcache.export.measurements import (
     CalibratedStages,
     CalibrationOptions,
     Observer,
     solver_config,
 )
-from blockcache.export.calibration import Calibration
-from blockcache.export.joint import candidates
-from blockcache.export.model import SourceModel
-from blockcache.export.policies import Measured
-from blockcache.export.preset_options import PresetOptions
-from blockcache.export.roofline import Processor, predict
 from blockcache.export.stages import RECORDS, StageStore, stage_key
-from blockcache.export.time_tables import time_tables
-from blockcache.export.timings import Costs, Timings, counted
-from blockcache.export.to_onnx import EXPORT_STAGES, ExportOptions, default_sizes, export_segments
+from blockcache.export.unet.model import SourceModel
 from blockcache.runtime.bundle import (
     MANIFEST,
     Bundle,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from blockcache.runtime.device import Device, StepFunction, Tensor
+from blockcache.runtime.devices.device import Device, StepFunction, Tensor
 
 
 def previous_steps(recompute: np.ndarray) -> np.ndarray:

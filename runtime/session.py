@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.device import Guidance, StepFunction, Tensor, modes_of
+from blockcache.runtime.devices.device import Guidance, StepFunction, Tensor, modes_of
+from blockcache.runtime.devices.graphs import LoopGraphs, player_for
+from blockcache.runtime.devices.interop import DeviceView, host_array, host_arrays
 from blockcache.runtime.drift import DriftMonitor
-from blockcache.runtime.engine import Backend, Launch, load_engines, make_backend
+from blockcache.runtime.engines.engine import Backend, Launch, load_engines, make_backend
 from blockcache.runtime.errors import BundleFormatError, Cancelled, ConfigError, InputError
-from blockcache.runtime.graphs import LoopGraphs, player_for
-from blockcache.runtime.interop import DeviceView, host_array, host_arrays
 from blockcache.runtime.plan import LOOP_ROLES, Preset, Sizes
 from blockcache.runtime.program import MemoryReport, Program
 from blockcache.runtime.record import RunRecord

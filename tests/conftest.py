@@ -75,7 +75,7 @@ def make_tiny_model(kind: str, precision: str = "float32") -> Any:
     """A randomly initialised U-Net of one of the kinds, as a SourceModel."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    from blockcache.export.model import describe
+    from blockcache.export.unet.model import describe
 
     torch.set_num_threads(1)  # tiny operations: a second thread only waits
     torch.manual_seed(0)
@@ -126,12 +126,12 @@ def compiled(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def get(kind: str = "sd", outputs: int = 1, precision: str = "float32") -> Any:
         key = (kind, outputs, precision)
         if key not in made:
+            from blockcache.export.choose.preset import PresetOptions
             from blockcache.export.pipeline import (
                 CompileOptions,
                 ExportOptions,
                 compile_model,
             )
-            from blockcache.export.preset_options import PresetOptions
 
             folder = tmp_path_factory.mktemp(f"{kind}-{outputs}-{precision}") / "bundle"
             presets = tuple(PresetOptions.parse(text) for text in ("ddim:4", "dpm:20"))

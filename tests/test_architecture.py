@@ -31,11 +31,11 @@ class Import(NamedTuple):
 
     @property
     def blockcache_modules(self):
-        """What it reaches of blockcache, as ("runtime", "plan"); () for other packages."""
+        """What it reaches of blockcache, as ("runtime", "plan", "Dim"); () for other packages."""
         if self.top != "blockcache":
             return ()
         paths = [f"{self.module}.{name}" for name in self.names] or [self.module]
-        return tuple(tuple(path.split(".")[1:3]) for path in paths)
+        return tuple(tuple(path.split(".")[1:4]) for path in paths)
 
 
 def is_type_checking(node):
@@ -95,14 +95,14 @@ BELOW = {
     "runtime": ("runtime", "kernels"),
     "kernels": ("kernels",),
 }
-EXPORT_MAY_USE = ("plan", "bundle", "errors", "solver", "engine_files")
+EXPORT_MAY_USE = (("plan",), ("bundle",), ("errors",), ("solver",), ("engines", "files"))
 """Plain data types and errors."""
 
-BUILD_MAY_USE = (*EXPORT_MAY_USE, "tensorrt_library", "cuda")
-"""``export/build*.py`` goes through the runtime's doors to TensorRT and the GPU, so that there is
+BUILD_MAY_USE = (*EXPORT_MAY_USE, ("engines", "tensorrt_library"), ("devices", "cuda"))
+"""``export/engines/`` goes through the runtime's doors to TensorRT and the GPU, so that there is
 one of each."""
 
-KERNELS_DOOR = "export/torch_kernels.py"
+KERNELS_DOOR = "export/unet/torch_kernels.py"
 """The only file of ``export`` that reaches the kernels."""
 
 
@@ -111,11 +111,11 @@ def wrong_arrows(root):
     found = []
     for item in all_imports(root, *ROOMS):
         room = item.file.split("/")[0]
-        allowed = BUILD_MAY_USE if item.file.startswith("export/build") else EXPORT_MAY_USE
+        allowed = BUILD_MAY_USE if item.file.startswith("export/engines/") else EXPORT_MAY_USE
         if item.top in ROOMS:
             found.append(f"{item.file}: bare {item.module}")
         for reached in item.blockcache_modules:
-            inside = reached[1:] in [(name,) for name in allowed]
+            inside = reached[1:] in allowed or reached[1:2] in allowed
             if item.file == KERNELS_DOOR and reached == ("kernels",):
                 continue
             if reached[0] not in BELOW[room]:
@@ -132,7 +132,7 @@ def test_imports_go_one_way():
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("runtime/a.py", "from blockcache.export.model import load_model"),
+        ("runtime/a.py", "from blockcache.export.unet.model import load_model"),
         ("runtime/a.py", "def f():\n    import blockcache.tools.cli"),
         ("runtime/a.py", "from blockcache import export"),
         ("runtime/a.py", "from ..export import model"),
@@ -140,12 +140,12 @@ def test_imports_go_one_way():
         ("export/a.py", "from blockcache.tools import cli"),
         ("export/a.py", "from blockcache import kernels"),
         ("export/a.py", "from blockcache.kernels import check"),
-        ("export/torch_kernels.py", "from blockcache.kernels._library import cuda_library"),
+        ("export/unet/torch_kernels.py", "from blockcache.kernels._library import cuda_library"),
         ("export/a.py", "from blockcache.runtime.session import Session"),
         ("export/a.py", "from blockcache.runtime import Session"),
-        ("export/a.py", "from blockcache.runtime.cuda import device_capability"),
-        ("export/passes/a.py", "import blockcache.runtime"),
-        ("export/passes/a.py", "from ...runtime import session"),
+        ("export/a.py", "from blockcache.runtime.devices.cuda import device_capability"),
+        ("export/graph/passes/a.py", "import blockcache.runtime"),
+        ("export/graph/passes/a.py", "from ....runtime import session"),
         ("tools/a.py", "import runtime.plan"),
     ],
 )
@@ -155,9 +155,13 @@ def test_a_wrong_arrow_is_seen(tmp_path, file, text):
 
 def test_right_arrows_pass(tmp_path):
     plant(tmp_path, "export/a.py", "from blockcache.runtime import plan\nfrom .passes import b")
-    plant(tmp_path, "export/passes/b.py", "from blockcache.runtime.errors import ConfigError")
-    plant(tmp_path, "export/torch_kernels.py", "from blockcache import kernels")
-    plant(tmp_path, "export/build_engine.py", "from blockcache.runtime import tensorrt_library")
+    plant(tmp_path, "export/graph/passes/b.py", "from blockcache.runtime.errors import ConfigError")
+    plant(tmp_path, "export/unet/torch_kernels.py", "from blockcache import kernels")
+    plant(
+        tmp_path,
+        "export/engines/engine.py",
+        "from blockcache.runtime.engines import tensorrt_library",
+    )
     plant(tmp_path, "runtime/a.py", "from blockcache import kernels\nfrom .plan import Dim")
     plant(tmp_path, "tools/a.py", "from blockcache.runtime import Session")
     assert wrong_arrows(tmp_path) == []
@@ -168,15 +172,17 @@ def test_right_arrows_pass(tmp_path):
 
 def test_only_the_pipeline_imports_the_pipeline():
     inside = all_imports(ROOT, "export")
-    users = {i.file for i in inside if ("export", "pipeline") in i.blockcache_modules}
+    users = {
+        i.file for i in inside if ("export", "pipeline") in {r[:2] for r in i.blockcache_modules}
+    }
     assert users <= {"export/pipeline.py", "export/__init__.py"}
 
 
 def test_graph_passes_do_not_reach_out_of_their_folder():
     for item in all_imports(ROOT, "export"):
-        if item.file.startswith("export/passes/"):
+        if item.file.startswith("export/graph/passes/"):
             for reached in item.blockcache_modules:
-                assert reached[0] == "runtime" or reached[1:] == ("passes",), item
+                assert reached[0] == "runtime" or reached[1:3] == ("graph", "passes"), item
 
 
 # -- what the runtime is made of -------------------------------------------------------------------
@@ -242,7 +248,7 @@ def test_the_runtime_is_imported_without_any_framework(tmp_path):
     assert (made.returncode, made.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("statement", ["import torch", "import blockcache.export.model"])
+@pytest.mark.parametrize("statement", ["import torch", "import blockcache.export.unet.model"])
 def test_the_guarded_process_sees_a_framework(tmp_path, statement):
     made = import_in_a_guarded_process(tmp_path, statement)
     assert made.returncode == 1
@@ -252,25 +258,26 @@ def test_the_guarded_process_sees_a_framework(tmp_path, statement):
 # -- one door per foreign library ------------------------------------------------------------------
 
 DOORS = {
-    "diffusers": ("export/model.py", "tools/demo/", "tools/bench/"),
-    "transformers": ("tools/demo/", "export/calibration.py"),
-    "huggingface_hub": ("export/model.py",),
+    "diffusers": ("export/unet/model.py", "tools/demo/", "tools/bench/"),
+    "transformers": ("tools/demo/", "export/measure/calibration.py"),
+    "huggingface_hub": ("export/unet/model.py",),
     "torch": ("export/", "tools/"),
     "onnx": ("export/", "tools/"),
     "onnx_ir": ("export/",),
     "onnxruntime": (
-        "runtime/engine_ort", "export/time_tables.py", "export/check.py", "tools/",
+        "runtime/engines/ort", "export/graph/time_tables.py", "export/engines/reference.py",
+        "tools/",
     ),
     **dict.fromkeys(
         ("tensorrt", "tensorrt_rtx"),
-        ("runtime/engine_trt", "runtime/tensorrt_library.py", "export/build", "export/check.py",
+        ("runtime/engines/trt", "runtime/engines/tensorrt_library.py", "export/engines/",
          "tools/bench/"),
     ),
-    "cuda": ("runtime/cuda", "runtime/device.py", "tools/bench/"),
+    "cuda": ("runtime/devices/", "tools/bench/"),
     "polygraphy": ("tools/engine_check.py",),
     "filelock": ("export/",),
     "typer": ("tools/",),
-    "rich": ("tools/", "export/build_report.py"),
+    "rich": ("tools/", "export/engines/report.py"),
     "matplotlib": ("tools/",),
     "PIL": ("tools/",),
     "safetensors": ("runtime/bundle.py", "tools/"),
@@ -389,7 +396,7 @@ def test_no_file_is_called_utils():
 
 
 def test_a_vague_name_is_seen(tmp_path):
-    assert vague_names(plant(tmp_path, "export/passes/utils.py", "")) == ["utils.py"]
+    assert vague_names(plant(tmp_path, "export/graph/passes/utils.py", "")) == ["utils.py"]
 
 
 def test_no_file_hides_a_module_of_the_standard_library():

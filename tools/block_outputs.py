@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from blockcache.export.cached_unet import CachedUNet, denoise
-from blockcache.export.calibration import Calibration
-from blockcache.export.model import SourceModel
+from blockcache.export.measure.calibration import Calibration
+from blockcache.export.unet.cached_unet import CachedUNet, denoise
+from blockcache.export.unet.model import SourceModel
 from blockcache.runtime import Preset, Schedule, SolverConfig
 from blockcache.runtime.solver import solver_tables
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from blockcache.export.check import (
+from blockcache.export.engines.reference import (
     Comparison,
     random_inputs,
     relative_error,
@@ -18,9 +18,9 @@ from blockcache.export.check import (
     widened_graph,
 )
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.device import Tensor
-from blockcache.runtime.engine import Backend, Launch, load_shared
-from blockcache.runtime.engine_ort import OrtBackend, OrtEngine
+from blockcache.runtime.devices.device import Tensor
+from blockcache.runtime.engines.engine import Backend, Launch, load_shared
+from blockcache.runtime.engines.ort import OrtBackend, OrtEngine
 from blockcache.runtime.errors import MissingExtraError
 from blockcache.runtime.plan import LOOP_ROLES, Segment, Sizes, TensorSpec
 from blockcache.runtime.session import Session

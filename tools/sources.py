@@ -11,8 +11,8 @@ import numpy as np
 from blockcache.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from blockcache.export.calibration import Calibration
-    from blockcache.export.model import SourceModel
+    from blockcache.export.measure.calibration import Calibration
+    from blockcache.export.unet.model import SourceModel
 
 DEMO = "demo"
 """The name under which the shipped demo model is known."""
@@ -52,13 +52,13 @@ class DiffusersCodec:
 
     def encode(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """The pipeline's own text encoders."""
-        from blockcache.export.calibration import encode_prompts
+        from blockcache.export.measure.calibration import encode_prompts
 
         return dict(encode_prompts(self._folder, prompts).positive)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """The pipeline's VAE."""
-        from blockcache.export.model import decode_latents
+        from blockcache.export.unet.model import decode_latents
 
         return decode_latents(self._folder, latents)
 
@@ -78,7 +78,7 @@ def load_source(model: str, dtype: str = "float32", cached: str = "transformers"
 
     ``cached`` says what its blocks are: "transformers" or "resnets".
     """
-    from blockcache.export.model import load_model
+    from blockcache.export.unet.model import load_model
 
     if model == DEMO:
         from blockcache.tools.demo.model import MODEL_DIR
@@ -89,7 +89,7 @@ def load_source(model: str, dtype: str = "float32", cached: str = "transformers"
 
 def calibration_for(model: str, file: Path | None, prompts: Path | None) -> Calibration:
     """Encoded prompts from a file, from the demo model, or from the model's text encoders."""
-    from blockcache.export import calibration
+    from blockcache.export.measure import calibration
 
     if file is not None:
         return calibration.read_calibration(file)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
 
-from blockcache.export.cached_unet import CachedUNet, denoise  # noqa: E402
-from blockcache.export.calibration import Calibration  # noqa: E402
-from blockcache.export.change import relative_change  # noqa: E402
-from blockcache.export.model import UNetCall  # noqa: E402
+from blockcache.export.measure.calibration import Calibration  # noqa: E402
+from blockcache.export.measure.change import relative_change  # noqa: E402
+from blockcache.export.unet.cached_unet import CachedUNet, denoise  # noqa: E402
+from blockcache.export.unet.model import UNetCall  # noqa: E402
 from blockcache.runtime import Alignment, Schedule, Session  # noqa: E402
 from blockcache.runtime.plan import AXES  # noqa: E402
 from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
@@ -135,7 +135,7 @@ class Listener:
 
 @pytest.mark.parametrize(("kind", "outputs"), [("sd", 1), ("sdxl", 2)])
 def test_the_measured_change_is_the_profiles_own(compiled, conditions_of, kind, outputs):
-    """Eq. 6 as ``export/change.py`` has it, between the last two computed outputs."""
+    """Eq. 6 as ``export/measure/change.py`` has it, between the last two computed outputs."""
     model, bundle = compiled(kind, outputs)
     session = Session.open(bundle, preset="dpm-20", verify=False)
     preset, listener = random_preset(session.preset, 5, outputs), Listener()

@@ -16,14 +16,15 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 from filelock import FileLock
 
-from blockcache.export import calibrated_stages, change, pipeline
-from blockcache.export.calibrated_stages import CalibrationOptions
-from blockcache.export.calibration import Calibration
-from blockcache.export.change import ProfileOptions, measure_change
+from blockcache.export import measurements, pipeline
+from blockcache.export.choose.policies import Policy
+from blockcache.export.choose.preset import PresetOptions
+from blockcache.export.graph.to_onnx import ExportOptions
+from blockcache.export.measure import change
+from blockcache.export.measure.calibration import Calibration
+from blockcache.export.measure.change import ProfileOptions, measure_change
+from blockcache.export.measurements import CalibrationOptions
 from blockcache.export.pipeline import CompileOptions, compile_model
-from blockcache.export.policies import Policy
-from blockcache.export.preset_options import PresetOptions
-from blockcache.export.to_onnx import ExportOptions
 from blockcache.runtime.solver import SolverConfig, solver_tables
 
 PROFILE = ProfileOptions(prompts=2, seeds=2, images_at_once=2)  # four images in two batches
@@ -64,7 +65,7 @@ def calls(compiled, monkeypatch):
         accumulator.images += len(jobs)
 
     monkeypatch.setattr(pipeline, "export_segments", export)
-    monkeypatch.setattr(calibrated_stages, "measure_change", profile)
+    monkeypatch.setattr(measurements, "measure_change", profile)
     monkeypatch.setattr(change, "_measure_batch", measure)
     return made
 
@@ -171,7 +172,7 @@ def interrupted(function, times=1, error=SystemExit):
 
 
 STAGES = {
-    "after the profile": (calibrated_stages, "write_tensors", ["profile", "export"]),
+    "after the profile": (measurements, "write_tensors", ["profile", "export"]),
     "after the export": (pipeline, "_model_facts", []),
     "before the manifest": (pipeline, "_preset_entry", []),
 }

@@ -8,14 +8,14 @@ import shutil
 import numpy as np
 import pytest
 
-from blockcache.export.build import BuildOptions, build_engines
-from blockcache.export.measured import measured
-from blockcache.export.targets import Target
+from blockcache.export.costs.kept import measured
+from blockcache.export.engines.build import BuildOptions, build_engines
+from blockcache.export.engines.targets import Target
 from blockcache.runtime import Session
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.cuda import call, device_capability, device_count
-from blockcache.runtime.engine_files import read_engines, write_engines
-from blockcache.runtime.interop import DeviceView, host_array
+from blockcache.runtime.devices.cuda import call, device_capability, device_count
+from blockcache.runtime.devices.interop import DeviceView, host_array
+from blockcache.runtime.engines.files import read_engines, write_engines
 from blockcache.tools.engine_check import check_loop, check_segments, time_segments
 
 pytestmark = [
@@ -50,7 +50,7 @@ def bundle(built):
 
 @pytest.fixture
 def backend(built):
-    from blockcache.runtime.engine_trt import TrtBackend
+    from blockcache.runtime.engines.trt import TrtBackend
 
     return TrtBackend(target="current", library=built[0], graphs="check")
 
@@ -77,8 +77,8 @@ def request_of(session, conditions_of, images=1):
 def test_sm80_plans_run_here(compiled, tmp_path):
     """Says whether this GPU runs plans for SM80; fails with the library's own words if not."""
     pytest.importorskip("tensorrt_rtx")
-    from blockcache.runtime.engine_trt import TrtBackend
-    from blockcache.runtime.tensorrt_library import errors_of, load_library
+    from blockcache.runtime.engines.tensorrt_library import errors_of, load_library
+    from blockcache.runtime.engines.trt import TrtBackend
 
     own = copy_of(compiled("sd", 1, "bfloat16")[1], tmp_path / "bundle")
     report = build_engines(own, Target.parse("sm80"))
@@ -198,7 +198,7 @@ def test_kernels_compiled_at_first_run_are_kept(built, backend, conditions_of):
 
 
 def test_the_callers_stream_and_a_result_in_place(built, conditions_of):
-    from blockcache.runtime.engine_trt import TrtBackend
+    from blockcache.runtime.engines.trt import TrtBackend
 
     library, bundle = built
     stream = int(call("cudaStreamCreate"))
@@ -224,7 +224,7 @@ def upload(session, values):
 
 @pytest.mark.parametrize("weights", ["stripped", "refittable"])
 def test_weights_come_from_the_bundle(built, tmp_path, weights):
-    from blockcache.runtime.engine_trt import TrtBackend
+    from blockcache.runtime.engines.trt import TrtBackend
 
     library, bundle = built
     own = copy_of(bundle, tmp_path / "bundle")

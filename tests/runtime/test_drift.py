@@ -20,14 +20,14 @@ from blockcache.runtime import (
     Schedule,
     Session,
     change_meter,
-    cuda_kernels,
-    engine_ort,
 )
 from blockcache.runtime.bundle import hash_files, write_tensors
 from blockcache.runtime.change_meter import previous_steps
-from blockcache.runtime.cuda_kernels import bind_change
-from blockcache.runtime.device import HostDevice
+from blockcache.runtime.devices import cuda_kernels
+from blockcache.runtime.devices.cuda_kernels import bind_change
+from blockcache.runtime.devices.device import HostDevice
 from blockcache.runtime.drift import Band
+from blockcache.runtime.engines import ort
 
 PROFILE = "profiles/made.safetensors"
 BLOCKS = 7
@@ -281,7 +281,7 @@ def pair(profiled):
     """A session with a monitor and one without, on the same preset."""
     _, mean, std = _always()
     bundle, preset = profiled(STEPS, mean, std)
-    backend = engine_ort.OrtBackend()
+    backend = ort.OrtBackend()
     return Session(bundle, preset, backend, DriftMonitor()), Session(bundle, preset, backend)
 
 

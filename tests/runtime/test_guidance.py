@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockcache.runtime import InputError, cuda_kernels
-from blockcache.runtime import device as device_module
-from blockcache.runtime.cuda_kernels import SolverKernel, SolverKernels
-from blockcache.runtime.device import Guidance, HostDevice, modes_of
+from blockcache.runtime import InputError
+from blockcache.runtime.devices import cuda_kernels
+from blockcache.runtime.devices import device as device_module
+from blockcache.runtime.devices.cuda_kernels import SolverKernel, SolverKernels
+from blockcache.runtime.devices.device import Guidance, HostDevice, modes_of
 
 DDIM_ROW = [0.9, -0.3, 0, 0, 0, 0, 0.7, 0]
 DPM_ROW = [0.9, -0.3, 0.2, 0, 1.1, -0.7, 0.5, 0]

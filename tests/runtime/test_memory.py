@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockcache.runtime import Session
-from blockcache.runtime.device import HostDevice
+from blockcache.runtime.devices.device import HostDevice
 from blockcache.runtime.memory import (
     ALIGNMENT_BYTES,
     Arena,

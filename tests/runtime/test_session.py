@@ -22,9 +22,9 @@ from blockcache.runtime import (
     Schedule,
     Session,
     SolverConfig,
-    engine_ort,
 )
-from blockcache.runtime.device import HostDevice
+from blockcache.runtime.devices.device import HostDevice
+from blockcache.runtime.engines import ort
 from blockcache.runtime.session import SHAPES
 from blockcache.runtime.solver import solver_tables
 
@@ -66,11 +66,11 @@ def random_schedule(bundle, steps=STEPS, seed=3):
 @pytest.fixture(scope="module")
 def session(bundle):
     """Six DDIM steps of which about half the blocks are reused, on ONNX Runtime."""
-    return Session(bundle, preset_of(bundle, random_schedule(bundle)), engine_ort.OrtBackend())
+    return Session(bundle, preset_of(bundle, random_schedule(bundle)), ort.OrtBackend())
 
 
 def fresh(session):
-    return Session(session.bundle, session.preset, engine_ort.OrtBackend())
+    return Session(session.bundle, session.preset, ort.OrtBackend())
 
 
 def prompts(count=1, seed=0):
@@ -681,7 +681,7 @@ def test_an_unknown_backend_lists_the_known_ones(bundle):
 
 @pytest.mark.parametrize("name", ["ort", "auto"])
 def test_a_missing_onnxruntime_is_named_with_the_pip_command(bundle, monkeypatch, name):
-    monkeypatch.setattr(engine_ort, "ort", None)
+    monkeypatch.setattr(ort, "ort", None)
     with pytest.raises(MissingExtraError) as caught:
         Session.open(bundle, backend=name)
     assert str(caught.value) == (
@@ -694,7 +694,7 @@ def test_a_missing_onnxruntime_is_named_with_the_pip_command(bundle, monkeypatch
 def test_a_half_precision_bundle_is_refused_on_the_cpu(bundle, precision):
     model = replace(bundle.model, precision=precision)
     half = Bundle(bundle.folder, replace(bundle.manifest, model=model))
-    backend = engine_ort.OrtBackend(threads=1)
+    backend = ort.OrtBackend(threads=1)
     backend.name = f"half-{precision}"  # engines are shared by name: these must be loaded anew
     with pytest.raises(EngineError) as caught:
         Session.open(half, preset="ddim-4", backend=backend)
@@ -719,7 +719,7 @@ def test_an_engine_that_fails_in_the_loop_names_its_segment(bundle):
         def run_with_iobinding(self, binding):
             raise RuntimeError("out of memory")
 
-    engine = engine_ort.OrtEngine(segment, Broken())
+    engine = ort.OrtEngine(segment, Broken())
     with pytest.raises(EngineError) as caught:
         engine._launch(None)
     assert str(caught.value) == (f"ONNX Runtime failed in segment {segment.name!r}: out of memory")

@@ -28,7 +28,7 @@ from blockcache.runtime import (
     UnknownPresetError,
 )
 from blockcache.runtime.solver import solver_tables
-from blockcache.tools.bench import machine, torch_loop
+from blockcache.tools.bench import torch_loop
 from blockcache.tools.bench.contestants import Contestant, Entry, Lineup
 from blockcache.tools.bench.latency import BenchOptions, _device_ms, measure_latency, own_timings
 from blockcache.tools.bench.report import append_history, report_text
@@ -40,7 +40,8 @@ from blockcache.tools.bench.sessions import (
     whole_bundle,
     whole_preset,
 )
-from blockcache.tools.bench.spread import Spread
+from blockcache.tools.report import machine
+from blockcache.tools.report.spread import Spread
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import json
 import numpy as np
 import pytest
 
-from blockcache.export.check import FACTOR, Comparison, relative_error
-from blockcache.export.measured import measured
+from blockcache.export.costs.kept import measured
+from blockcache.export.engines.reference import FACTOR, Comparison, relative_error
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.engine_ort import OrtBackend
+from blockcache.runtime.engines.ort import OrtBackend
 from blockcache.runtime.errors import EngineError
 from blockcache.tools.engine_check import (
     WidenedBackend,
@@ -156,7 +156,7 @@ def test_the_command_prints_the_worst_and_records_times(
 ):
     import typer
 
-    from blockcache.runtime import cuda
+    from blockcache.runtime.devices import cuda
     from blockcache.tools.commands import check as command
 
     bundle = Bundle.open(bundle_copy)
@@ -197,7 +197,7 @@ def test_the_tolerance_is_twice_the_plain_error():
 
 def test_check_without_a_device_says_what_to_do(half):
     pytest.importorskip("cuda.bindings.runtime")
-    from blockcache.runtime.cuda import device_count
+    from blockcache.runtime.devices.cuda import device_count
     from blockcache.tools.commands.check import check
 
     if device_count():

@@ -11,9 +11,9 @@ pytest.importorskip("typer")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("diffusers")
 
-from blockcache.export.cost import Fusion
-from blockcache.export.roofline import gpu
-from blockcache.export.timings import Timings
+from blockcache.export.costs.roofline import gpu
+from blockcache.export.costs.timings import Timings
+from blockcache.export.graph.work import Fusion
 from blockcache.runtime import ConfigError
 from blockcache.tools.bench.estimate import estimate, mean_error
 from blockcache.tools.bench.host import measure_host

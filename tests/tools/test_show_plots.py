@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 pytest.importorskip("diffusers")
 
-from blockcache.export.calibration import Calibration
+from blockcache.export.measure.calibration import Calibration
 from blockcache.runtime import Bundle
 from blockcache.runtime.bundle import (
     hash_files,

@@ -8,9 +8,9 @@ from functools import cached_property
 
 import numpy as np
 
-from blockcache.export.cost import Work
-from blockcache.export.roofline import Processor, segment_work
-from blockcache.export.timings import Costs, Timings
+from blockcache.export.costs.roofline import Processor, segment_work
+from blockcache.export.costs.timings import Costs, Timings
+from blockcache.export.graph.work import Work
 from blockcache.runtime import Bundle
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Schedule, Segment, Sizes

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from blockcache.export.model import SourceModel
+    from blockcache.export.unet.model import SourceModel
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "sd15": {  # stable-diffusion-v1-5: 860 M parameters, 512 x 512
@@ -68,9 +68,9 @@ def main(
     """Export and build a U-Net of full size with random weights, and print what it took."""
     from rich.console import Console
 
-    from blockcache.export.build import BuildOptions, ShapeOptions, build_engines
-    from blockcache.export.build_report import report_table
-    from blockcache.export.targets import Target
+    from blockcache.export.engines.build import BuildOptions, ShapeOptions, build_engines
+    from blockcache.export.engines.report import report_table
+    from blockcache.export.engines.targets import Target
     from blockcache.runtime.bundle import Bundle
 
     begin = time.perf_counter()
@@ -94,7 +94,7 @@ def random_source(model: str, precision: str) -> SourceModel:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from blockcache.export.model import TORCH_DTYPES, describe
+    from blockcache.export.unet.model import TORCH_DTYPES, describe
 
     torch.manual_seed(0)
     default = torch.get_default_dtype()
@@ -108,9 +108,9 @@ def random_source(model: str, precision: str) -> SourceModel:
 
 def _export(out: Path, model: str, precision: str) -> None:
     """The bundle of random weights, unless it is there."""
+    from blockcache.export.choose.preset import PresetOptions
+    from blockcache.export.graph.to_onnx import ExportOptions
     from blockcache.export.pipeline import CompileOptions, compile_model
-    from blockcache.export.preset_options import PresetOptions
-    from blockcache.export.to_onnx import ExportOptions
 
     if (out / "manifest.json").is_file():
         return

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from blockcache.export.timings import Timings
+from blockcache.export.costs.timings import Timings
 from blockcache.runtime import Bundle, ConfigError, Preset, RunRecord
-from blockcache.runtime.engine import make_backend
+from blockcache.runtime.engines.engine import make_backend
 from blockcache.tools.bench.contestants import Contestant, Entry, Lineup, Observer
-from blockcache.tools.bench.machine import Steadiness, cpu_name, machine_facts, nvidia_smi
 from blockcache.tools.bench.sessions import (
     base_name,
     base_presets,
@@ -27,7 +26,8 @@ from blockcache.tools.bench.sessions import (
     host_cost_us,
     is_cached,
 )
-from blockcache.tools.bench.spread import Spread
+from blockcache.tools.report.machine import Steadiness, cpu_name, machine_facts, nvidia_smi
+from blockcache.tools.report.spread import Spread
 
 RUNTIME_ENGINES = ("ort", "ort-cuda", "ort-tensorrt", "trt")
 PEER_ENGINES = ("torch", "torch-compile", "deepcache", "diffusers-pab")

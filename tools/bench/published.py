@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from blockcache.export.roofline import gpu, predict
+from blockcache.export.costs.roofline import gpu, predict
 from blockcache.runtime import Bundle
 
 

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from blockcache.tools.bench.latency import LatencyReport, Row
-from blockcache.tools.plots import plot_latency
+from blockcache.tools.report.plots import plot_latency
 
 PAPER = {20: 1.65, 50: 1.82}
 """Speed-up of the paper's Table 1 with scale-shift by steps: A100, bf16, LDM-512."""

@@ -23,8 +23,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from blockcache.export.model import SourceModel
-from blockcache.export.to_onnx import ExportOptions
+from blockcache.export.graph.to_onnx import ExportOptions
+from blockcache.export.unet.model import SourceModel
 from blockcache.runtime import Alignment, Bundle, Preset, Schedule, Session, SolverConfig
 from blockcache.runtime.bundle import (
     MANIFEST,
@@ -66,7 +66,7 @@ class StageMeter:
 
     def observe(self, stage: str, done: int, total: int) -> None:
         """An observer for ``compile_model``: its stages, the export's part by part."""
-        from blockcache.export.to_onnx import EXPORT_STAGES
+        from blockcache.export.graph.to_onnx import EXPORT_STAGES
 
         if stage == "export":
             stage = (*EXPORT_STAGES, "hash", "")[done]
@@ -88,9 +88,9 @@ def main(
     figures: Annotated[Path | None, typer.Option(help="Also write the figures there.")] = None,
 ) -> None:
     """Compile a U-Net of full size with random weights, and print what it took."""
-    from blockcache.tools.bench.machine import machine_facts
     from blockcache.tools.bench.published import published_rows
     from blockcache.tools.bench.report import markdown_table
+    from blockcache.tools.report.machine import machine_facts
 
     meter = StageMeter()
     meter.enter("weights at random")
@@ -124,8 +124,8 @@ def _compile(
     meter: StageMeter,
 ) -> Bundle:
     """The bundle with an uncached and a made-up preset of each number of steps."""
+    from blockcache.export.choose.preset import PresetOptions
     from blockcache.export.pipeline import CompileOptions, compile_model
-    from blockcache.export.preset_options import PresetOptions
 
     options = CompileOptions(
         presets=tuple(PresetOptions.parse(f"ddim:{count}") for count in steps or [2]),
@@ -223,8 +223,8 @@ def _torch_latents(
     """The oracle: float32 [N, C, H, W]."""
     import torch
 
-    from blockcache.export.cached_unet import CachedUNet, denoise
-    from blockcache.export.calibration import Calibration
+    from blockcache.export.measure.calibration import Calibration
+    from blockcache.export.unet.cached_unet import CachedUNet, denoise
     from blockcache.runtime.solver import solver_tables
 
     tables = solver_tables(SolverConfig.from_json(preset.solver))

@@ -19,7 +19,7 @@ from blockcache.runtime import (
     Session,
     SolverConfig,
 )
-from blockcache.runtime.engine import Backend
+from blockcache.runtime.engines.engine import Backend
 from blockcache.runtime.plan import LOOP_ROLES
 from blockcache.runtime.solver import solver_tables
 from blockcache.tools.bench.contestants import Contestant, Entry, Kind

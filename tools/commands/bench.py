@@ -69,7 +69,7 @@ def bench(
     from blockcache.runtime import Bundle
     from blockcache.tools.bench.latency import BenchOptions, measure_latency
     from blockcache.tools.bench.report import report_json, report_text
-    from blockcache.tools.progress import StageProgress
+    from blockcache.tools.report.progress import StageProgress
 
     options = BenchOptions(
         presets=tuple(preset or ()),
@@ -92,7 +92,7 @@ def _write(
     report: LatencyReport, out: Path | None, timings: Path | None, history: Path | None
 ) -> None:
     """The files that were asked for."""
-    from blockcache.export.timings import write_timings
+    from blockcache.export.costs.timings import write_timings
     from blockcache.tools.bench.latency import own_timings
     from blockcache.tools.bench.report import append_history, write_report
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from blockcache.export.build import BuildOptions
+    from blockcache.export.engines.build import BuildOptions
 
 
 def build(
@@ -54,7 +54,7 @@ def build(
 
     Example: blockcache build sd21 --target a100
     """
-    from blockcache.export.build import BuildOptions, ShapeOptions
+    from blockcache.export.engines.build import BuildOptions, ShapeOptions
 
     options = BuildOptions(
         library=library,
@@ -77,11 +77,11 @@ def build(
 def _build_all(folder: Path, targets: list[str], options: BuildOptions, *, as_json: bool) -> None:
     from rich.console import Console
 
-    from blockcache.export.build import build_engines
-    from blockcache.export.build_report import report_table
-    from blockcache.export.targets import Target
+    from blockcache.export.engines.build import build_engines
+    from blockcache.export.engines.report import report_table
+    from blockcache.export.engines.targets import Target
     from blockcache.runtime.bundle import Bundle
-    from blockcache.tools.progress import StageProgress
+    from blockcache.tools.report.progress import StageProgress
 
     opened = Bundle.open(folder)
     reports = []

@@ -11,7 +11,7 @@ import typer
 from blockcache.tools.commands.options import AsJson, BundleFolder
 
 if TYPE_CHECKING:
-    from blockcache.export.check import Comparison
+    from blockcache.export.engines.reference import Comparison
     from blockcache.runtime import Bundle
 
 
@@ -39,7 +39,7 @@ def check(
     """
     from blockcache.runtime.bundle import Bundle
     from blockcache.tools.engine_check import check_loop, check_segments, time_segments
-    from blockcache.tools.progress import StageProgress
+    from blockcache.tools.report.progress import StageProgress
 
     opened = Bundle.open(bundle)
     engines, layouts = _engines(opened, backend, target)
@@ -63,9 +63,9 @@ def check(
 
 def _engines(bundle: Bundle, backend: str, target: str) -> tuple[Any, dict[str, str]]:
     """The engine library, and the layouts that its engines expect."""
-    from blockcache.runtime.engine import make_backend
-    from blockcache.runtime.engine_files import read_engines
-    from blockcache.runtime.engine_trt import TrtBackend, fitting_target
+    from blockcache.runtime.engines.engine import make_backend
+    from blockcache.runtime.engines.files import read_engines
+    from blockcache.runtime.engines.trt import TrtBackend, fitting_target
     from blockcache.runtime.errors import ConfigError
 
     if backend in ("ort-cuda", "ort-tensorrt"):
@@ -82,9 +82,9 @@ def _engines(bundle: Bundle, backend: str, target: str) -> tuple[Any, dict[str, 
 
 def _record(bundle: Bundle, engines: Any, measured: dict[str, float], batch: int) -> None:
     """Write the times into the bundle."""
-    from blockcache.export.measured import keep
-    from blockcache.export.timings import Timings
-    from blockcache.runtime.cuda import device_label
+    from blockcache.export.costs.kept import keep
+    from blockcache.export.costs.timings import Timings
+    from blockcache.runtime.devices.cuda import device_label
 
     sizes = {**bundle.model.sizes, "batch": batch}
     keep(bundle, Timings(engines.engine, device_label(), sizes, measured))

@@ -73,14 +73,14 @@ def compile_bundle(
 
     Example: blockcache compile stabilityai/stable-diffusion-2-1 sd21 --preset dpm:20:x1.5:history
     """
-    from blockcache.export.alignment import AlignmentOptions
-    from blockcache.export.calibrated_stages import CalibrationOptions
-    from blockcache.export.change import ProfileOptions
+    from blockcache.export.align.fit import AlignmentOptions
+    from blockcache.export.choose.preset import PresetOptions
+    from blockcache.export.costs.roofline import gpu as data_sheet
+    from blockcache.export.costs.timings import read_timings
+    from blockcache.export.graph.to_onnx import ExportOptions
+    from blockcache.export.measure.change import ProfileOptions
+    from blockcache.export.measurements import CalibrationOptions
     from blockcache.export.pipeline import CompileOptions
-    from blockcache.export.preset_options import PresetOptions
-    from blockcache.export.roofline import gpu as data_sheet
-    from blockcache.export.timings import read_timings
-    from blockcache.export.to_onnx import ExportOptions
     from blockcache.tools.commands.show import print_bundle
 
     options = CompileOptions(
@@ -110,7 +110,7 @@ def _compile(
 ) -> Bundle:
     """Load, encode and compile under a progress bar."""
     from blockcache.export.pipeline import compile_model
-    from blockcache.tools.progress import StageProgress
+    from blockcache.tools.report.progress import StageProgress
     from blockcache.tools.sources import calibration_for, load_source
 
     with StageProgress() as progress:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from blockcache.runtime import Bundle
-    from blockcache.tools.progress import StageProgress
+    from blockcache.tools.report.progress import StageProgress
 
 PROMPTS = (
     "twitter emoji, rocket",
@@ -63,8 +63,8 @@ def demo(
     Uncached; cached as in the paper (threshold); cached by a budget with the last two outputs
     aligned; and uncached with as few steps as that budget's cost allows. Ends in a picture.
     """
-    from blockcache.tools.plots import save_grid
-    from blockcache.tools.progress import StageProgress
+    from blockcache.tools.report.plots import save_grid
+    from blockcache.tools.report.progress import StageProgress
     from blockcache.tools.sources import DemoCodec
 
     prompts = list(prompt or PROMPTS)
@@ -87,13 +87,13 @@ def compile_demo(
     progress: StageProgress,
 ) -> tuple[Bundle, list[str]]:
     """The demo bundle and the names of its presets, in the order of the docstring above."""
-    from blockcache.export.alignment import AlignmentOptions
-    from blockcache.export.calibrated_stages import CalibrationOptions
-    from blockcache.export.change import ProfileOptions
+    from blockcache.export.align.fit import AlignmentOptions
+    from blockcache.export.choose.policies import Policy
+    from blockcache.export.choose.preset import PresetOptions
+    from blockcache.export.measure.change import ProfileOptions
+    from blockcache.export.measure.sensitivity import SensitivityOptions
+    from blockcache.export.measurements import CalibrationOptions
     from blockcache.export.pipeline import CompileOptions, compile_model
-    from blockcache.export.policies import Policy
-    from blockcache.export.preset_options import PresetOptions
-    from blockcache.export.sensitivity import SensitivityOptions
     from blockcache.tools.sources import DEMO, calibration_for, load_source
 
     progress("load", 0, 1)

@@ -83,7 +83,7 @@ def evaluate(
     from blockcache.tools.evaluation import run
     from blockcache.tools.evaluation.markdown import markdown
     from blockcache.tools.evaluation.options import DrawOptions, EvaluationOptions, TimingOptions
-    from blockcache.tools.progress import StageProgress
+    from blockcache.tools.report.progress import StageProgress
 
     draw = DrawOptions(
         images=images, seed=seed, batch=batch, guidance=guidance, backend=backend, threads=threads

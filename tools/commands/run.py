@@ -55,7 +55,7 @@ def run(
     """
     from blockcache.runtime import Bundle, Session
     from blockcache.tools.commands.show import default_preset
-    from blockcache.tools.progress import StageProgress
+    from blockcache.tools.report.progress import StageProgress
 
     opened = Bundle.open(bundle)
     name = preset or default_preset(opened)
@@ -102,7 +102,7 @@ def _conditions(
     from blockcache.runtime import ConfigError
 
     if embeddings is not None:
-        from blockcache.export.calibration import read_calibration
+        from blockcache.export.measure.calibration import read_calibration
 
         read = read_calibration(embeddings)
         return dict(read.positive), dict(read.negative)
@@ -114,7 +114,7 @@ def _conditions(
 def _write(latents: np.ndarray, codec: Codec | None, out: Path) -> None:
     """Pictures or latents, by the suffix of ``out``."""
     if codec is not None and out.suffix == ".png":
-        from blockcache.tools.plots import save_pictures
+        from blockcache.tools.report.plots import save_pictures
 
         save_pictures(codec.decode(latents), out)
     else:

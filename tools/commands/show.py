@@ -49,7 +49,7 @@ def show(
     print_bundle(opened, preset=preset, as_json=as_json)
     name = preset or default_preset(opened)
     if plot is not None:
-        from blockcache.tools.plots import plot_schedule
+        from blockcache.tools.report.plots import plot_schedule
 
         paths = [block.path for block in opened.model.blocks]
         plot_schedule(opened.preset(name).schedule, paths, plot)
@@ -65,7 +65,7 @@ def _plot_change(bundle: Bundle, preset: str, file: Path) -> None:
     """The profile behind a preset's schedule, as the paper's Fig. 2b."""
     from blockcache.runtime import ConfigError
     from blockcache.runtime.bundle import read_tensors
-    from blockcache.tools import plots
+    from blockcache.tools.report import plots
 
     policy = bundle.manifest.presets[preset].policy
     if "profile" not in policy:
@@ -85,7 +85,7 @@ def _plot_alignment(bundle: Bundle, preset: str, file: Path) -> None:
 
     from blockcache.runtime import ConfigError
     from blockcache.runtime.bundle import read_tensors
-    from blockcache.tools import plots
+    from blockcache.tools.report import plots
 
     chosen = bundle.preset(preset)
     policy = chosen.policy
@@ -105,8 +105,8 @@ def _plot_alignment(bundle: Bundle, preset: str, file: Path) -> None:
 def _plot_features(bundle: Bundle, preset: str, model: str | None, file: Path) -> None:
     """Outputs of the first, the middle and the last block, as the paper's Fig. 2a."""
     from blockcache.runtime import ConfigError
-    from blockcache.tools import plots
     from blockcache.tools.block_outputs import block_outputs
+    from blockcache.tools.report import plots
     from blockcache.tools.sources import DEMO, calibration_for, load_source
 
     name = model or (DEMO if bundle.model.name == DEMO else None)

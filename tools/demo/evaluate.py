@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blockcache.tools.demo import contender, contexts, data, features, metrics
+from blockcache.tools.demo import contender, contexts, data
 from blockcache.tools.demo.contender import Contender
 from blockcache.tools.demo.data import Dataset
 from blockcache.tools.demo.files import write_atomic
-from blockcache.tools.demo.metrics import CaptionProbe, CaptionScore, Labelled, Statistics
 from blockcache.tools.demo.progress import bar
 from blockcache.tools.demo.sample import SampleOptions, initial_noise, sample
+from blockcache.tools.evaluation import features, metrics
+from blockcache.tools.evaluation.metrics import CaptionProbe, CaptionScore, Labelled, Statistics
 
 KID_UNIT = 1000  # KID is reported in thousandths
 PART = 128  # pictures drawn and stored at a time

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from blockcache.tools.demo.metrics import Statistics
+from blockcache.tools.evaluation.metrics import Statistics
 from blockcache.tools.evaluation.resampling import Measured
 
 KID_UNIT = 1000  # KID is reported in thousandths

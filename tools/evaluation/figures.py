@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from blockcache.tools import plots
 from blockcache.tools.evaluation.contest import FEWER, PLAIN, THRESHOLD, UNCACHED, Group
 from blockcache.tools.evaluation.pictures import Drawn
 from blockcache.tools.evaluation.report import GroupReport, Report, Row
 from blockcache.tools.evaluation.resampling import Interval
 from blockcache.tools.evaluation.subject import Subject
+from blockcache.tools.report import plots
 
 COLUMNS = 8  # images in a row of the grid
 

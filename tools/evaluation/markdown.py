@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from blockcache.tools.bench.spread import Spread
 from blockcache.tools.evaluation.alignment_table import alignment_tables, line
 from blockcache.tools.evaluation.quality import METRICS, Metric
 from blockcache.tools.evaluation.report import Comparison, GroupReport, Report, Row
 from blockcache.tools.evaluation.resampling import Interval
 from blockcache.tools.evaluation.verdict import NO_FINDING, Finding
+from blockcache.tools.report.spread import Spread
 
 FAR = 0.1  # a comparison is called unequal where FLOPs differ by more
 

@@ -17,7 +17,7 @@ from blockcache.runtime.bundle import read_tensors, write_tensors
 from blockcache.tools.evaluation.subject import RealPictures
 
 if TYPE_CHECKING:
-    from blockcache.tools.demo.features import Extractor
+    from blockcache.tools.evaluation.features import Extractor
 
 CHUNK = 64  # pictures in one file
 
@@ -62,7 +62,7 @@ class Gallery:
 
     def real(self, real: RealPictures, done: Callable[[int], None]) -> np.ndarray:
         """Features of the reference set, float32 [M, D], kept in its own folder."""
-        from blockcache.tools.demo import features
+        from blockcache.tools.evaluation import features
 
         return features.cached(real.pictures, real.folder, self._features, done)
 
@@ -91,7 +91,7 @@ class Gallery:
         return self._folder / f"{self._key(latents)}.safetensors"
 
     def _key(self, latents: np.ndarray) -> str:
-        from blockcache.tools.demo import features
+        from blockcache.tools.evaluation import features
 
         content = hashlib.sha256(features.VERSION + self._decoder.encode())
         content.update(f"{latents.shape}".encode())
@@ -100,7 +100,7 @@ class Gallery:
 
     def _features(self) -> Extractor:
         if self._extractor is None:
-            from blockcache.tools.demo import features
+            from blockcache.tools.evaluation import features
 
             try:
                 with contextlib.redirect_stdout(sys.stderr):  # the package prints; ours is JSON

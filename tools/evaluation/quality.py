@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blockcache.tools.demo.metrics import CaptionProbe, Labelled
 from blockcache.tools.evaluation.distances import SetDistances
+from blockcache.tools.evaluation.metrics import CaptionProbe, Labelled
 from blockcache.tools.evaluation.pictures import Drawn
 from blockcache.tools.evaluation.resampling import Measured, measured_mean, measured_share
 from blockcache.tools.evaluation.subject import RealPictures

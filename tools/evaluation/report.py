@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from blockcache.tools.bench.spread import Spread
 from blockcache.tools.evaluation.contest import UNCACHED, Entrant, Group, pairings
 from blockcache.tools.evaluation.options import EvaluationOptions
 from blockcache.tools.evaluation.resampling import Interval, Measured
 from blockcache.tools.evaluation.timing import Seconds, images_per_second, speedup
 from blockcache.tools.evaluation.verdict import Finding, compare, overall
+from blockcache.tools.report.spread import Spread
 
 TO_UNCACHED = ("distance", "psnr_db")
 """Metrics that compare with the uncached run: they say nothing about that run itself."""

@@ -11,7 +11,6 @@ import numpy as np
 
 from blockcache.runtime import Bundle
 from blockcache.runtime.bundle import write_text
-from blockcache.tools.bench.machine import machine_facts
 from blockcache.tools.evaluation import figures, timing
 from blockcache.tools.evaluation.contest import Entrant, Group, make_groups
 from blockcache.tools.evaluation.markdown import markdown
@@ -25,6 +24,7 @@ from blockcache.tools.evaluation.report import (
 )
 from blockcache.tools.evaluation.stages import Judged, Observer, Stages
 from blockcache.tools.evaluation.subject import Subject
+from blockcache.tools.report.machine import machine_facts
 
 WORK = "work"
 

@@ -79,7 +79,7 @@ def demo_subject(images: int, seed: int, work: Path | None) -> Subject:
 
 def model_subject(model: str, images: int, prompts: Path | None) -> Subject:
     """A diffusers folder on a file of prompts, or on the built-in ones."""
-    from blockcache.export.calibration import PROMPTS
+    from blockcache.export.measure.calibration import PROMPTS
 
     codec = codec_for(model)
     calibration = calibration_for(model, None, prompts)
@@ -97,7 +97,7 @@ def model_subject(model: str, images: int, prompts: Path | None) -> Subject:
 
 def embeddings_subject(file: Path, images: int) -> Subject:
     """Encoded prompts from a file; no decoder, so latents alone are compared."""
-    from blockcache.export.calibration import read_calibration
+    from blockcache.export.measure.calibration import read_calibration
 
     calibration = read_calibration(file)
     return Subject(

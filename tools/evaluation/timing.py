@@ -10,11 +10,11 @@ from pathlib import Path
 
 from blockcache.runtime import Session
 from blockcache.runtime.bundle import write_text
-from blockcache.tools.bench.spread import Spread
 from blockcache.tools.evaluation.contest import Entrant
 from blockcache.tools.evaluation.options import TimingOptions
 from blockcache.tools.evaluation.sampling import Drawings
 from blockcache.tools.evaluation.subject import Subject
+from blockcache.tools.report.spread import Spread
 
 Seconds = dict[str, list[float]]  # preset -> seconds of one call, by round
 

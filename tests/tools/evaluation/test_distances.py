@@ -10,10 +10,9 @@ pytest.importorskip("torch")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockcache.tools.demo import metrics
-from blockcache.tools.demo.metrics import Statistics
-from blockcache.tools.evaluation import distances
+from blockcache.tools.evaluation import distances, metrics
 from blockcache.tools.evaluation.distances import SetDistances
+from blockcache.tools.evaluation.metrics import Statistics
 from blockcache.tools.evaluation.resampling import Measured, random_halves
 
 

@@ -17,8 +17,7 @@ from safetensors.numpy import save_file
 
 from blockcache.runtime import Bundle
 from blockcache.tools import cli
-from blockcache.tools.demo import features
-from blockcache.tools.evaluation import figures, run
+from blockcache.tools.evaluation import features, figures, run
 from blockcache.tools.evaluation.options import DrawOptions, EvaluationOptions, TimingOptions
 from blockcache.tools.evaluation.subject import RealPictures
 

@@ -8,8 +8,7 @@ import pytest
 pytest.importorskip("torch")
 
 from blockcache.runtime import MissingExtraError
-from blockcache.tools.demo import features
-from blockcache.tools.evaluation import pictures
+from blockcache.tools.evaluation import features, pictures
 from blockcache.tools.evaluation.pictures import Gallery
 
 LATENTS = np.random.default_rng(0).standard_normal((10, 4, 2, 2)).astype(np.float32)

@@ -1,0 +1,1 @@
+"""From measurements to a schedule: presets, policies and the optimisers behind them."""

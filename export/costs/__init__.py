@@ -1,0 +1,1 @@
+"""What a segment costs: counted, measured on a device, or predicted for a GPU."""

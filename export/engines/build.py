@@ -1,0 +1,283 @@
+"""Build: a bundle's segments become TensorRT engines for a target (DESIGN 3.6).
+
+``build_engines`` is what ``blockcache build`` runs. Engines that did not change are kept, an
+interrupted build resumes, and ``engines.json`` is written last: a target's folder that holds it is
+a whole build.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+from filelock import FileLock, Timeout
+
+from blockcache.export.engines.cache import EngineStore, engine_key, segment_weights
+from blockcache.export.engines.engine import BuiltEngine, Recipe
+from blockcache.export.engines.report import BuildReport, fusion_facts
+from blockcache.export.engines.targets import CURRENT, Target
+from blockcache.export.engines.workers import Job, run_jobs
+from blockcache.runtime.bundle import Bundle, FileEntry
+from blockcache.runtime.engines.files import (
+    ENGINES_FILE,
+    WEIGHTS_FILE,
+    EngineEntry,
+    EngineSet,
+    ShapeProfile,
+    engines_folder,
+    write_engines,
+)
+from blockcache.runtime.engines.tensorrt_library import TensorRT, load_library
+from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.plan import ModelFacts, Role, Segment
+
+BUILT_ROLES: tuple[Role, ...] = ("prompt", "condition", "trunk", "block")
+WEIGHTS = {"included": (), "refittable": ("REFIT",), "stripped": ("REFIT", "STRIP_PLAN")}
+"""Builder flags by what ``BuildOptions.weights`` says."""
+
+Observer = Callable[[str, int, int], None]
+"""Hears (segment just finished, engines done, engines in all)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeOptions:
+    """The sizes that engines accept; batch is the engine's: two per image with guidance."""
+
+    min_batch: int = 1
+    opt_batch: int = 2
+    max_batch: int = 8
+    resolutions: tuple[tuple[int, int], ...] = ()  # latent (height, width); () is the model's own
+    dynamic: bool = False  # one profile from the smallest to the largest resolution
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
+            raise ConfigError(
+                f"Expected 1 <= min_batch <= opt_batch <= max_batch, got {self.min_batch}, "
+                f"{self.opt_batch}, {self.max_batch}."
+            )
+        if self.dynamic and len(self.resolutions) < 2:
+            raise ConfigError(
+                "Dynamic shapes range over resolutions: give at least the smallest and the largest "
+                f"(the first is the usual one), got {list(self.resolutions)}."
+            )
+
+    def profiles(self, model: ModelFacts) -> tuple[ShapeProfile, ...]:
+        """One profile a resolution, or one for all of them."""
+        usual = (model.sizes["height"], model.sizes["width"])
+        chosen = self.resolutions or (usual,)
+        for height, width in chosen:
+            if height < 1 or width < 1 or height % model.downsampling or width % model.downsampling:
+                raise ConfigError(
+                    f"Expected latent sizes divisible by {model.downsampling}, got "
+                    f"{height} x {width}. Choose the next multiples."
+                )
+        if self.dynamic:
+            heights, widths = zip(*chosen, strict=True)
+            low, high = (min(heights), min(widths)), (max(heights), max(widths))
+            return (self._profile(model, low, chosen[0], high),)
+        return tuple(self._profile(model, each, each, each) for each in dict.fromkeys(chosen))
+
+    def _profile(self, model: ModelFacts, *resolutions: tuple[int, int]) -> ShapeProfile:
+        batches = (self.min_batch, self.opt_batch, self.max_batch)
+        sizes = [
+            {**model.sizes, "batch": batch, "height": height, "width": width}
+            for batch, (height, width) in zip(batches, resolutions, strict=True)
+        ]
+        return ShapeProfile(*sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How engines are built."""
+
+    library: str = "auto"  # tensorrt_rtx, tensorrt, or the first that is installed
+    shapes: ShapeOptions = field(default_factory=ShapeOptions)
+    weights: str = "included"  # in the plan; or "refittable", "stripped" (need a CUDA driver)
+    whole: bool = False  # also the uncut model as one engine, to know the split tax
+    level: int = 3  # builder optimisation level, 0..5
+    jobs: int = 0  # engines built at a time, each in a process of its own; 0: in this process
+    memory_gb: float = 12.0  # engines are built side by side only where this is enough
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise ConfigError(f"Expected weights of {list(WEIGHTS)}, got {self.weights!r}.")
+        if not 0 <= self.level <= 5 or self.jobs < 0 or self.memory_gb <= 0:
+            raise ConfigError(
+                f"Expected a level of 0 to 5, no negative jobs and memory above 0; got {self}."
+            )
+
+
+def build_engines(
+    bundle: Bundle,
+    target: Target,
+    options: BuildOptions | None = None,
+    observer: Observer = lambda segment, done, total: None,
+) -> BuildReport:
+    """Build a bundle's engines for ``target``; keeps what is there and did not change.
+
+    Args:
+        bundle: as opened.
+        target: what to build for.
+        options: how; default bfloat16 or whatever the bundle holds, static resolution, batch 1..8.
+        observer: progress.
+
+    Raises:
+        ConfigError: a target or option that the library does not have, or a folder in use.
+        MissingExtraError: no TensorRT is installed.
+        ExportError: a node that the parser does not understand.
+        EngineError: the builder failed.
+    """
+    options = options or BuildOptions()
+    library = load_library(options.library)
+    capabilities = _check_target(library, target, bundle.model.precision)
+    folder = engines_folder(bundle, target.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return _build(bundle, target, capabilities, options, library, observer)
+    except Timeout as error:
+        raise ConfigError(
+            f"Another build is writing to {folder}. Wait for it: what it finishes is kept."
+        ) from error
+
+
+def _check_target(library: TensorRT, target: Target, precision: str) -> tuple[str, ...]:
+    """The dotted compute capabilities that the engines will be for."""
+    if library.capabilities:
+        missing = [n for n in target.capabilities if n not in (*library.capabilities, CURRENT)]
+        if missing:
+            raise ConfigError(
+                f"Expected compute capabilities of {list(library.capabilities)}, which are those "
+                f"{library.name} {library.version} builds for; got {missing}. On a machine with "
+                f"that GPU, try the target 'current' or the library 'tensorrt'."
+            )
+        if precision == "bfloat16" and "SM75" in target.capabilities:
+            raise ConfigError("SM75 has no bfloat16. Compile the bundle with --precision float16.")
+        if target.dotted:
+            return target.dotted
+    from blockcache.runtime.devices.cuda import device_capability
+
+    device = device_capability()
+    if target.dotted and target.dotted != (device,):
+        raise ConfigError(
+            f"{library.name} builds for the GPU of this machine ({device}) only, got "
+            f"{target.name!r}. Build on that GPU, or with the library 'tensorrt_rtx'."
+        )
+    return (device,)
+
+
+def _build(
+    bundle: Bundle,
+    target: Target,
+    capabilities: tuple[str, ...],
+    options: BuildOptions,
+    library: TensorRT,
+    observer: Observer,
+) -> BuildReport:
+    begin = time.perf_counter()
+    store = EngineStore(engines_folder(bundle, target.name))
+    roles = (*BUILT_ROLES, "whole") if options.whole else BUILT_ROLES
+    segments = tuple(segment for segment in bundle.segments if segment.role in roles)
+    recipes = [_recipe(bundle, segment, target, options, library) for segment in segments]
+    entries, jobs = _plan_jobs(bundle, store, recipes, library.version)
+    reused = frozenset(entries)
+    if jobs:  # from here on the folder is not a whole build until engines.json is written again
+        (store.folder / ENGINES_FILE).unlink(missing_ok=True)
+    for done, name in enumerate(entries, 1):
+        observer(name, done, len(segments))
+
+    peaks = [0]
+
+    def finished(job: Job, built: BuiltEngine) -> None:
+        name = job.recipe.segment.name
+        peaks.append(built.peak_rss_bytes)
+        entries[name] = _entry(bundle, job, built)
+        store.commit(name, entries[name])
+        observer(name, len(entries), len(segments))
+
+    run_jobs(jobs, options.jobs, int(options.memory_gb * 1e9), finished)
+    if not options.whole:  # a whole-model engine of an earlier build stays, unlisted
+        store.remove_others({*(s.name for s in segments), "whole"})
+    engines = EngineSet(
+        target=target.name,
+        library=library.name,
+        version=library.version,
+        capabilities=capabilities,
+        precision=bundle.model.precision,
+        weights=options.weights,
+        weights_sha256=_weights_sha256(bundle),
+        profiles=options.shapes.profiles(bundle.model),
+        engines={segment.name: entries[segment.name] for segment in segments},
+    )
+    write_engines(bundle, engines)
+    return BuildReport(engines, segments, reused, time.perf_counter() - begin, max(peaks))
+
+
+def _recipe(
+    bundle: Bundle, segment: Segment, target: Target, options: BuildOptions, library: TensorRT
+) -> Recipe:
+    flags = WEIGHTS[options.weights]
+    if library.has_flag("REQUIRE_USER_ALLOCATION"):  # else no CUDA graph can hold the engine
+        flags = (*flags, "REQUIRE_USER_ALLOCATION")
+    return Recipe(
+        segment=segment,
+        onnx=bundle.segment_path(segment).resolve(),
+        library=library.name,
+        capabilities=target.capabilities,
+        profiles=options.shapes.profiles(bundle.model),
+        flags=flags,
+        level=options.level,
+        threads=4 // max(options.jobs, 1) or 1,
+    )
+
+
+def _plan_jobs(
+    bundle: Bundle, store: EngineStore, recipes: Sequence[Recipe], version: str
+) -> tuple[dict[str, EngineEntry], list[Job]]:
+    """Engines to keep, and those to build, the largest first."""
+    kept: dict[str, EngineEntry] = {}
+    jobs = []
+    fixed = not any("REFIT" in recipe.flags for recipe in recipes)
+    for recipe in recipes:
+        name = recipe.segment.name
+        weights = segment_weights(recipe.onnx)
+        onnx = bundle.manifest.files[f"segments/{recipe.segment.file}"].sha256
+        key = engine_key(recipe, version, onnx, weights.sha256 if fixed else "")
+        entry = store.reuse(name, key)
+        if entry is None:
+            jobs.append(Job(recipe, store.plan(name), key, weights.bytes))
+        else:
+            kept[name] = entry
+    return kept, sorted(jobs, key=lambda job: -job.weight_bytes)
+
+
+def _entry(bundle: Bundle, job: Job, built: BuiltEngine) -> EngineEntry:
+    segment = job.recipe.segment
+    seen = fusion_facts(segment, built.layers, _attentions(job.recipe.onnx))
+    file = FileEntry.of(job.plan)
+    return EngineEntry(
+        file=job.plan.name,
+        key=job.key,
+        bytes=file.bytes,
+        sha256=file.sha256,
+        onnx_sha256=bundle.manifest.files[f"segments/{segment.file}"].sha256,
+        weights_file_sha256=_weights_sha256(bundle),
+        seconds=round(built.seconds, 3),
+        formats=built.formats,
+        kernels=seen.kernels,
+        scratch_bytes=built.scratch_bytes,
+        facts=seen.counts,
+        copied=seen.copied,
+    )
+
+
+def _weights_sha256(bundle: Bundle) -> str:
+    return bundle.manifest.files.get(WEIGHTS_FILE, FileEntry(0, "")).sha256
+
+
+def _attentions(onnx: Path) -> int:
+    """Attentions of a graph: each has one Softmax."""
+    return sum(node.op_type in ("Softmax", "Attention") for node in ir.load(onnx).graph)

@@ -1,0 +1,1 @@
+"""One ONNX graph of the U-Net, the passes over it, and the segments it is cut into."""

@@ -1,0 +1,222 @@
+"""Export: torch U-Net to ONNX segments that share one weights file (DESIGN 3.5).
+
+``export_segments`` runs ``torch.onnx.export`` once on the whole U-Net with prime-coded static
+shapes, then the passes align, hoist, split and symbolic. Weights are written once; everything
+after the export handles them as offsets into that file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from blockcache.export.graph.passes.align import align
+from blockcache.export.graph.passes.hoist import BOUNDARY_PREFIX, classify
+from blockcache.export.graph.passes.simplify import simplify
+from blockcache.export.graph.passes.split import Piece, split
+from blockcache.export.graph.passes.symbolic import SizeCode, generalize
+from blockcache.export.graph.passes.unify import unify
+from blockcache.export.graph.work import graph_flops
+from blockcache.export.unet.model import TORCH_DTYPES, SourceModel, UNetCall
+from blockcache.runtime.errors import ConfigError, ExportError
+from blockcache.runtime.plan import AXES, DTYPE_BYTES, Dim, Segment, Sizes, TensorSpec
+
+OPSET = 22
+"""Opset 20 has no bf16 normalisation; 23 emits Attention, which engines build worse."""
+
+WEIGHTS_FILE = "weights.bin"
+EXPORT_STAGES = ("trace", "weights", "cut")
+"""What ``export_segments`` does, in order."""
+
+_PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How the U-Net is cut and typed."""
+
+    precision: str = "float32"  # of weights and activations: float32, bfloat16 or float16
+    outputs: int = 1  # computed outputs that a reuse may combine: 1, or 2 for history
+    hoist: bool = True  # move what does not depend on the sample out of the loop
+
+    def __post_init__(self) -> None:
+        if self.precision not in _PRECISIONS:
+            raise ConfigError(f"Expected a precision of {_PRECISIONS}, got {self.precision!r}.")
+        if self.outputs not in (1, 2):
+            raise ConfigError(f"A reuse combines 1 or 2 computed outputs; got {self.outputs}.")
+
+
+def export_segments(
+    model: SourceModel,
+    folder: Path,
+    options: ExportOptions,
+    entered: Callable[[str], None] = lambda stage: None,
+) -> tuple[Segment, ...]:
+    """Write ``folder/*.onnx`` and ``folder/weights.bin``; returns the segments in running order.
+
+    The last one, role ``whole``, is the uncut model: the yardstick for exactness and speed. The
+    model's weights are converted in place where ``options.precision`` is another than theirs.
+    ``entered`` hears each of ``EXPORT_STAGES`` when it begins.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # The plain Module.to: diffusers' own warns of modules to keep in float32 where none are.
+    torch.nn.Module.to(model.unet, TORCH_DTYPES[options.precision])
+    code = _code_for(model)
+    traced = folder / "traced.onnx"
+    entered("trace")
+    program = _trace(model, code)
+    entered("weights")
+    _save(program, traced)
+    del program
+    entered("cut")
+    try:
+        return _cut(model, traced, code, options)
+    finally:
+        traced.unlink()
+
+
+def default_sizes(model: SourceModel, batch: int = 2) -> dict[str, int]:
+    """The model's own sizes; batch 2 is one image with guidance."""
+    height, width = model.sample_size
+    return dict(zip(AXES, (batch, height, width, model.tokens), strict=True))
+
+
+def _code_for(model: SourceModel) -> SizeCode:
+    sizes = {size for tensor in model.unet.parameters() for size in tensor.shape}
+    sizes |= {int(size) for c in model.conditions for size in c.shape if isinstance(size, int)}
+    return SizeCode.avoiding(sizes, model.downsampling)
+
+
+def _example(model: SourceModel, code: SizeCode) -> tuple[torch.Tensor, ...]:
+    """Inputs of the prime-coded shapes; their values do not matter."""
+    dtype = next(model.unet.parameters()).dtype
+    axes = {"batch": code.batch, "tokens": code.tokens}
+    spatial = (code.height * code.downsampling, code.width * code.downsampling)
+    sample = torch.zeros(code.batch, model.unet.config.in_channels, *spatial, dtype=dtype)
+    conditions = [
+        torch.zeros(
+            [axes[size] if isinstance(size, str) else size for size in condition.shape],
+            dtype=torch.int64 if condition.dtype == "int64" else dtype,
+        )
+        for condition in model.conditions
+    ]
+    return (sample, torch.zeros(code.batch), *conditions)
+
+
+def _trace(model: SourceModel, code: SizeCode) -> ir.Model:
+    """``torch.onnx.export`` of the whole U-Net; its weights are the module's own."""
+    names = [condition.name for condition in model.conditions]
+    with _quiet():
+        program = torch.onnx.export(
+            UNetCall(model.unet, names),
+            _example(model, code),
+            input_names=["sample", "timestep", *names],
+            output_names=["model_output"],
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model
+
+
+def _save(program: ir.Model, path: Path) -> None:
+    """The graph to ``path``, the weights to ``weights.bin`` beside it."""
+    ir.save(program, path, external_data=f"{WEIGHTS_FILE}.partial")
+    path.with_name(f"{WEIGHTS_FILE}.partial").replace(path.with_name(WEIGHTS_FILE))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's prints and warnings are about its own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _load(path: Path) -> ir.Model:
+    """The traced model, simplified, its weights left on disk."""
+    model = ir.load(path)
+    simplify(model.graph)
+    unify(model.graph)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.ExternalTensor(
+                WEIGHTS_FILE,
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name,
+                base_dir=path.parent,
+            )
+    return model
+
+
+def _cut(
+    model: SourceModel, traced: Path, code: SizeCode, options: ExportOptions
+) -> tuple[Segment, ...]:
+    """The passes, in order, and the files they end in."""
+    sizes = default_sizes(model)
+    conditions = [condition.name for condition in model.conditions]
+    loaded = _load(traced)
+    graph = loaded.graph
+    blocks = align(graph, [block.path for block in model.blocks], options.outputs)
+    hoistable = classify(graph, conditions)
+    if not options.hoist:
+        hoistable = dict.fromkeys(hoistable, "loop")
+    segments = [
+        _write(piece, traced.parent, code, loaded.ir_version, sizes)
+        for piece in split(graph, blocks, hoistable)
+    ]
+    uncut = _load(traced).graph
+    whole = Piece("whole", "whole", None, uncut)
+    return (*segments, _write(whole, traced.parent, code, loaded.ir_version, sizes))
+
+
+def _write(piece: Piece, folder: Path, code: SizeCode, ir_version: int, sizes: Sizes) -> Segment:
+    """Generalise a piece, save it beside the weights, and describe it."""
+    graph = piece.graph
+    flops = graph_flops(graph, code).at(sizes)
+    names = [value.name or "" for value in graph.inputs]
+    rows = [name for name in names if name.startswith(BOUNDARY_PREFIX["time"])]
+    generalize(graph, code, rows)
+    for node in graph:
+        node.metadata_props.clear()
+    graph.name = piece.name
+    path = folder / f"{piece.name}.onnx"
+    ir.save(ir.Model(graph, ir_version=ir_version), path)
+    inputs = tuple(_spec(value) for value in graph.inputs)
+    outputs = tuple(_spec(value) for value in graph.outputs)
+    return Segment(piece.name, piece.role, path.name, inputs, outputs, piece.block, flops)
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    """A boundary tensor as the manifest describes it."""
+    if value.name is None or value.shape is None or value.dtype is None:
+        raise ExportError(f"A boundary tensor lacks name, shape or dtype: {value}.")
+    dtype = {ir.DataType.FLOAT: "float32"}.get(value.dtype, value.dtype.name.lower())
+    if dtype not in DTYPE_BYTES:
+        raise ExportError(
+            f"Boundary tensor {value.name!r} has dtype {dtype}; expected {sorted(DTYPE_BYTES)}."
+        )
+    dims = (
+        Dim.parse(size.value or "" if isinstance(size, ir.SymbolicDim) else size)
+        for size in value.shape
+    )
+    return TensorSpec(value.name, dtype, tuple(dims))

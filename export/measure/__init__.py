@@ -1,0 +1,1 @@
+"""What runs the uncached U-Net on calibration prompts: change, sensitivity, residuals."""

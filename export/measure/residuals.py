@@ -1,0 +1,169 @@
+"""Residuals: what is left of a reuse's error, by the step whose output is reused.
+
+A budget must know what it does to reuse a block's output not for one step but for many, and with
+the alignment that will repair it. Accumulated change (eq. 7) adds up the steps in between as if
+each moved the output in a new direction, and knows no alignment. So compile runs a few images once,
+keeps samples of every block's output at every step, and fits each later output by the earlier ones
+in closed form, as the alignment will:
+
+    ratio[k, s, a] = |C_s - estimate(C_a)| / |C_s - C_{s-1}|
+
+or ``[k, s, a, b]`` where the output computed before, C_b, takes part. Times the sensitivity, which
+measures what reusing C_{s-1} at step s does to the image, that is what any reuse does to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from blockcache.export.choose.preset import HISTORY, PLAIN, REUSES, SCALE_SHIFT
+from blockcache.export.measure.calibration import Calibration, calibration_inputs
+from blockcache.export.unet import torch_kernels
+from blockcache.export.unet.cached_unet import CachedUNet, denoise
+from blockcache.export.unet.model import SourceModel
+from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.plan import Schedule
+from blockcache.runtime.solver import SolverTables
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualOptions:
+    """How much to measure."""
+
+    images: int = 8
+    channels: int = 64  # sampled of a block's output, at most
+    positions: int = 64  # sampled of an image, at most
+    seed: int = 13  # of noise and samples
+
+    def __post_init__(self) -> None:
+        if min(self.images, self.channels, self.positions) < 1:
+            raise ConfigError(f"Expected an image, channel and position at least; got {self}.")
+
+
+def measure_residuals(
+    model: SourceModel,
+    tables: SolverTables,
+    calibration: Calibration,
+    guidance_scale: float,
+    reuse: str,
+    options: ResidualOptions,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Run the uncached loop and fit every output by earlier ones.
+
+    Args:
+        model: the U-Net, float32.
+        tables: solver and steps.
+        calibration: prompts, spread evenly over the images.
+        guidance_scale: as in use; 1 means none.
+        reuse: ``PLAIN``, ``SCALE_SHIFT`` or ``HISTORY``: what takes the place of the output.
+        options: how much to measure.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        ``ratio[k, s, a]``, float32 [K, S, S], defined for a < s; with history
+        ``ratio[k, s, a, b]``, [K, S, S, S], for b <= a < s, where b = a stands for no earlier
+        output. 0 elsewhere.
+    """
+    steps = len(tables.timesteps)
+    samples: list[list[torch.Tensor]] = [[] for _ in model.blocks]
+
+    def after_step(step: int) -> None:
+        for kept, block in zip(samples, cached.blocks, strict=True):
+            kept.append(_sample(block.history[0], options))
+        if progress is not None:
+            progress(step + 1, steps)
+
+    jobs = [
+        (i * calibration.prompts // options.images, options.seed + i) for i in range(options.images)
+    ]
+    with CachedUNet(model) as cached, torch_kernels.on_gpu(model.unet):
+        noise, conditions = calibration_inputs(model, calibration, jobs, guidance_scale)
+        uncached = Schedule.uncached(steps, len(model.blocks))
+        denoise(cached, tables, uncached, None, noise, conditions, guidance_scale, after_step)
+    return np.stack([ratios(torch.stack(kept).cpu().numpy(), reuse) for kept in samples])
+
+
+def _sample(output: torch.Tensor, options: ResidualOptions) -> torch.Tensor:
+    """The same channels and positions at every step: [B, C, H, W] to float32 [c, B * p]."""
+    random = torch.Generator().manual_seed(options.seed)
+    values = output.flatten(2)
+    for axis, most in ((1, options.channels), (2, options.positions)):
+        chosen = torch.randperm(values.shape[axis], generator=random)[:most]
+        values = values.index_select(axis, chosen.to(values.device))
+    return values.transpose(0, 1).flatten(1).float()
+
+
+def ratios(outputs: np.ndarray, reuse: str) -> np.ndarray:
+    """``ratio`` of one block from samples of its output: float32 [S, S] or [S, S, S].
+
+    Args:
+        outputs: float [S, C, N], N samples of every channel at every step.
+        reuse: as of ``measure_residuals``.
+    """
+    steps, _, count = outputs.shape
+    flat = outputs.astype(np.float64).transpose(1, 0, 2)  # [C, S, N]
+    mean = flat.mean(axis=2)
+    centred = flat - mean[:, :, None]
+    covariance = centred @ centred.transpose(0, 2, 1) / count  # [C, S, S]
+    plain = np.maximum(_difference(covariance, mean), 0.0)
+    if reuse == PLAIN:
+        squares = plain
+    elif reuse == SCALE_SHIFT:
+        squares = _after_one(covariance).sum(axis=0)
+    elif reuse == HISTORY:
+        squares = np.stack([_after_two(covariance, s) for s in range(steps)])
+    else:
+        raise ConfigError(f"Expected a reuse of {REUSES}, got {reuse!r}.")
+    change = np.sqrt(np.append(0.0, plain.diagonal(-1)))  # [S]: |C_s - C_{s-1}|
+    # Where a block hardly changes the quotient says nothing: a tenth of the mean at least.
+    floor = 0.1 * change[1:].mean() if steps > 1 else 1.0
+    scale = np.maximum(np.maximum(change, floor), 1e-30)
+    table = np.sqrt(np.maximum(squares, 0.0)) / scale.reshape(-1, *[1] * (squares.ndim - 1))
+    result: np.ndarray = np.where(_earlier(squares.shape), table, 0.0).astype(np.float32)
+    return result
+
+
+def _difference(covariance: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Sum over channels of the mean of (C_s - C_a)^2: [S, S]."""
+    second = (covariance + mean[:, :, None] * mean[:, None, :]).sum(axis=0)
+    size = second.diagonal()
+    difference: np.ndarray = size[:, None] + size[None, :] - 2 * second
+    return difference
+
+
+def _after_one(covariance: np.ndarray) -> np.ndarray:
+    """Variance of C_s that a scale of C_a and a shift leave, per channel: [C, S, S]."""
+    variance = np.einsum("css->cs", covariance)
+    explained = covariance**2 / np.maximum(variance, 1e-30)[:, None, :]
+    left: np.ndarray = variance[:, :, None] - explained
+    return left
+
+
+def _after_two(covariance: np.ndarray, step: int) -> np.ndarray:
+    """The same for one step s with C_a - C_b as another predictor, all channels: [S, S].
+
+    Both are first freed of what C_a explains: stable where C_a and C_b are nearly the same.
+    """
+    variance = np.maximum(np.einsum("css->cs", covariance), 1e-30)
+    left = variance[:, step, None] - covariance[:, step] ** 2 / variance  # [C, a]
+    slope = covariance[:, step] / variance  # of C_s on C_a, [C, a]
+    # C_a - C_b less its projection on C_a is C_b less its own, up to the sign.
+    own = variance[:, None, :] - covariance**2 / variance[:, :, None]  # [C, a, b]
+    shared = covariance[:, step, None, :] - slope[:, :, None] * covariance
+    resolved = own > 1e-6 * variance[:, None, :]  # else rounding
+    gain = np.where(resolved, shared**2 / np.where(resolved, own, 1.0), 0.0)
+    total: np.ndarray = (left[:, :, None] - np.minimum(gain, left[:, :, None])).sum(axis=0)
+    return total
+
+
+def _earlier(shape: tuple[int, ...]) -> np.ndarray:
+    """Where a < s, and b <= a."""
+    index = np.indices(shape)
+    inside: np.ndarray = index[1] < index[0]
+    return inside if len(shape) == 2 else inside & (index[2] <= index[1])

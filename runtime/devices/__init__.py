@@ -1,0 +1,1 @@
+"""Where tensors live: host and CUDA memory, streams, graphs, and tensors of other libraries."""

@@ -1,0 +1,1 @@
+"""Engine libraries behind one protocol: ONNX Runtime, its CUDA provider, TensorRT."""

@@ -1,0 +1,310 @@
+"""Engines of TensorRT and TensorRT-RTX, with their tensors' addresses set once.
+
+Engines are opened once a process and shared; what belongs to a session are execution contexts.
+These are small: their activation memory is one allocation that all contexts of a device share,
+since they run one after the other on its stream. A segment that touches a block's outputs in turn
+has one context for each combination of buffers.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.devices.cuda import CudaDevice
+from blockcache.runtime.devices.device import Tensor
+from blockcache.runtime.engines.engine import Launch
+from blockcache.runtime.engines.files import (
+    WEIGHTS_FILE,
+    EngineSet,
+    built_targets,
+    check_engine,
+    check_engines,
+    read_engines,
+)
+from blockcache.runtime.engines.tensorrt_library import TensorRT, errors_of, load_library
+from blockcache.runtime.errors import EngineError, EnginesMissingError
+from blockcache.runtime.plan import Segment
+
+
+def fitting_target(bundle: Bundle, library: TensorRT, capability: str) -> str:
+    """The first built target for this library and GPU.
+
+    Raises:
+        EnginesMissingError: there is none; the message says what was built and how to build.
+    """
+    found = {name: read_engines(bundle, name) for name in built_targets(bundle)}
+    for name, engines in found.items():
+        if engines.library == library.name and capability in engines.capabilities:
+            return name
+    built = {name: f"{e.library} for {'+'.join(e.capabilities)}" for name, e in found.items()}
+    raise EnginesMissingError(
+        f"Expected {library.name} engines for compute capability {capability} in "
+        f"{bundle.folder}, found {built or 'none'}. Build them: blockcache build {bundle.folder} "
+        f"--target sm{capability.replace('.', '')}"
+    )
+
+
+class TrtBackend:
+    """TensorRT on the current device."""
+
+    loads_at_once = 1
+    """TensorRT promises that threads may deserialise side by side, but not that they may refit; and
+    its log is one a process: an error would quote another segment's messages."""
+
+    def __init__(
+        self,
+        *,
+        target: str = "",
+        library: str = "auto",
+        stream: Any = None,
+        graphs: str = "auto",
+        verify: bool = True,
+    ) -> None:
+        """Choose a library and a device.
+
+        Args:
+            target: a folder of the bundle's engines; default the first that fits.
+            library: tensorrt_rtx, tensorrt or auto.
+            stream: the caller's CUDA stream (a number or an object with ``__cuda_stream__``).
+            graphs: auto, check (compare addresses before each replay) or off.
+            verify: check the sha256 of every plan.
+
+        Raises:
+            MissingExtraError: TensorRT or cuda-bindings is not installed.
+            EngineError: there is no GPU.
+        """
+        self.device = CudaDevice(stream)
+        self.library = load_library(library)
+        self.graphs = graphs
+        self._target, self._verify = target, verify
+        self._sets: dict[Path, EngineSet] = {}
+        self._caches: dict[Path, RuntimeCache] = {}
+
+    @property
+    def engine(self) -> str:
+        """Library and version."""
+        return f"{self.library.name} {self.library.version}"
+
+    @property
+    def name(self) -> str:
+        """Equal names load interchangeable engines."""
+        return f"trt-{self.library.name}-{self._target}-{self.device.capability}"
+
+    def load(self, bundle: Bundle, segment: Segment) -> TrtEngine:
+        """Open a segment's engine.
+
+        Raises:
+            BundleError: engines that are missing, altered, stale, or for another GPU or library.
+            EngineError: TensorRT refuses the plan.
+        """
+        engines = self._engines(bundle)
+        plan = check_engine(bundle, engines, segment, verify=self._verify)
+        with self.library.log() as log:
+            runtime = self.library.module.Runtime(self.library.logger)
+            engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+            if engine is None:
+                raise EngineError(
+                    f"Expected {self.library.name} {self.library.version} to open {plan}, it says: "
+                    f"{errors_of(log)}. Build again for this GPU: blockcache build "
+                    f"{bundle.folder} --target sm{self.device.capability.replace('.', '')}"
+                )
+            refit(self.library, bundle, engines, segment, engine, log)
+        folder = plan.parent
+        if folder not in self._caches:
+            name = f"runtime-{self.device.capability}-{self.library.version}.cache"
+            self._caches[folder] = RuntimeCache(folder / name)
+        return TrtEngine(segment, self.library, engine, runtime, self._caches[folder])
+
+    def settled(self) -> None:
+        """Keep what was compiled at first run for the next process."""
+        for cache in self._caches.values():
+            cache.save()
+
+    def _engines(self, bundle: Bundle) -> EngineSet:
+        if bundle.folder not in self._sets:
+            library, capability = self.library, self.device.capability
+            target = self._target or fitting_target(bundle, library, capability)
+            engines = read_engines(bundle, target)
+            check_engines(bundle, engines, library.name, library.version, capability)
+            self._sets[bundle.folder] = engines
+        return self._sets[bundle.folder]
+
+
+def refit(
+    library: TensorRT,
+    bundle: Bundle,
+    engines: EngineSet,
+    segment: Segment,
+    engine: Any,
+    log: list[tuple[str, str]],
+) -> bool:
+    """Give a plan without weights, or with those of an earlier compile, the bundle's; True if so.
+
+    Raises:
+        EngineError: the library refuses the weights.
+    """
+    weights = bundle.manifest.files.get(WEIGHTS_FILE)
+    current = engines.engines[segment.name].weights_file_sha256 == (
+        weights.sha256 if weights else ""
+    )
+    if engines.weights == "included" or (engines.weights == "refittable" and current):
+        return False
+    refitter = library.module.Refitter(engine, library.logger)
+    parser = library.module.OnnxParserRefitter(refitter, library.logger)
+    path = str(bundle.segment_path(segment))
+    if not parser.refit_from_file(path) or not refitter.refit_cuda_engine():
+        raise EngineError(
+            f"Expected the weights of {path} to fit the engine of segment {segment.name!r}, "
+            f"{library.name} says: {errors_of(log)}. Build again: blockcache build "
+            f"{bundle.folder} --target {engines.target}"
+        )
+    return True
+
+
+class RuntimeCache:
+    """Kernels that TensorRT-RTX compiled at first run, kept beside the engines."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._cache: Any = None
+        self._lock = threading.Lock()
+        self._bytes = 0
+
+    def attach(self, config: Any) -> None:
+        """Let contexts made with ``config`` read and fill the cache."""
+        with self._lock:
+            if self._cache is None:
+                self._cache = config.create_runtime_cache()
+                if self._path.is_file():
+                    content = self._path.read_bytes()
+                    self._cache.deserialize(content)  # False, and empty, for another version's
+                    self._bytes = len(content)
+            config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        """Write the cache if it grew; a bundle that cannot be written to goes without."""
+        with self._lock:
+            if self._cache is None:
+                return
+            content = bytes(memoryview(self._cache.serialize()))
+            if len(content) <= self._bytes:
+                return
+            partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
+            try:
+                partial.write_bytes(content)
+                partial.replace(self._path)
+            except OSError:
+                return
+            self._bytes = len(content)
+
+
+class TrtEngine:
+    """One opened engine."""
+
+    def __init__(
+        self, segment: Segment, library: TensorRT, engine: Any, runtime: Any, cache: RuntimeCache
+    ) -> None:
+        self._segment, self._library, self._engine = segment, library, engine
+        self._runtime = runtime  # the engine needs it alive
+        self._cache = cache
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
+        """A context with every address set; tensors say which device and stream."""
+        specs = (*self._segment.inputs, *self._segment.outputs)
+        bound = {spec.name: tensors[spec.name] for spec in specs}
+        device: CudaDevice = next(iter(bound.values())).owner.device
+        profile = self._profile(bound)
+        with self._library.log() as log:
+            context = self._context()
+            self._require(context is not None, "an execution context", log)
+            done = context.set_optimization_profile_async(profile, device.stream)
+            self._require(done, f"profile {profile}", log)
+            for spec in self._segment.inputs:
+                if not context.set_input_shape(spec.name, bound[spec.name].shape):
+                    self._require(False, f"the shape of {spec.name!r}", log)
+            for name, tensor in bound.items():
+                self._require(
+                    context.set_tensor_address(name, tensor.pointer),
+                    f"the address of {name!r}",
+                    log,
+                )
+        launch = BoundContext(self._segment.name, context, device.stream, bound)
+        device.scratch.use(self._engine.get_device_memory_size_for_profile_v2(profile), launch)
+        return launch
+
+    def _profile(self, tensors: Mapping[str, Tensor]) -> int:
+        """The first profile that holds the shapes of all inputs."""
+        for index in range(self._engine.num_optimization_profiles):
+            if all(self._holds(index, s.name, tensors[s.name].shape) for s in self._segment.inputs):
+                return index
+        first = self._segment.inputs[0].name
+        extents = [
+            self._engine.get_tensor_profile_shape(first, index)
+            for index in range(self._engine.num_optimization_profiles)
+        ]
+        raise EngineError(
+            f"Segment {self._segment.name!r}: expected {first!r} within "
+            f"{[(list(low), list(high)) for low, _, high in extents]}, got "
+            f"{list(tensors[first].shape)}. Build engines for that size: blockcache build with "
+            f"--max-batch, or --resolution for another size of image."
+        )
+
+    def _holds(self, profile: int, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = self._engine.get_tensor_profile_shape(name, profile)
+        return all(a <= n <= b for a, n, b in zip(tuple(low), shape, tuple(high), strict=True))
+
+    def _context(self) -> Any:
+        """A context whose activation memory is given from outside."""
+        module = self._library.module
+        strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self._library.is_rtx:
+            return self._engine.create_execution_context(strategy)
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        # The default compiles kernels for a new shape in the background and runs slower ones until
+        # then: a graph captured meanwhile would hold those for good.
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            module.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        self._cache.attach(config)
+        return self._engine.create_execution_context(config)
+
+    def _require(self, done: Any, what: str, log: list[tuple[str, str]]) -> None:
+        if not done:
+            raise EngineError(
+                f"Segment {self._segment.name!r}: {self._library.name} refuses {what}: "
+                f"{errors_of(log)}."
+            )
+
+
+class BoundContext:
+    """An execution context whose addresses are set: calling it launches the segment."""
+
+    def __init__(self, name: str, context: Any, stream: int, tensors: Mapping[str, Tensor]) -> None:
+        self.name = name
+        self._context, self._execute, self._stream = context, context.execute_async_v3, stream
+        self._tensors = tensors  # keeps their memory alive
+        self._ran = False
+
+    def __call__(self) -> None:
+        """Launch on the stream the context was bound to."""
+        self._ran = True
+        if not self._execute(self._stream):
+            raise EngineError(f"TensorRT failed in segment {self.name!r}; see its log.")
+
+    def set_memory(self, pointer: int, count: int) -> None:
+        """Where the activations go."""
+        self._context.set_device_memory(pointer, count)
+
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold the launch; only TensorRT-RTX can say no.
+
+        A context that has not run is in no graph, and may still have its kernels to compile.
+        """
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return ask is None or not self._ran or bool(ask(self._stream))

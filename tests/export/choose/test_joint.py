@@ -1,0 +1,174 @@
+"""Fewer steps and caching together: which candidates are tried, what they cost, which one wins."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, reject
+from hypothesis import strategies as st
+
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from blockcache.export import measurements
+from blockcache.export.align.fit import AlignmentOptions
+from blockcache.export.choose.joint import (
+    MOST_CANDIDATES,
+    NEGLIGIBLE,
+    TrialOptions,
+    candidates,
+    mean_distance,
+    measured_for,
+    step_counts,
+)
+from blockcache.export.choose.policies import affordable
+from blockcache.export.choose.preset import PresetOptions
+from blockcache.export.costs.timings import Costs
+from blockcache.export.graph.to_onnx import ExportOptions
+from blockcache.export.measure.calibration import Calibration
+from blockcache.export.measure.change import ProfileOptions, measure_change
+from blockcache.export.measure.residuals import ResidualOptions
+from blockcache.export.measure.sensitivity import SensitivityOptions
+from blockcache.export.measurements import CalibrationOptions
+from blockcache.export.pipeline import CompileOptions, compile_model
+from blockcache.runtime import ConfigError
+
+COSTS = Costs(np.array([1.5, 4.0, 2.0]), trunk_ms=3.0, prompt_ms=1.0)
+speedups = st.floats(1, 6).map(lambda value: float(f"{value:.3g}"))
+
+
+def preset(steps, speedup, alignment="history"):
+    return PresetOptions.parse(f"dpm:{steps}:j{speedup:g}:{alignment}")
+
+
+def uncached_ms(steps):
+    return COSTS.image_ms(np.ones((steps, len(COSTS.block_ms)), np.bool_))
+
+
+def test_the_step_counts_of_a_hand_worked_example():
+    """20 / 1.67 is 11.98: 12 steps are nearly fast enough without any caching."""
+    assert step_counts(20, 1.67) == [12, 14, 16, 18, 20]
+    assert step_counts(20, 1.1) == [19, 20]
+    assert step_counts(4, 1.0) == [4]
+    assert step_counts(1, 3.0) == [1]
+    assert step_counts(21, 1.4)[0] == 15, "21 / 1.4 is a little more than 15 in floating point"
+
+
+@given(st.integers(1, 100), speedups)
+def test_step_counts_are_few_and_end_at_all_steps(steps, speedup):
+    counts = step_counts(steps, speedup)
+    assert counts == sorted(set(counts))
+    assert 1 <= len(counts) <= MOST_CANDIDATES
+    assert counts[-1] == steps
+    assert counts[0] >= steps / speedup - 1e-9
+
+
+@given(st.integers(2, 60), speedups)
+def test_every_candidate_costs_what_was_asked_for(steps, speedup):
+    asked = preset(steps, speedup)
+    aim = uncached_ms(steps) / speedup
+    try:
+        found = candidates(asked, COSTS)
+    except ConfigError:
+        reject()
+    assert len({made.name for made in found}) == len(found)
+    assert {made.steps for made in found} <= {made.steps for made in measured_for(asked)}
+    for made in found:
+        if made.policy.kind == "uncached":
+            assert made.alignment == "none"
+            assert uncached_ms(made.steps) <= aim * (1 + NEGLIGIBLE) * (1 + 1e-9)
+        else:
+            assert made.alignment == "history"
+            assert made.policy.value == pytest.approx(uncached_ms(made.steps) / aim)
+            assert affordable(COSTS, made.steps, made.policy.value) > 0, "within reach"
+
+
+def test_a_speed_up_out_of_reach_says_so():
+    """Two blocks that cost next to nothing: only fewer steps help, and 5.5 of 11 is 6."""
+    costs = Costs(np.array([1e-6]), trunk_ms=3.0, prompt_ms=0.0)
+    with pytest.raises(ConfigError) as caught:
+        candidates(preset(11, 2), costs)
+    assert str(caught.value) == (
+        "A speed-up of 2 is out of reach with 6 steps or more. Ask for less, or for more steps."
+    )
+
+
+def test_the_distance_is_relative_and_a_mean_over_images():
+    full = np.array([[3.0, 4.0], [0.0, 2.0]], np.float32)
+    made = np.array([[3.0, 3.0], [0.0, 2.0]], np.float32)
+    assert mean_distance(made, full) == pytest.approx((1 / 5 + 0) / 2)
+
+
+def test_only_the_winner_would_be_trained():
+    tried = candidates(preset(20, 1.5, "history-distil"), COSTS)
+    assert {made.alignment for made in tried} <= {"history", "none"}
+    assert {made.alignment for made in candidates(preset(20, 1.5, "distil"), COSTS)} <= {
+        "least-squares", "none",
+    }  # fmt: skip
+
+
+def test_no_stage_takes_the_noise_of_a_trial():
+    options, trial = CalibrationOptions(), TrialOptions()
+    trained = options.distillation
+    others = [
+        range(options.profile.seeds),
+        range(options.sensitivity.seed, options.sensitivity.seed + 1),
+        range(options.residuals.seed, options.residuals.seed + options.residuals.images),
+        range(options.alignment.seed, options.alignment.seed + options.alignment.images),
+        range(trained.seed, trained.seed + trained.iterations * trained.images_at_once),
+    ]
+    taken = set().union(*others)
+    assert not taken & set(range(trial.seed, trial.seed + trial.images))
+
+
+def test_a_trial_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="at least one image to compare on, got 0"):
+        TrialOptions(images=0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_nearest_candidate_is_kept_and_the_others_are_reported(
+    tiny_models, conditions_of, tmp_path, monkeypatch, precision
+):
+    profiled = []
+
+    def measure(model, tables, *rest, **named):
+        profiled.append(len(tables.timesteps))
+        return measure_change(model, tables, *rest, **named)
+
+    monkeypatch.setattr(measurements, "measure_change", measure)
+    model = tiny_models("one-level")
+    model = dataclasses.replace(model, unet=copy.deepcopy(model.unet))  # weights are rounded
+    calibration = Calibration(conditions_of(model, 2), conditions_of(model, 1, seed=5))
+    options = CompileOptions(
+        presets=(PresetOptions.parse("dpm:4:j1.2:history"), PresetOptions.parse("dpm:4")),
+        export=ExportOptions(precision=precision),
+        calibration=CalibrationOptions(
+            guidance_scale=3.0,
+            profile=ProfileOptions(prompts=2, seeds=1),
+            sensitivity=SensitivityOptions(images=1),
+            residuals=ResidualOptions(images=1),
+            alignment=AlignmentOptions(images=2),
+            trial=TrialOptions(images=2),
+        ),
+    )
+    bundle = compile_model(model, tmp_path / "b", options, calibration)
+    policy = bundle.preset("dpm-4-j1.2-history").policy
+    assert (policy["kind"], policy["value"], policy["of_steps"]) == ("joint", 1.2, 4)
+    assert policy["costs"] == "FLOPs"
+    tried = {int(steps): distance for steps, distance in policy["tried"].items()}
+    assert tried, "at least one was within reach"
+    kept = bundle.preset("dpm-4-j1.2-history").schedule.steps
+    assert tried[kept] == min(tried.values())
+    assert set(tried) <= set(step_counts(4, 1.2))
+    cached = not bundle.preset("dpm-4-j1.2-history").schedule.recompute.all()
+    assert profiled == [kept] * cached, "the winner alone"
+    assert bundle.preset("dpm-4-j1.2-history").replaced_steps == 4
+    assert not any(
+        name.startswith(".stages") or "-steps-" in name for name in bundle.manifest.files
+    )
+    again = compile_model(model, tmp_path / "b", options, calibration)
+    assert again.preset("dpm-4-j1.2-history").policy == policy

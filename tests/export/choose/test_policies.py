@@ -1,0 +1,305 @@
+"""Policies: their texts, and the schedules they stand for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from blockcache.export.choose import policies
+from blockcache.export.choose.policies import (
+    KINDS,
+    UNCACHED,
+    Measured,
+    Policy,
+    affordable,
+    predicted_loss,
+)
+from blockcache.export.choose.schedule import budget, least_loss, threshold
+from blockcache.export.costs.timings import Costs
+from blockcache.runtime import ConfigError
+
+TABLE = {
+    "0.5": Policy("threshold", 0.5),
+    "d0.5": Policy("threshold", 0.5),
+    "t1.5": Policy("threshold-speedup", 1.5),
+    "x1.5": Policy("budget", 1.5),
+    "ms250": Policy("latency", 250),
+    "j1.5": Policy("joint", 1.5),
+    "c1.5": Policy("change-budget", 1.5),
+    "every3": Policy("interval", 3),
+    "deepcache3": Policy("deepcache", 3),
+    "smooth0.1": Policy("smoothcache", 0.1),
+    "FILE.json": Policy("table", file=Path("FILE.json")),
+}
+
+
+@pytest.mark.parametrize(("text", "policy"), TABLE.items())
+def test_the_texts_are_read(text, policy):
+    assert Policy.parse(text) == policy
+    assert f"``{text}``" in (policies.__doc__ or ""), "and documented"
+
+
+def test_every_kind_has_a_text():
+    assert {policy.kind for policy in TABLE.values()} | {"uncached"} == set(KINDS)
+
+
+NUMBERS = ["1", "1.", "10.25", "1e2", "1e+2", "1.5e0", "100e-2"]
+
+
+@pytest.mark.parametrize("number", [*NUMBERS, ".5"])
+def test_a_number_is_read_as_python_reads_it(number):
+    assert Policy.parse(number).value == float(number)
+
+
+SPEEDUPS = ("threshold-speedup", "budget", "change-budget")
+numbers = st.floats(1, 1e12).map(lambda value: float(f"{value:g}"))
+named = st.one_of(
+    st.builds(
+        Policy,
+        st.sampled_from(["threshold", "smoothcache", "joint", "latency", *SPEEDUPS]),
+        numbers,
+    ),
+    st.builds(Policy, st.sampled_from(["threshold", "smoothcache"]), numbers.map(lambda v: 1 / v))
+    .map(lambda policy: Policy(policy.kind, float(f"{policy.value:g}"))),
+    st.builds(Policy, st.sampled_from(["interval", "deepcache"]), st.integers(1, 999)),
+)  # fmt: skip
+
+
+@given(named)
+def test_the_short_name_reads_back_as_the_policy(policy):
+    """Of values with six digits; a name has no more."""
+    assert Policy.parse(policy.text) == policy
+
+
+def test_different_kinds_with_the_same_value_have_different_names():
+    made = [Policy(kind, 2) for kind in KINDS if kind not in ("uncached", "table")]
+    assert len({policy.text for policy in [*made, UNCACHED]}) == len(made) + 1
+
+
+def test_a_table_is_named_after_its_file():
+    assert Policy.parse("/some/where/my best (2).json").text == "my-best--2-"
+
+
+UNREADABLE = [
+    "",
+    "x",
+    "-1",
+    "d-1",
+    "half",
+    "speed2",
+    "1.2.3",
+    ".",
+    "x1,5",
+    "0.5 ",
+    "nan",
+    "inf",
+    "٣",
+]
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
+def test_a_text_that_is_no_policy_shows_examples(text):
+    with pytest.raises(ConfigError) as caught:
+        Policy.parse(text)
+    assert str(caught.value) == (
+        f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), ms250 (latency), "
+        f"every3, deepcache3, smooth0.1 or FILE.json, got {text!r}."
+    )
+
+
+OUT_OF_RANGE = {
+    "x0.5": "number of 1 or more for the policy 'budget', got 0.5",
+    "c0": "number of 1 or more for the policy 'change-budget', got 0",
+    "every0": "whole number of 1 or more for the policy 'interval', got 0",
+    "every2.5": "whole number of 1 or more for the policy 'interval', got 2.5",
+    "deepcache1.2": "whole number of 1 or more for the policy 'deepcache', got 1.2",
+    "1e999": "number of 0 or more for the policy 'threshold', got inf",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), OUT_OF_RANGE.items())
+def test_a_value_out_of_range_is_refused(text, expected):
+    with pytest.raises(ConfigError) as caught:
+        Policy.parse(text)
+    assert str(caught.value) == f"Expected a {expected}."
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan")])
+def test_a_threshold_that_is_negative_or_no_number_is_refused(value):
+    with pytest.raises(ConfigError, match="Expected a number of 0 or more"):
+        Policy("threshold", value)
+
+
+def test_a_kind_that_is_none_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        Policy("random", 1)
+    assert str(caught.value) == f"Expected a policy of {KINDS}, got 'random'."
+
+
+@pytest.mark.parametrize("policy", [("table", 0.0, None), ("threshold", 0.5, Path("t.json"))])
+def test_a_table_and_only_a_table_has_a_file(policy):
+    with pytest.raises(ConfigError, match="A table, and only a table, is read from a file; got"):
+        Policy(*policy)
+
+
+# -- schedules -------------------------------------------------------------------------------------
+
+CHANGE = np.array(
+    [[0.0, 0.0, 0.0], [0.1, 0.5, 0.2], [0.2, 0.1, 0.3], [0.4, 0.3, 0.1], [0.1, 0.2, 0.1],
+     [0.3, 0.6, 0.4]]
+)  # fmt: skip
+SENSITIVITY = np.array(
+    [[0.0, 0.0, 0.0], [0.5, 0.1, 0.2], [0.4, 0.1, 0.1], [0.6, 0.1, 0.1], [0.2, 0.2, 0.3],
+     [0.1, 0.1, 0.3]]
+)  # fmt: skip
+RESIDUALS = np.array(
+    [[[1 + 0.5 * k * (s - a - 1) if a < s else 0.0 for a in range(6)] for s in range(6)]
+     for k in range(3)]
+)  # fmt: skip
+COSTS = Costs(np.array([1.5, 4.0, 2.0]), trunk_ms=3.0, prompt_ms=1.0)
+PATHS = ["down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0"]
+FACTS = Measured(6, PATHS, COSTS, CHANGE, SENSITIVITY, RESIDUALS)
+
+
+def recompute(text, facts=FACTS):
+    return Policy.parse(text).schedule(facts).recompute
+
+
+def test_the_policies_that_need_no_measurement_make_their_tables_without_one(tmp_path):
+    bare = Measured(6, PATHS, COSTS)
+    assert UNCACHED.schedule(bare).recompute.shape == (6, 3)
+    assert UNCACHED.schedule(bare).recompute.all()
+    assert recompute("every4", bare).astype(int).T.tolist() == [[1, 0, 0, 0, 1, 0]] * 3
+    assert recompute("deepcache4", bare).astype(int).sum(axis=0).tolist() == [6, 2, 6]
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps([[1, 1, 1]] + [[0, 1, 0]] * 5))
+    assert recompute(str(file), bare).astype(int).sum(axis=0).tolist() == [1, 6, 1]
+    texts = ["every4", "deepcache4", str(file)]
+    assert not any(Policy.parse(text).measured for text in texts)
+
+
+def test_a_threshold_is_eq_7():
+    np.testing.assert_array_equal(recompute("0.4"), threshold(CHANGE, 0.4).recompute)
+    assert Policy.parse("0.4").measured
+    assert not Policy.parse("0.4").weighted
+
+
+def test_smoothcache_reuses_where_the_mean_change_is_small():
+    assert recompute("smooth0.4").all(axis=1).astype(int).tolist() == [1, 0, 1, 0, 1, 1]
+
+
+def test_a_budget_is_the_least_predicted_loss_and_a_change_budget_the_least_change():
+    spend = affordable(COSTS, 6, 1.4)
+    loss = predicted_loss(SENSITIVITY, RESIDUALS)
+    np.testing.assert_array_equal(
+        recompute("c1.4"), budget(CHANGE, COSTS.block_ms, spend).recompute
+    )
+    np.testing.assert_array_equal(
+        recompute("x1.4"), least_loss(loss, COSTS.block_ms, spend).recompute
+    )
+    assert (recompute("x1.4") != recompute("c1.4")).any()
+    assert Policy.parse("x1.4").weighted
+    assert not Policy.parse("c1.4").weighted
+
+
+def test_the_predicted_loss_is_the_sensitivity_where_the_step_before_is_reused():
+    loss = predicted_loss(SENSITIVITY, RESIDUALS)
+    for step in range(1, 6):
+        np.testing.assert_array_equal(loss[:, step, step - 1], SENSITIVITY[step])
+    assert loss[2, 4, 1] == pytest.approx(SENSITIVITY[4, 2] * 3.0)
+
+
+def test_the_predicted_loss_of_history_knows_the_step_before():
+    paired = RESIDUALS[..., None] * np.arange(1, 7)
+    loss = predicted_loss(SENSITIVITY, paired)
+    assert loss.shape == (3, 6, 6, 6)
+    assert loss[1, 3, 2, 1] == pytest.approx(2 * SENSITIVITY[3, 1])
+
+
+tables = hnp.arrays(
+    np.float64, st.tuples(st.integers(1, 8), st.integers(1, 4)), elements=st.floats(0, 10)
+)
+times = st.floats(0.01, 100)
+
+
+@st.composite
+def measured(draw):
+    """Random measurements, and a speed-up within reach."""
+    change = draw(tables)
+    change[0] = 0.0
+    steps, blocks = change.shape
+    costs = Costs(
+        np.array(draw(st.lists(times, min_size=blocks, max_size=blocks))),
+        draw(st.floats(0, 100)), draw(st.floats(0, 100)),
+    )  # fmt: skip
+    uncached = costs.image_ms(np.ones((steps, blocks), np.bool_))
+    largest = uncached / (uncached - (steps - 1) * costs.block_ms.sum())
+    speedup = 1 + draw(st.floats(0, 0.999)) * (largest - 1)
+    return Measured(steps, PATHS[:1] * blocks, costs, change), uncached, speedup
+
+
+@given(measured(), st.sampled_from(SPEEDUPS), st.data())
+def test_a_budget_is_as_fast_as_was_asked_for(made, kind, data):
+    facts, uncached, speedup = made
+    sensitivity = data.draw(hnp.arrays(np.float64, facts.change.shape, elements=st.floats(0, 10)))
+    steps, blocks = facts.change.shape
+    shape = (blocks, *[steps] * data.draw(st.integers(2, 3)))
+    residuals = data.draw(hnp.arrays(np.float64, shape, elements=st.floats(0, 10)))
+    facts = Measured(steps, facts.paths, facts.costs, facts.change, sensitivity, residuals)
+    schedule = Policy(kind, speedup).schedule(facts)
+    # Sums in another order: some units in the last place.
+    assert facts.costs.image_ms(schedule.recompute) <= uncached / speedup * (1 + 1e-9)
+    if kind == "budget":
+        latency = Policy("latency", uncached / speedup * (1 + 1e-12)).schedule(facts)
+        assert facts.costs.image_ms(latency.recompute) <= uncached / speedup * (1 + 1e-9)
+
+
+@given(measured())
+def test_a_speed_up_of_1_affords_everything(made):
+    facts, _, _ = made
+    everything = facts.steps * facts.costs.block_ms.sum()
+    assert affordable(facts.costs, facts.steps, 1) == pytest.approx(everything, rel=1e-9)
+    changing = np.ones((facts.steps, len(facts.paths)))
+    alike = Measured(facts.steps, facts.paths, facts.costs, changing)
+    assert Policy("change-budget", 1).schedule(alike).recompute.all()
+
+
+def test_a_speed_up_out_of_reach_says_what_is_within():
+    """uncached 1 + 6 * (3 + 7.5) = 64; at least 1 + 6 * 3 + 7.5 = 26.5; 64 / 26.5 = 2.4151."""
+    with pytest.raises(ConfigError) as caught:
+        recompute("x2.416")
+    assert str(caught.value) == (
+        "A speed-up of 2.416 is out of reach: the trunk always runs, and every block at step 0. "
+        "Expected at most 2.415."
+    )
+    assert recompute("x2.415").sum() == 3
+
+
+def test_a_latency_is_a_budget_in_milliseconds():
+    """uncached 1 + 6 * (3 + 7.5) = 64 ms."""
+    np.testing.assert_array_equal(recompute("ms40"), recompute("x1.6"))
+    policy = Policy.parse("ms40")
+    assert policy.measured
+    assert policy.weighted
+    assert policy.timed
+    assert not Policy.parse("x1.6").timed
+    loss = predicted_loss(SENSITIVITY, RESIDUALS)
+    everything = least_loss(loss, COSTS.block_ms, 6 * COSTS.block_ms.sum())
+    np.testing.assert_array_equal(recompute("ms1000"), everything.recompute)
+
+
+def test_a_latency_out_of_reach_says_what_is_within():
+    """At least 1 + 6 * 3 + 7.5 = 26.5."""
+    with pytest.raises(ConfigError) as caught:
+        recompute("ms26.4")
+    assert str(caught.value) == (
+        "26.4 ms an image are out of reach: the trunk always runs, and every block at step 0. "
+        "Expected 26.5 ms or more, or fewer steps."
+    )
+    assert recompute("ms26.5").sum() == 3

@@ -1,0 +1,150 @@
+"""What a preset is asked to be: the text, its parts, its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockcache.export.choose.policies import Policy
+from blockcache.export.choose.preset import ALIGNMENTS, SOLVERS, PresetOptions
+from blockcache.runtime import Alignment, ConfigError, Schedule
+from blockcache.runtime.plan import Preset
+
+pytest.importorskip("torch")
+pytest.importorskip("onnx_ir")
+from blockcache.export.costs.roofline import gpu
+from blockcache.export.costs.timings import Timings
+from blockcache.export.graph.to_onnx import ExportOptions
+from blockcache.export.pipeline import CompileOptions
+
+READ = {
+    "ddim:4": PresetOptions(solver="ddim", steps=4, name="ddim-4"),
+    "dpm:20:0.5": PresetOptions(
+        solver="dpm", steps=20, policy=Policy("threshold", 0.5), name="dpm-20-d0.5"
+    ),
+    "euler:30:x1.5:history": PresetOptions(
+        solver="euler",
+        steps=30,
+        policy=Policy("budget", 1.5),
+        alignment="history",
+        name="euler-30-x1.5-history",
+    ),
+    "dpm:20:every3:none": PresetOptions(
+        solver="dpm", steps=20, policy=Policy("interval", 3), name="dpm-20-every3"
+    ),
+    "dpm:2:my table.json:distil": PresetOptions(
+        solver="dpm",
+        steps=2,
+        policy=Policy("table", file=Path("my table.json")),
+        alignment="distil",
+        name="dpm-2-my-table-distil",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "preset"), READ.items())
+def test_a_preset_is_read_from_the_command_line(text, preset):
+    assert PresetOptions.parse(text) == preset
+
+
+@pytest.mark.parametrize(
+    "text", ["", "dpm", "dpm:x", "dpm:2.5", "dpm:-3", "dpm:²", "dpm:20:0.5:history:1"]
+)
+def test_a_preset_that_cannot_be_read_shows_the_form(text):
+    with pytest.raises(ConfigError) as caught:
+        PresetOptions.parse(text)
+    assert str(caught.value) == (
+        f"Expected a preset SOLVER:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5 or "
+        f"dpm:20:x1.5:history, got {text!r}."
+    )
+
+
+REFUSED = {
+    "heun:20": "Expected a solver of ('dpm', 'ddim', 'euler'), got 'heun'.",
+    "dpm:0": "Expected steps of 1 or more, got 0.",
+    "dpm:20:0.5:1": "Expected an alignment of none, least-squares, distil, history, "
+    "history-distil, got '1'.",
+    "dpm:20:ms0": "Expected a number of milliseconds above 0, got 0.",
+    "dpm:20::history": "Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), ms250 "
+    "(latency), every3, deepcache3, smooth0.1 or FILE.json, got ''.",
+}
+
+
+@pytest.mark.parametrize(("text", "error"), REFUSED.items())
+def test_a_preset_out_of_range_is_refused(text, error):
+    with pytest.raises(ConfigError) as caught:
+        PresetOptions.parse(text)
+    assert str(caught.value) == error
+
+
+def test_an_uncached_preset_has_nothing_to_align():
+    with pytest.raises(ConfigError) as caught:
+        PresetOptions(solver="dpm", steps=20, alignment="history")
+    assert str(caught.value) == "An uncached preset reuses nothing that could be aligned."
+
+
+CALIBRATED = {
+    "dpm:20": False,
+    "dpm:20:every3": False,
+    "dpm:20:deepcache3": False,
+    "dpm:20:t.json": False,
+    "dpm:20:0.5": True,
+    "dpm:20:x1.5": True,
+    "dpm:20:c1.5": True,
+    "dpm:20:smooth0.1": True,
+    "dpm:20:every3:least-squares": True,
+}
+
+
+@pytest.mark.parametrize(("text", "calibrated"), CALIBRATED.items())
+def test_prompts_are_needed_to_measure_or_to_align(text, calibrated):
+    assert PresetOptions.parse(text).calibrated is calibrated
+
+
+policies = st.one_of(
+    st.builds(Policy, st.just("threshold"), st.floats(0, 1e9)),
+    st.builds(Policy, st.sampled_from(["budget", "change-budget"]), st.floats(1, 1e9)),
+    st.builds(Policy, st.sampled_from(["interval", "deepcache"]), st.integers(1, 50)),
+    st.builds(Policy, st.just("smoothcache"), st.floats(0, 1e-9)),
+    st.text(min_size=1).map(lambda name: Policy("table", file=Path(f"{name}.json"))),
+)
+
+
+@given(st.sampled_from(SOLVERS), policies, st.sampled_from(list(ALIGNMENTS)))
+def test_the_name_made_for_a_preset_is_a_name_that_presets_may_have(solver, policy, alignment):
+    made = PresetOptions(solver=solver, steps=1, policy=policy, alignment=alignment)
+    Preset(made.name, {}, Schedule.uncached(1, 1), Alignment.identity(1, (4,)), {})
+
+
+@pytest.mark.parametrize("presets", [(), ("ddim:4", "ddim:4")])
+def test_presets_need_different_names(presets):
+    with pytest.raises(ConfigError, match="Expected presets with different names, got"):
+        CompileOptions(presets=tuple(PresetOptions.parse(text) for text in presets))
+
+
+def test_a_preset_with_history_makes_segments_that_combine_two_outputs():
+    plain, history = (PresetOptions.parse(f"dpm:2:every2{end}") for end in ("", ":history"))
+    assert CompileOptions(presets=(plain,)).export.outputs == 1
+    asked = CompileOptions(presets=(plain, history), export=ExportOptions(precision="bfloat16"))
+    assert asked.export == ExportOptions(precision="bfloat16", outputs=2)
+
+
+def test_export_options_are_checked():
+    with pytest.raises(ConfigError, match=r"Expected a precision of .*, got 'int8'"):
+        ExportOptions(precision="int8")
+    with pytest.raises(ConfigError, match="A reuse combines 1 or 2 computed outputs; got 3"):
+        ExportOptions(outputs=3)
+
+
+def test_a_latency_needs_times_and_one_source_of_them():
+    latency = PresetOptions.parse("dpm:20:ms250:history")
+    assert latency.name == "dpm-20-ms250-history"
+    with pytest.raises(ConfigError, match=r"needs times\. Give measured ones"):
+        CompileOptions(presets=(latency,))
+    times = Timings("trt", "", {}, {"trunk_00": 1.0})
+    with pytest.raises(ConfigError, match=r"measured timings \(--timings\) or a GPU .*got both"):
+        CompileOptions(presets=(latency,), timings=times, processor=gpu("a100"))
+    assert CompileOptions(presets=(latency,), timings=times).export.outputs == 2

@@ -1,0 +1,122 @@
+"""Sensitivity: against its definition where that is affordable, and its edges."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from blockcache.export.measure.calibration import Calibration, calibration_noise  # noqa: E402
+from blockcache.export.measure.sensitivity import SensitivityOptions, measure_sensitivity  # noqa: E402
+from blockcache.export.unet.cached_unet import CachedUNet, denoise  # noqa: E402
+from blockcache.runtime import ConfigError, Schedule  # noqa: E402
+from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
+
+STEPS, SCALE = 3, 3.0
+OPTIONS = SensitivityOptions(images=2)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models):
+    return tiny_models("one-level")
+
+
+@pytest.fixture(scope="module")
+def calibration(model, conditions_of):
+    return Calibration(conditions_of(model, 4), conditions_of(model, 1, seed=5))
+
+
+@pytest.fixture(scope="module")
+def tables(model):
+    return solver_tables(SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=STEPS))
+
+
+def silenced(model, blocks):
+    """A copy of the model in which some blocks put out 0 at every step."""
+    made = dataclasses.replace(model, unet=copy.deepcopy(model.unet))
+    for k in blocks:
+        projection = made.unet.get_submodule(made.blocks[k].path).proj_out
+        torch.nn.init.zeros_(projection.weight)
+        torch.nn.init.zeros_(projection.bias)
+    return made
+
+
+def by_definition(model, tables, calibration, step, block):
+    """Relative distance of the final latents when one block is reused at one step.
+
+    Of the images that the measurement takes: prompts 0 and 2 of four, spread evenly.
+    """
+    recompute = np.ones((STEPS, len(model.blocks)), np.bool_)
+    uncached = Schedule(recompute)
+    recompute[step, block] = False
+    noise = calibration_noise(model, [(0, OPTIONS.seed), (2, OPTIONS.seed)])
+    conditions = calibration.pick([0, 2], guided=True)
+    with CachedUNet(model) as cached:
+        ours, reference = (
+            denoise(cached, tables, schedule, None, noise, conditions, SCALE).double()
+            for schedule in (Schedule(recompute), uncached)
+        )
+    return float((ours - reference).norm() / reference.norm())
+
+
+@pytest.fixture(scope="module")
+def measured(model, tables, calibration):
+    """(The sensitivity of the whole model, the progress reported.)"""
+    heard = []
+    made = measure_sensitivity(
+        model, tables, calibration, SCALE, OPTIONS,
+        progress=lambda done, total: heard.append((done, total)),
+    )  # fmt: skip
+    return made, heard
+
+
+def test_every_block_has_a_sensitivity_at_every_step_but_the_first(measured, model):
+    made, heard = measured
+    assert made.dtype == np.float32
+    assert made.shape == (STEPS, len(model.blocks))
+    assert not made[0].any()
+    assert np.isfinite(made).all()
+    assert (made[1:] > 0).all()
+    assert heard == [(step, STEPS) for step in range(2, STEPS + 1)]
+
+
+def test_at_the_last_step_it_is_the_definition(measured, model, tables, calibration):
+    """No step follows over which the blocks would share a gain."""
+    for k in range(len(model.blocks)):
+        expected = by_definition(model, tables, calibration, STEPS - 1, k)
+        assert measured[0][-1, k] == pytest.approx(expected, rel=1e-3)
+
+
+def test_of_one_block_alone_it_is_the_definition_at_every_step(model, tables, calibration):
+    """The blocks of a step share a gain: where one of them errs, it is that one's own."""
+    chosen = 1
+    others = [k for k in range(len(model.blocks)) if k != chosen]
+    alone = silenced(model, others)
+    made = measure_sensitivity(alone, tables, calibration, SCALE, OPTIONS)
+    for step in range(1, STEPS):
+        expected = by_definition(alone, tables, calibration, step, chosen)
+        assert made[step, chosen] == pytest.approx(expected, rel=1e-3)
+        assert not made[step, others].any()
+
+
+def test_it_is_the_same_every_time(measured, model, tables, calibration):
+    again = measure_sensitivity(model, tables, calibration, SCALE, OPTIONS)
+    np.testing.assert_array_equal(again, measured[0])
+
+
+def test_the_shared_gain_is_a_fair_estimate(measured, model, tables, calibration):
+    """A single reuse, carried to the end by itself, comes out within a factor of two."""
+    for k in range(len(model.blocks)):
+        expected = by_definition(model, tables, calibration, 1, k)
+        assert 0.5 < measured[0][1, k] / expected < 2
+
+
+def test_at_least_one_image():
+    with pytest.raises(ConfigError) as caught:
+        SensitivityOptions(images=0)
+    assert str(caught.value) == "Expected at least one image, got 0."

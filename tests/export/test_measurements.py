@@ -1,0 +1,317 @@
+"""Measured presets, whole: compiled, resumed, refused, and run by the runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from copy import deepcopy
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("onnxruntime")
+
+from blockcache.export import measurements, pipeline  # noqa: E402
+from blockcache.export.align.distil import DistillationOptions  # noqa: E402
+from blockcache.export.align.fit import AlignmentOptions  # noqa: E402
+from blockcache.export.choose.preset import PresetOptions  # noqa: E402
+from blockcache.export.costs.roofline import gpu, predict  # noqa: E402
+from blockcache.export.costs.timings import Timings  # noqa: E402
+from blockcache.export.graph.to_onnx import ExportOptions  # noqa: E402
+from blockcache.export.measure.calibration import Calibration  # noqa: E402
+from blockcache.export.measure.change import ProfileOptions  # noqa: E402
+from blockcache.export.measure.residuals import ResidualOptions  # noqa: E402
+from blockcache.export.measure.sensitivity import SensitivityOptions  # noqa: E402
+from blockcache.export.measurements import CalibrationOptions  # noqa: E402
+from blockcache.export.pipeline import CompileOptions, compile_model  # noqa: E402
+from blockcache.export.unet.cached_unet import CachedUNet, denoise  # noqa: E402
+from blockcache.runtime import Bundle, ConfigError, Session  # noqa: E402
+from blockcache.runtime.bundle import read_tensors  # noqa: E402
+from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
+
+CALIBRATION = CalibrationOptions(
+    guidance_scale=3.0,
+    profile=ProfileOptions(prompts=2, seeds=1, images_at_once=2),
+    sensitivity=SensitivityOptions(images=1),
+    residuals=ResidualOptions(images=1),
+    alignment=AlignmentOptions(images=2),
+    distillation=DistillationOptions(iterations=1, images_at_once=1),
+)
+BUDGET = "dpm:4:x1.1:history"
+STAGES = (
+    "measure_change",
+    "measure_sensitivity",
+    "measure_residuals",
+    "fit_alignment",
+    "distil",
+    "judge_alignment",
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models):
+    return tiny_models("sd")
+
+
+@pytest.fixture(scope="module")
+def calibration(model, conditions_of):
+    return Calibration(conditions_of(model, 2), conditions_of(model, 1, seed=5))
+
+
+def options(*presets, **changes):
+    """Segments that combine two outputs, whether a preset asks for them or not: one export."""
+    return CompileOptions(
+        presets=tuple(PresetOptions.parse(text) for text in presets),
+        export=ExportOptions(outputs=2),
+        calibration=dataclasses.replace(CALIBRATION, **changes),
+    )
+
+
+@pytest.fixture(scope="module")
+def calls(compiled):
+    """Names of the measurements that ran; the export copies segments made before."""
+    made = []
+    _, source = compiled("sd", 2)
+
+    def export(model, folder, options, entered):
+        shutil.copytree(source.folder / "segments", folder, dirs_exist_ok=True)
+        return source.segments
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            made.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "export_segments", export)
+        for name in STAGES:
+            function = getattr(measurements, name)
+            patch.setattr(measurements, name, counted(name, function))
+        yield made
+
+
+@pytest.fixture(scope="module")
+def made(model, calibration, calls, tmp_path_factory):
+    """(The bundle of the budget preset with history, the measurements it took, the progress)."""
+    calls.clear()
+    heard = []
+    bundle = compile_model(
+        model, tmp_path_factory.mktemp("budget") / "b", options(BUDGET), calibration,
+        lambda *progress: heard.append(progress),
+    )  # fmt: skip
+    return bundle, list(calls), heard
+
+
+@pytest.fixture
+def copy(made, tmp_path, calls):
+    """The folder of a private copy of the bundle; nothing has been called yet."""
+    shutil.copytree(made[0].folder, tmp_path / "b")
+    calls.clear()
+    return tmp_path / "b"
+
+
+def relative(ours, reference):
+    return float(np.abs(ours - reference).max() / np.abs(reference).max())
+
+
+def test_a_latency_on_a_gpu_that_is_not_at_hand(made, copy, model, calibration, calls):
+    """The budget counts in the milliseconds that the roofline predicts."""
+    bundle = made[0]
+    sizes = {**bundle.model.sizes, "batch": 2}  # guidance
+    costs = predict(bundle.segments, bundle.folder / "segments", gpu("a100"), sizes).costs(
+        bundle.segments
+    )
+    within = costs.image_ms(np.ones((4, len(costs.block_ms)), np.bool_)) / 1.2
+    preset = PresetOptions.parse(f"dpm:4:ms{within:.4f}:history")
+    wanted = dataclasses.replace(options(BUDGET), presets=(preset,), processor=gpu("a100"))
+    made_for_it = compile_model(model, copy, wanted, calibration).preset(preset.name)
+    assert made_for_it.policy["costs"] == "a100, roofline"
+    schedule = made_for_it.schedule
+    assert 0.9 * within < costs.image_ms(schedule.recompute) <= within * 1.001
+    assert schedule.computed_fraction(costs.block_ms) < 1
+    assert calls == ["fit_alignment"]
+
+    two_images = Timings("trt", "", {**sizes, "batch": 4}, {"trunk_00": 1.0})
+    wrong = dataclasses.replace(wanted, processor=None, timings=two_images)
+    with pytest.raises(
+        ConfigError, match=r"dpm-4-ms.*needs times of one image, at .* Measure with --images"
+    ):
+        compile_model(model, copy, wrong, calibration)
+
+
+def test_a_budget_preset_with_history_measures_once_and_says_so(made):
+    bundle, called, heard = made
+    assert called == ["measure_change", "measure_sensitivity", "measure_residuals", "fit_alignment"]
+    preset = bundle.preset("dpm-4-x1.1-history")
+    assert 0 < preset.schedule.computed_fraction() < 1
+    assert preset.alignment.outputs == bundle.model.outputs == 2
+    policy = dict(preset.policy)
+    assert policy.pop("profile") in bundle.manifest.files
+    assert policy == {
+        "kind": "budget",
+        "value": 1.1,
+        "costs": "FLOPs",
+        "images": 2,
+        "alignment": "history",
+        "alignment_report": "profiles/dpm-4-x1.1-history-alignment.safetensors",
+    }
+    stages = list(dict.fromkeys(stage for stage, _, _ in heard))
+    assert stages == [
+        "profile dpm-4", "sensitivity dpm-4", "residuals dpm-4", "export", "presets", "align dpm-4",
+    ]  # fmt: skip
+    for stage in stages:
+        done = [(count, total) for name, count, total in heard if name == stage]
+        assert done == sorted(done)
+        assert done[-1][0] == done[-1][1]
+
+
+def test_the_report_of_the_alignment_is_a_file_of_the_bundle(made):
+    bundle, _, _ = made
+    preset = bundle.preset("dpm-4-x1.1-history")
+    name = preset.policy["alignment_report"]
+    assert name in Bundle.open(bundle.folder).manifest.files, "verified by its hash"
+    report = read_tensors(bundle.folder / name)
+    reused = ~preset.schedule.recompute
+    for errors in (report["before"], report["after"]):
+        assert (errors[reused] > 0).all()
+        assert not errors[~reused].any()
+    assert report["after"].sum() < report["before"].sum()
+    for k, table in enumerate(preset.alignment.tables):
+        np.testing.assert_array_equal(report[f"table_{k}"], table)
+
+
+def test_the_runtime_runs_what_was_calibrated(made, model, conditions_of):
+    bundle, _, _ = made
+    session = Session.open(bundle, preset="dpm-4-x1.1-history", verify=False)
+    preset = session.preset
+    positive, negative = conditions_of(model, 2, seed=1), conditions_of(model, 1, seed=2)
+    noise = session.noise([0, 1])
+    ours = session.denoise(noise, *(side["encoder_hidden_states"] for side in (positive, negative)))
+    picked = Calibration(positive, negative).pick([0, 1], guided=True)
+    tables = solver_tables(SolverConfig.from_json(preset.solver))
+    with CachedUNet(model, 2) as cached:
+        aligned, plain = (
+            denoise(
+                cached, tables, preset.schedule, alignment, torch.from_numpy(noise), picked, 3.0
+            )
+            for alignment in (preset.alignment, None)
+        )
+    assert relative(ours.latents, aligned.numpy()) <= 1e-4
+    assert relative(ours.latents, plain.numpy()) > 1e-3, "the alignment matters"
+
+
+def test_the_same_compile_again_measures_nothing(made, model, calibration, calls, copy):
+    before = (copy / "manifest.json").read_text()
+    compile_model(model, copy, options(BUDGET), calibration)
+    assert calls == []
+    assert (copy / "manifest.json").read_text() == before
+
+
+def test_a_compile_interrupted_after_the_fit_does_not_fit_again(
+    made, model, calibration, calls, copy
+):
+    before = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").unlink()
+    shutil.rmtree(copy / "presets")
+    compile_model(model, copy, options(BUDGET), calibration)
+    assert calls == []
+    assert (copy / "manifest.json").read_text() == before
+
+
+def test_a_damaged_report_is_fitted_again_and_alike(made, model, calibration, calls, copy):
+    name = "profiles/dpm-4-x1.1-history-alignment.safetensors"
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[:-1])
+    compile_model(model, copy, options(BUDGET), calibration)
+    assert calls == ["fit_alignment"]
+    assert (copy / name).read_bytes() == content
+
+
+def test_only_what_depends_on_an_option_is_measured_again(made, model, calibration, calls, copy):
+    other = options(BUDGET, sensitivity=SensitivityOptions(images=1, seed=12))
+    compile_model(model, copy, other, calibration)
+    assert [name for name in calls if name != "fit_alignment"] == ["measure_sensitivity"]
+    calls.clear()
+    compile_model(model, copy, options(BUDGET, alignment=AlignmentOptions(images=3)), calibration)
+    assert calls == ["fit_alignment"]
+
+
+def test_a_budget_with_history_over_500_steps_is_refused_at_once(model, calibration, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        compile_model(model, tmp_path / "b", options("ddim:500:x1.5:history"), calibration)
+    assert str(caught.value) == (
+        f"Preset 'ddim-500-x1.5-history': a budget with history looks at all pairs of earlier "
+        f"steps, {len(model.blocks) * 500**3:.2g} numbers for 500 steps. Take fewer steps, "
+        f"another policy (t1.5, c1.5), or the alignment least-squares."
+    )
+
+
+def test_presets_share_measurements_but_not_fits(made, model, calibration, calls, copy):
+    wanted = [BUDGET, "dpm:4:x1.2:history", "dpm:4:c1.1", "dpm:4:0.5", "dpm:4:every2:least-squares"]
+    bundle = compile_model(model, copy, options(*wanted), calibration)
+    assert calls == ["fit_alignment", "fit_alignment"]
+    plain = bundle.preset("dpm-4-every2-least-squares").alignment
+    assert plain.outputs == 2, "the segments combine two"
+    assert not any(table[:, 1].any() for table in plain.tables)
+    assert any((table[:, 0] != 1).any() for table in plain.tables)
+
+
+def test_a_distilled_preset_is_fitted_trained_and_judged(made, model, calibration, calls, copy):
+    bundle = compile_model(model, copy, options("dpm:4:every2:history-distil"), calibration)
+    assert calls == ["fit_alignment", "distil", "judge_alignment"]
+    preset = bundle.preset("dpm-4-every2-history-distil")
+    report = read_tensors(copy / preset.policy["alignment_report"])
+    assert (report["before"][1] > 0).all()
+    assert all(table[1, 0].any() for table in preset.alignment.tables)
+
+
+def test_a_fit_is_made_on_weights_as_they_are_exported(model, calibration, calls, copy):
+    """Also where the export was done by an earlier compile, and has rounded nothing in this one."""
+    source = dataclasses.replace(model, unet=deepcopy(model.unet))
+    wanted = options(BUDGET)
+    half = dataclasses.replace(wanted, export=ExportOptions(outputs=2, precision="bfloat16"))
+    compile_model(source, copy, half, calibration)
+    assert calls == ["fit_alignment"], "not the fit on float32 weights"
+    for rounded, exact in zip(source.unet.parameters(), model.unet.parameters(), strict=True):
+        assert torch.equal(rounded, exact.bfloat16().float())
+
+
+def test_a_preset_that_reuses_nothing_is_not_fitted(made, model, calibration, calls, copy):
+    bundle = compile_model(model, copy, options("dpm:4:every1:history"), calibration)
+    assert calls == []
+    assert "alignment" not in bundle.preset("dpm-4-every1-history").policy
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["ddim:2:x1.5", "ddim:2:every2:least-squares"])
+def test_prompts_are_asked_for_before_any_work(model, calls, tmp_path, text):
+    calls.clear()
+    with pytest.raises(ConfigError, match=r"is made from measurements and needs prompts"):
+        compile_model(model, tmp_path / "b", options(text))
+    assert calls == []
+
+
+def test_a_table_of_ones_own_is_refused_before_any_work(model, calibration, calls, tmp_path):
+    calls.clear()
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps([[1, 1]]))
+    with pytest.raises(ConfigError, match=r"Expected 2 rows \(steps\) of 7 zeros and ones"):
+        compile_model(model, tmp_path / "b", options("ddim:2:0.5", f"ddim:2:{path}"), calibration)
+    assert calls == []
+
+
+def test_a_table_of_ones_own_becomes_the_schedule(model, calls, tmp_path):
+    path = tmp_path / "mine.json"
+    table = [[1] * 7, [0, 1, 0, 1, 0, 1, 0]]
+    path.write_text(json.dumps(table))
+    bundle = compile_model(model, tmp_path / "b", options(f"ddim:2:{path}"))
+    made = bundle.preset("ddim-2-mine")
+    assert made.schedule.recompute.astype(int).tolist() == table
+    assert dict(made.policy) == {"kind": "table"}

@@ -1,0 +1,1 @@
+"""What reports share: plots, progress, spreads over rounds, facts about the machine."""

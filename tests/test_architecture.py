@@ -274,7 +274,7 @@ DOORS = {
          "tools/bench/"),
     ),
     "cuda": ("runtime/devices/", "tools/bench/"),
-    "polygraphy": ("tools/engine_check.py",),
+    "polygraphy": ("tools/check/segments.py",),
     "filelock": ("export/",),
     "typer": ("tools/",),
     "rich": ("tools/", "export/engines/report.py"),

@@ -16,7 +16,9 @@ from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.devices.cuda import call, device_capability, device_count
 from blockcache.runtime.devices.interop import DeviceView, host_array
 from blockcache.runtime.engines.files import read_engines, write_engines
-from blockcache.tools.engine_check import check_loop, check_segments, time_segments
+from blockcache.tools.check.loop import check_loop
+from blockcache.tools.check.segments import check_segments
+from blockcache.tools.check.times import time_segments
 
 pytestmark = [
     pytest.mark.gpu,

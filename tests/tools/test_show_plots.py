@@ -22,7 +22,7 @@ from blockcache.runtime.bundle import (
     write_text,
 )
 from blockcache.tools import cli
-from blockcache.tools.block_outputs import block_outputs
+from blockcache.tools.sources.block_outputs import block_outputs
 
 
 def show(monkeypatch, *arguments):

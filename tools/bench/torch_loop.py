@@ -196,7 +196,7 @@ def open_loop(model: str, precision: str, images: int, threads: int | None) -> T
         threads: of PyTorch on the CPU.
     """
     from blockcache.tools.bench.full_size import CONFIGS, random_source
-    from blockcache.tools.sources import load_source
+    from blockcache.tools.sources.models import load_source
 
     if threads:
         torch.set_num_threads(threads)

@@ -38,7 +38,9 @@ def check(
     Example: blockcache check sd21 --target sm80
     """
     from blockcache.runtime.bundle import Bundle
-    from blockcache.tools.engine_check import check_loop, check_segments, time_segments
+    from blockcache.tools.check.loop import check_loop
+    from blockcache.tools.check.segments import check_segments
+    from blockcache.tools.check.times import time_segments
     from blockcache.tools.report.progress import StageProgress
 
     opened = Bundle.open(bundle)

@@ -111,7 +111,8 @@ def _compile(
     """Load, encode and compile under a progress bar."""
     from blockcache.export.pipeline import compile_model
     from blockcache.tools.report.progress import StageProgress
-    from blockcache.tools.sources import calibration_for, load_source
+    from blockcache.tools.sources.models import load_source
+    from blockcache.tools.sources.prompts import calibration_for
 
     with StageProgress() as progress:
         progress("load", 0, 1)

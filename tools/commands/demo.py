@@ -65,7 +65,7 @@ def demo(
     """
     from blockcache.tools.report.plots import save_grid
     from blockcache.tools.report.progress import StageProgress
-    from blockcache.tools.sources import DemoCodec
+    from blockcache.tools.sources.codecs import DemoCodec
 
     prompts = list(prompt or PROMPTS)
     with StageProgress(quiet=as_json) as progress:
@@ -94,7 +94,8 @@ def compile_demo(
     from blockcache.export.measure.sensitivity import SensitivityOptions
     from blockcache.export.measurements import CalibrationOptions
     from blockcache.export.pipeline import CompileOptions, compile_model
-    from blockcache.tools.sources import DEMO, calibration_for, load_source
+    from blockcache.tools.sources.models import DEMO, load_source
+    from blockcache.tools.sources.prompts import calibration_for
 
     progress("load", 0, 1)
     source, calibration = load_source(DEMO), calibration_for(DEMO, None, None)
@@ -137,7 +138,7 @@ def run_presets(
     import numpy as np
 
     from blockcache.runtime import Session
-    from blockcache.tools.sources import DemoCodec
+    from blockcache.tools.sources.codecs import DemoCodec
 
     codec = DemoCodec()
     positive = codec.encode(prompts)["encoder_hidden_states"]

@@ -114,7 +114,7 @@ def _subject(
     """What to draw, from the options."""
     from blockcache.runtime import ConfigError
     from blockcache.tools.evaluation import subject
-    from blockcache.tools.sources import DEMO
+    from blockcache.tools.sources.models import DEMO
 
     if embeddings is not None:
         return subject.embeddings_subject(embeddings, images)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from blockcache.runtime import Bundle
-    from blockcache.tools.sources import Codec
+    from blockcache.tools.sources.codecs import Codec
 
 
 def run(
@@ -82,7 +82,8 @@ def run(
 def _codec(bundle: Bundle, model: str | None, embeddings: Path | None, out: Path) -> Codec | None:
     """Text encoder and VAE; None where the request needs neither."""
     from blockcache.runtime import ConfigError
-    from blockcache.tools.sources import DEMO, codec_for
+    from blockcache.tools.sources.codecs import codec_for
+    from blockcache.tools.sources.models import DEMO
 
     if out.suffix not in (".png", ".npy"):
         raise ConfigError(f"Expected --out FILE.png or FILE.npy, got {out}.")

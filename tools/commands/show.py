@@ -105,9 +105,10 @@ def _plot_alignment(bundle: Bundle, preset: str, file: Path) -> None:
 def _plot_features(bundle: Bundle, preset: str, model: str | None, file: Path) -> None:
     """Outputs of the first, the middle and the last block, as the paper's Fig. 2a."""
     from blockcache.runtime import ConfigError
-    from blockcache.tools.block_outputs import block_outputs
     from blockcache.tools.report import plots
-    from blockcache.tools.sources import DEMO, calibration_for, load_source
+    from blockcache.tools.sources.block_outputs import block_outputs
+    from blockcache.tools.sources.models import DEMO, load_source
+    from blockcache.tools.sources.prompts import calibration_for
 
     name = model or (DEMO if bundle.model.name == DEMO else None)
     if name is None:

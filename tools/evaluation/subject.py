@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from blockcache.runtime.errors import ConfigError
-from blockcache.tools.sources import DEMO, DemoCodec, calibration_for, codec_for, read_prompts
+from blockcache.tools.sources.codecs import DemoCodec, codec_for
+from blockcache.tools.sources.models import DEMO
+from blockcache.tools.sources.prompts import calibration_for, read_prompts
 
 Conditions = dict[str, np.ndarray]
 

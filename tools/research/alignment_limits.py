@@ -25,7 +25,8 @@ from blockcache.export.unet.model import SourceModel
 from blockcache.runtime import Alignment, Bundle, ConfigError, Schedule, SolverConfig
 from blockcache.runtime.solver import SolverTables, solver_tables
 from blockcache.tools.bench.report import markdown_table
-from blockcache.tools.sources import DEMO, calibration_for, load_source
+from blockcache.tools.sources.models import DEMO, load_source
+from blockcache.tools.sources.prompts import calibration_for
 
 Outputs: TypeAlias = np.ndarray
 """A block's outputs at all steps: float32 [S, branch, image, channel, position]."""

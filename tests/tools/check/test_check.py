@@ -9,17 +9,13 @@ import numpy as np
 import pytest
 
 from blockcache.export.costs.kept import measured
-from blockcache.export.engines.reference import FACTOR, Comparison, relative_error
+from blockcache.export.engines.reference import FACTOR, Comparison, relative_error, widened_bundle
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.engines.ort import OrtBackend
 from blockcache.runtime.errors import EngineError
-from blockcache.tools.engine_check import (
-    WidenedBackend,
-    check_loop,
-    check_segments,
-    time_segments,
-    widened_bundle,
-)
+from blockcache.tools.check.loop import WidenedBackend, check_loop
+from blockcache.tools.check.segments import check_segments
+from blockcache.tools.check.times import time_segments
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("polygraphy")

@@ -1,8 +1,7 @@
-"""Engines against ONNX Runtime on the CPU: each segment by Polygraphy, then the whole loop."""
+"""Every segment's engine against ONNX Runtime in float32 on the CPU, compared by Polygraphy."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,16 +13,14 @@ from blockcache.export.engines.reference import (
     Comparison,
     random_inputs,
     relative_error,
-    widened_bundle,
     widened_graph,
 )
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.devices.device import Tensor
-from blockcache.runtime.engines.engine import Backend, Launch, load_shared
-from blockcache.runtime.engines.ort import OrtBackend, OrtEngine
+from blockcache.runtime.engines.engine import Backend
+from blockcache.runtime.engines.ort import OrtBackend
 from blockcache.runtime.errors import MissingExtraError
-from blockcache.runtime.plan import LOOP_ROLES, Segment, Sizes, TensorSpec
-from blockcache.runtime.session import Session
+from blockcache.runtime.plan import Segment, Sizes, TensorSpec
+from blockcache.tools.check.bound import bound_segment, checked_segments
 
 try:
     from polygraphy.backend.base import BaseRunner
@@ -39,21 +36,6 @@ except ImportError as error:
 Layouts = Mapping[str, str]
 Observer = Callable[[str, int, int], None]
 EXACT, ROUNDED, ENGINE = ALL_RUNNERS = ("float32", "rounded", "engine")
-
-
-class WidenedBackend(OrtBackend):
-    """ONNX Runtime on the CPU with a half-precision bundle's graphs in float32."""
-
-    def __init__(self, half: Bundle, *, rounded: bool) -> None:
-        super().__init__()
-        self.loads_at_once = 1  # a graph is rewritten in Python, with its weights in memory
-        self._half, self._rounded = half, rounded
-        self.name = f"{self.name}-widened-{'rounded' if rounded else 'exact'}"
-
-    def load(self, bundle: Bundle, segment: Segment) -> OrtEngine:
-        """Rewrite the segment's graph, then load it."""
-        graph = widened_graph(self._half.segment_path(segment), rounded=self._rounded)
-        return self.open_model(segment, graph)
 
 
 class SegmentRunner(BaseRunner):
@@ -105,22 +87,6 @@ class SegmentRunner(BaseRunner):
     def deactivate_impl(self) -> None:
         """Free engine and memory."""
         del self._tensors, self._launch
-
-
-def bound_segment(
-    backend: Backend, bundle: Bundle, segment: Segment, sizes: Sizes
-) -> tuple[dict[str, Tensor], Launch]:
-    """A segment's engine bound to memory of its own."""
-    device, tensors = backend.device, {}
-    for spec in (*segment.inputs, *segment.outputs):
-        memory = device.allocate(spec.bytes(sizes))
-        tensors[spec.name] = device.tensor(memory, 0, spec.shape(sizes), spec.dtype)
-    return tensors, load_shared(backend, bundle, segment).bind(tensors)
-
-
-def checked_segments(bundle: Bundle) -> tuple[Segment, ...]:
-    """The segments that a session runs."""
-    return tuple(s for s in bundle.segments if s.role in (*LOOP_ROLES, "prompt"))
 
 
 def check_segments(
@@ -177,57 +143,3 @@ def _compared(
     errors = {output: relative_error(made[output], exact[output]) for output in exact}
     worst = max(errors, key=lambda output: errors[output])
     return Comparison(name, errors[worst], relative_error(rounded[worst], exact[worst]))
-
-
-def time_segments(
-    bundle: Bundle, backend: Backend, *, batch: int = 2, repeats: int = 20
-) -> dict[str, float]:
-    """GPU milliseconds of one launch of every segment, by name: the median after a warm-up.
-
-    ``backend`` is one on a GPU: its device times what is put on its stream.
-    """
-    sizes = {**bundle.model.sizes, "batch": batch}
-    device: Any = backend.device
-    measured = {}
-    for segment in checked_segments(bundle):
-        _, launch = bound_segment(backend, bundle, segment, sizes)
-        for _ in range(3):  # the first launch may compile
-            launch()
-        times = [device.time_ms(launch) for _ in range(repeats)]
-        measured[segment.name] = statistics.median(times)
-    return measured
-
-
-def check_loop(
-    bundle: Bundle, backend: Backend, preset: str, *, seed: int = 0, guidance_scale: float = 5.0
-) -> Comparison:
-    """A whole denoising of one image with random prompt tensors, against float32 on the CPU."""
-    wide = widened_bundle(bundle)
-    rng = np.random.default_rng(seed)
-    sides = [
-        {
-            spec.name: (
-                rng.integers(0, 5, spec.shape({**bundle.model.sizes, "batch": 1}))
-                if spec.dtype == "int64"
-                else rng.standard_normal(spec.shape({**bundle.model.sizes, "batch": 1}), np.float32)
-            )
-            for spec in bundle.model.conditions
-        }
-        for _ in range(2)
-    ]
-
-    def denoise(opened: Bundle, engines: Backend) -> np.ndarray:
-        session = Session.open(opened, preset=preset, backend=engines)
-        positive, negative = (dict(side) for side in sides)
-        return session.denoise(
-            session.noise([seed]),
-            positive.pop("encoder_hidden_states"),
-            negative.pop("encoder_hidden_states"),
-            conditions=positive,
-            negative_conditions=negative,
-            guidance_scale=guidance_scale,
-        ).latents
-
-    reference = denoise(wide, WidenedBackend(bundle, rounded=False))
-    plain = relative_error(denoise(wide, WidenedBackend(bundle, rounded=True)), reference)
-    return Comparison("loop", relative_error(denoise(bundle, backend), reference), plain)

@@ -1,0 +1,24 @@
+"""One segment of a bundle, its engine bound to memory of its own."""
+
+from __future__ import annotations
+
+from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.devices.device import Tensor
+from blockcache.runtime.engines.engine import Backend, Launch, load_shared
+from blockcache.runtime.plan import LOOP_ROLES, Segment, Sizes
+
+
+def checked_segments(bundle: Bundle) -> tuple[Segment, ...]:
+    """The segments that a session runs."""
+    return tuple(s for s in bundle.segments if s.role in (*LOOP_ROLES, "prompt"))
+
+
+def bound_segment(
+    backend: Backend, bundle: Bundle, segment: Segment, sizes: Sizes
+) -> tuple[dict[str, Tensor], Launch]:
+    """A segment's engine bound to memory of its own."""
+    device, tensors = backend.device, {}
+    for spec in (*segment.inputs, *segment.outputs):
+        memory = device.allocate(spec.bytes(sizes))
+        tensors[spec.name] = device.tensor(memory, 0, spec.shape(sizes), spec.dtype)
+    return tensors, load_shared(backend, bundle, segment).bind(tensors)

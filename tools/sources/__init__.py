@@ -1,0 +1,1 @@
+"""Where models, prompts and pictures come from: the demo model by name, diffusers by folder."""

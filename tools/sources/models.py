@@ -1,0 +1,25 @@
+"""The source model that a name, a folder or a hub id stands for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blockcache.export.unet.model import SourceModel
+
+DEMO = "demo"
+"""The name under which the shipped demo model is known."""
+
+
+def load_source(model: str, dtype: str = "float32", cached: str = "transformers") -> SourceModel:
+    """The source model of ``demo``, a diffusers folder or a hub id.
+
+    ``cached`` says what its blocks are: "transformers" or "resnets".
+    """
+    from blockcache.export.unet.model import load_model
+
+    if model == DEMO:
+        from blockcache.tools.demo.model import MODEL_DIR
+
+        return load_model(MODEL_DIR, dtype=dtype, name=DEMO, cached=cached)
+    return load_model(model, dtype=dtype, cached=cached)

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from blockcache.export.measure.calibration import Calibration
 from blockcache.export.measure.change import Profile, ProfileOptions, measure_change
 from blockcache.export.measure.residuals import ResidualOptions, measure_residuals
 from blockcache.export.measure.sensitivity import SensitivityOptions, measure_sensitivity
+from blockcache.export.observer import Observer
 from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import TORCH_DTYPES, SourceModel
 from blockcache.runtime.bundle import read_tensors, write_tensors
@@ -38,13 +39,6 @@ from blockcache.runtime.solver import SolverConfig, solver_tables
 
 MOST_PAIRS = 1 << 28
 """Numbers in a residual table with history, at most: 1 GiB, and as much again twice in use."""
-
-
-class Observer(Protocol):
-    """Hears how far a compile is; ``total`` is 0 where the length is not known."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """``done`` of ``total`` units of ``stage`` are finished."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,9 +32,9 @@ from blockcache.export.measure.calibration import Calibration
 from blockcache.export.measurements import (
     CalibratedStages,
     CalibrationOptions,
-    Observer,
     solver_config,
 )
+from blockcache.export.observer import Observer, unobserved
 from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import SourceModel
 from blockcache.runtime.bundle import (
@@ -97,7 +97,7 @@ def compile_model(
     folder: Path,
     options: CompileOptions,
     calibration: Calibration | None = None,
-    observer: Observer = lambda stage, done, total: None,
+    observer: Observer = unobserved,
 ) -> Bundle:
     """Compile a U-Net into a bundle; resumes where an earlier call was interrupted.
 
@@ -106,7 +106,7 @@ def compile_model(
         folder: the bundle; made if missing.
         options: what to make.
         calibration: prompts to measure with; needed where a preset is ``calibrated``.
-        observer: progress.
+        observer: hears how far it is.
 
     Raises:
         ConfigError: options that do not fit the model, or a folder in use by another compile.

@@ -8,7 +8,7 @@ a whole build.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from blockcache.export.engines.engine import BuiltEngine, Recipe
 from blockcache.export.engines.report import BuildReport, fusion_facts
 from blockcache.export.engines.targets import CURRENT, Target
 from blockcache.export.engines.workers import Job, run_jobs
+from blockcache.export.observer import Observer, unobserved
 from blockcache.runtime.bundle import Bundle, FileEntry
 from blockcache.runtime.engines.files import (
     ENGINES_FILE,
@@ -38,7 +39,6 @@ BUILT_ROLES: tuple[Role, ...] = ("prompt", "condition", "trunk", "block")
 WEIGHTS = {"included": (), "refittable": ("REFIT",), "stripped": ("REFIT", "STRIP_PLAN")}
 """Builder flags by what ``BuildOptions.weights`` says."""
 
-Observer = Callable[[str, int, int], None]
 """Hears (segment just finished, engines done, engines in all)."""
 
 
@@ -114,7 +114,7 @@ def build_engines(
     bundle: Bundle,
     target: Target,
     options: BuildOptions | None = None,
-    observer: Observer = lambda segment, done, total: None,
+    observer: Observer = unobserved,
 ) -> BuildReport:
     """Build a bundle's engines for ``target``; keeps what is there and did not change.
 
@@ -122,7 +122,7 @@ def build_engines(
         bundle: as opened.
         target: what to build for.
         options: how; default bfloat16 or whatever the bundle holds, static resolution, batch 1..8.
-        observer: progress.
+        observer: hears how many engines of ``target`` are there.
 
     Raises:
         ConfigError: a target or option that the library does not have, or a folder in use.
@@ -186,8 +186,8 @@ def _build(
     reused = frozenset(entries)
     if jobs:  # from here on the folder is not a whole build until engines.json is written again
         (store.folder / ENGINES_FILE).unlink(missing_ok=True)
-    for done, name in enumerate(entries, 1):
-        observer(name, done, len(segments))
+    stage = f"engines {target.name}"
+    observer(stage, len(entries), len(segments))
 
     peaks = [0]
 
@@ -196,7 +196,7 @@ def _build(
         peaks.append(built.peak_rss_bytes)
         entries[name] = _entry(bundle, job, built)
         store.commit(name, entries[name])
-        observer(name, len(entries), len(segments))
+        observer(stage, len(entries), len(segments))
 
     run_jobs(jobs, options.jobs, int(options.memory_gb * 1e9), finished)
     if not options.whole:  # a whole-model engine of an earlier build stays, unlisted

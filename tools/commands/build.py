@@ -87,11 +87,7 @@ def _build_all(folder: Path, targets: list[str], options: BuildOptions, *, as_js
     reports = []
     for target in [Target.parse(text) for text in targets]:
         with StageProgress() as progress:
-
-            def observe(segment: str, done: int, total: int, name: str = target.name) -> None:
-                progress(f"engines {name}", done, total, segment)
-
-            reports.append(build_engines(opened, target, options, observe))
+            reports.append(build_engines(opened, target, options, progress))
     if as_json:
         print(json.dumps([report.to_json() for report in reports], indent=1))
         return

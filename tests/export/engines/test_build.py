@@ -145,7 +145,8 @@ def test_a_damaged_plan_is_built_again_and_equal(built_copy):
     seen = []
     report = build_engines(built_copy, SM80, observer=lambda *told: seen.append(told))
     assert {s.name for s in report.segments} - report.reused == {"trunk_00"}
-    assert seen[-1] == ("trunk_00", len(report.segments), len(report.segments))
+    assert seen[0] == ("engines sm80", len(report.segments) - 1, len(report.segments))
+    assert seen[-1] == ("engines sm80", len(report.segments), len(report.segments))
     assert plan.stat().st_size == size
 
 
@@ -335,9 +336,10 @@ def test_stripped_weights_without_a_driver_say_what_to_do(built_copy):
 def _build_and_wait(folder, started, go_on):
     """In another process: build, but stop after the first engine until told to go on."""
 
-    def observe(*told):
-        started.put(told)
-        assert go_on.wait(timeout=120)
+    def observe(stage, done, total):
+        if done:
+            started.put(stage)
+            assert go_on.wait(timeout=120)
 
     build_engines(tiny_build(Bundle.open(folder), *FEW), Target.parse("sm86"), observer=observe)
 
@@ -361,8 +363,12 @@ def test_two_builds_at_once(built_copy):
 
 def _build_and_report(folder, started):
     """In another process: build, and say when the first engine is done."""
-    bundle = tiny_build(Bundle.open(folder), *FEW)
-    build_engines(bundle, Target.parse("sm86"), observer=lambda *told: started.put(told))
+
+    def observe(stage, done, total):
+        if done:
+            started.put(stage)
+
+    build_engines(tiny_build(Bundle.open(folder), *FEW), Target.parse("sm86"), observer=observe)
 
 
 def test_a_killed_build_resumes(built_copy):

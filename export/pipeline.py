@@ -46,9 +46,9 @@ from blockcache.runtime.bundle import (
     segment_from_plain,
     to_plain,
     write_preset,
-    write_text,
 )
 from blockcache.runtime.errors import BundleError, ConfigError
+from blockcache.runtime.files import write_text
 from blockcache.runtime.plan import (
     Alignment,
     BlockFacts,

@@ -37,6 +37,7 @@ from blockcache.runtime.errors import (
     ConfigError,
     UnknownPresetError,
 )
+from blockcache.runtime.files import write_bytes
 from blockcache.runtime.plan import (
     Alignment,
     BlockFacts,
@@ -279,22 +280,6 @@ def _check_file(path: Path, name: str, entry: FileEntry, verify: bool) -> None:
             f"The content of {name} does not match its sha256 in {MANIFEST}: it was altered. "
             f"Copy the bundle again or compile again."
         )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: to a temporary name, flushed, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from blockcache.runtime.bundle import write_text
 from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.files import write_text
 from blockcache.runtime.plan import LOOP_ROLES, Segment, Sizes
 
 FORMAT = "blockcache-timings"

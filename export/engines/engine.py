@@ -6,7 +6,6 @@ is asked of ``TensorRT`` (runtime/engines/tensorrt_library.py).
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from blockcache.export.engines.targets import CURRENT
 from blockcache.runtime.engines.files import ShapeProfile
 from blockcache.runtime.engines.tensorrt_library import TensorRT, errors_of, load_library
 from blockcache.runtime.errors import EngineError, ExportError
+from blockcache.runtime.files import write_bytes
 from blockcache.runtime.plan import Segment, TensorSpec
 
 LINEAR, HWC8 = "linear", "hwc8"
@@ -96,7 +96,7 @@ def build_engine(recipe: Recipe, target: Path) -> BuiltEngine:
         if plan is None:
             raise _build_error(library, recipe, errors_of(log))
         _store_timing_cache(cache, config)
-        _write(target, plan)
+        write_bytes(target, memoryview(plan))
         layers = logged_layers([message for _, message in log])
         if not layers and not library.is_rtx:
             layers = inspected_layers(library, plan)
@@ -192,17 +192,7 @@ def _store_timing_cache(path: Path | None, config: Any) -> None:
         timings = config.get_timing_cache()
         if path.is_file():
             timings.combine(config.create_timing_cache(path.read_bytes()), False)
-        _write(path, timings.serialize())
-
-
-def _write(path: Path, content: Any) -> None:
-    """Write bytes atomically: to a temporary name, flushed, then renamed."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(memoryview(content))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+        write_bytes(path, memoryview(timings.serialize()))
 
 
 def _peak_rss_bytes() -> int:

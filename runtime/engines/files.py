@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from blockcache.runtime.bundle import Bundle, FileEntry, safe_path, write_text
+from blockcache.runtime.bundle import Bundle, FileEntry, safe_path
 from blockcache.runtime.errors import (
     BundleFormatError,
     BundleIntegrityError,
@@ -27,6 +27,7 @@ from blockcache.runtime.errors import (
     WrongGpuError,
     WrongLibraryError,
 )
+from blockcache.runtime.files import write_text
 from blockcache.runtime.plan import AXES, Segment, Sizes
 
 FORMAT = "blockcache-engines"

@@ -8,7 +8,6 @@ has one context for each combination of buffers.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from blockcache.runtime.engines.files import (
 )
 from blockcache.runtime.engines.tensorrt_library import TensorRT, errors_of, load_library
 from blockcache.runtime.errors import EngineError, EnginesMissingError
+from blockcache.runtime.files import write_bytes
 from blockcache.runtime.plan import Segment
 
 
@@ -194,10 +194,8 @@ class RuntimeCache:
             content = bytes(memoryview(self._cache.serialize()))
             if len(content) <= self._bytes:
                 return
-            partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
             try:
-                partial.write_bytes(content)
-                partial.replace(self._path)
+                write_bytes(self._path, content)
             except OSError:
                 return
             self._bytes = len(content)

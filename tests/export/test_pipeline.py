@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
-from blockcache.runtime import Bundle, BundleError, BundleFormatError, ConfigError, bundle
+from blockcache.runtime import Bundle, BundleError, BundleFormatError, ConfigError, files
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -316,7 +316,7 @@ def test_a_disk_that_is_full_for_tensors_is_reported_too(model, calls, tmp_path,
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(bundle.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(BundleError, match="The disk is full"):
         compile_model(model, tmp_path / "b", options("ddim:2"))
 

@@ -34,7 +34,6 @@ from blockcache.runtime.bundle import (
     safe_path,
     write_preset,
     write_tensors,
-    write_text,
 )
 from blockcache.runtime.plan import BlockFacts, Dim, ModelFacts
 
@@ -116,19 +115,6 @@ def test_a_preset_survives_a_round_trip(tmp_path):
     assert (read.name, read.solver, read.guidance_scale, read.policy) == (
         "p", {"solver": "ddim"}, 2.5, policy,
     )  # fmt: skip
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "manifest.json"
-    write_text(path, "old")
-
-    def killed(descriptor):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_text(path, "new")
-    assert path.read_text() == "old"
 
 
 def test_an_intact_bundle_opens(compiled):

@@ -17,10 +17,9 @@ from blockcache.runtime import Bundle
 from blockcache.runtime.bundle import (
     hash_files,
     preset_bytes,
-    write_bytes,
     write_tensors,
-    write_text,
 )
+from blockcache.runtime.files import write_bytes, write_text
 from blockcache.tools import cli
 from blockcache.tools.sources.block_outputs import block_outputs
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from blockcache.runtime.files import write_text
+
 if TYPE_CHECKING:
     from blockcache.export.unet.model import SourceModel
 
@@ -84,7 +86,7 @@ def main(
         "export_peak_rss_bytes": exported_rss,
         **report.to_json(),
     }
-    (out / "full_size.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_text(out / "full_size.json", json.dumps(figures, indent=1) + "\n")
     Console(width=100).print(report_table(report))
     print(f"export: {exported_s:.1f} s, peak memory {exported_rss / 1e9:.1f} GB")
 

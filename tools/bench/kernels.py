@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockcache import kernels
+from blockcache.runtime.files import write_text
 
 if TYPE_CHECKING:
     from blockcache.tools.bench.kernel_cases import Case
@@ -180,7 +181,9 @@ def main() -> int:
         return 1
     print(f"{device}, median of {options.runs}\n\n{table(rows, columns)}")
     if options.json:
-        Path(options.json).write_text(json.dumps({"device": device, "rows": rows}, indent=1) + "\n")
+        write_text(
+            Path(options.json), json.dumps({"device": device, "rows": rows}, indent=1) + "\n"
+        )
     return 0
 
 

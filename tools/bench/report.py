@@ -8,6 +8,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
+from blockcache.runtime.files import write_text
 from blockcache.tools.bench.latency import LatencyReport, Row
 from blockcache.tools.report.plots import plot_latency
 
@@ -98,9 +99,8 @@ def report_json(report: LatencyReport) -> str:
 
 def write_report(report: LatencyReport, folder: Path) -> None:
     """``report.md``, ``report.json`` and ``latency.svg``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(report_text(report) + "\n")
-    (folder / "report.json").write_text(report_json(report) + "\n")
+    write_text(folder / "report.md", report_text(report) + "\n")
+    write_text(folder / "report.json", report_json(report) + "\n")
     plot_latency(report.rows, folder / "latency.svg", f"{report.model}, {report.images} image(s)")
 
 

@@ -31,8 +31,8 @@ from blockcache.runtime.bundle import (
     FileEntry,
     PresetEntry,
     write_preset,
-    write_text,
 )
+from blockcache.runtime.files import write_text
 from blockcache.tools.bench.full_size import random_source
 
 MADE_UP = "made-up"

@@ -63,6 +63,7 @@ def demo(
     Uncached; cached as in the paper (threshold); cached by a budget with the last two outputs
     aligned; and uncached with as few steps as that budget's cost allows. Ends in a picture.
     """
+    from blockcache.runtime.files import write_text
     from blockcache.tools.report.plots import save_grid
     from blockcache.tools.report.progress import StageProgress
     from blockcache.tools.sources.codecs import DemoCodec
@@ -74,7 +75,7 @@ def demo(
     pictures = {name: DemoCodec().decode(latents[name]) for name in names}
     captions = [(_caption(row, rows[0]), pictures[row.preset]) for row in rows]
     save_grid(captions, prompts, out / "demo.png")
-    (out / "demo.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    write_text(out / "demo.json", json.dumps([asdict(row) for row in rows], indent=1))
     _print(rows, out / "demo.png", as_json)
 
 

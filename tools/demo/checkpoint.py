@@ -10,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from blockcache.runtime.files import replacing
+
 NAME = "checkpoint.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -30,14 +32,12 @@ def save(
     progress: Progress,
 ) -> None:
     """Write everything `restore` needs, then rename into place."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     tensors |= {f"ema.{name}": p.detach() for name, p in ema.named_parameters()}
     tensors |= _moments(model, optimizer)
     metadata = {"step": str(progress.step), "spent_s": repr(progress.spent_s)}
-    temporary = folder / f".{NAME}"
-    save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata=metadata)
-    temporary.replace(folder / NAME)
+    with replacing(folder / NAME) as file:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, file.name, metadata=metadata)
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

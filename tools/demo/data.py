@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from blockcache.runtime.files import replacing, write_text
 from blockcache.tools.demo.concepts import Concept, caption, concept, is_held_out
 from blockcache.tools.demo.config import DataConfig, ImageSet
-from blockcache.tools.demo.files import write_atomic
 
 SUPERSAMPLING = 2  # rendered at this multiple of the final size, then averaged
 
@@ -171,11 +171,10 @@ def build(config: DataConfig, work: Path) -> Dataset:
 
 def save(dataset: Dataset, work: Path) -> None:
     """Write images.npy and pictures.json."""
-    buffer = io.BytesIO()
-    np.save(buffer, dataset.images, allow_pickle=False)
-    write_atomic(work / "images.npy", buffer.getvalue())
+    with replacing(work / "images.npy") as file:
+        np.save(file, dataset.images, allow_pickle=False)
     listed = json.dumps([asdict(p) for p in dataset.pictures], indent=0)
-    write_atomic(work / "pictures.json", listed.encode())
+    write_text(work / "pictures.json", listed)
 
 
 def load(work: Path) -> Dataset:

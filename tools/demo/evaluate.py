@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from blockcache.runtime.files import replacing, write_text
 from blockcache.tools.demo import contender, contexts, data
 from blockcache.tools.demo.contender import Contender
 from blockcache.tools.demo.data import Dataset
-from blockcache.tools.demo.files import write_atomic
 from blockcache.tools.demo.progress import bar
 from blockcache.tools.demo.sample import SampleOptions, initial_noise, sample
 from blockcache.tools.evaluation import features, metrics
@@ -144,9 +143,8 @@ class Evaluation:
             self.options,
         )
         images = subject.decode(latents)
-        buffer = io.BytesIO()
-        np.save(buffer, images, allow_pickle=False)
-        write_atomic(path, buffer.getvalue())
+        with replacing(path) as file:
+            np.save(file, images, allow_pickle=False)
         return images
 
 
@@ -188,8 +186,8 @@ def evaluate(
             reference_digest=features.digest(evaluation.dataset.images),
             scores=list(scores),
         )
-        write_atomic(results / "quality.json", json.dumps(asdict(report), indent=2).encode())
-        write_atomic(results / "quality.md", markdown(report).encode())
+        write_text(results / "quality.json", json.dumps(asdict(report), indent=2))
+        write_text(results / "quality.md", markdown(report))
     return report
 
 

@@ -12,10 +12,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from blockcache.runtime.files import replacing, replacing_folder, write_text
 from blockcache.tools.demo import checkpoint, text, unet
 from blockcache.tools.demo.autoencoder import TinyAutoencoder
 from blockcache.tools.demo.config import Preset
-from blockcache.tools.demo.files import replace_folder, write_atomic
 from blockcache.tools.demo.fit_autoencoder import load_autoencoder
 from blockcache.tools.demo.model import PROMPTS_FILE, VARIANT
 from blockcache.tools.demo.prompts import EMPTY, default_captions
@@ -43,11 +43,14 @@ def export(preset: Preset, work: Path, target: Path) -> None:
     model = averaged_unet(preset, work).half()
     autoencoder: TinyAutoencoder = load_autoencoder(work).half()
     scheduler = DPMSolverMultistepScheduler(**unet.SCHEDULE)
-    replace_folder(target / "unet", lambda folder: _save(model, folder))
-    replace_folder(target / "vae", lambda folder: _save(autoencoder, folder))
-    replace_folder(target / "scheduler", lambda folder: scheduler.save_pretrained(folder))
+    with replacing_folder(target / "unet") as folder:
+        _save(model, folder)
+    with replacing_folder(target / "vae") as folder:
+        _save(autoencoder, folder)
+    with replacing_folder(target / "scheduler") as folder:
+        scheduler.save_pretrained(folder)
     write_prompts(target)
-    write_atomic(target / "model_index.json", json.dumps(model_index(), indent=2).encode() + b"\n")
+    write_text(target / "model_index.json", json.dumps(model_index(), indent=2) + "\n")
 
 
 def _save(model: ModelMixin, folder: Path) -> None:
@@ -64,10 +67,8 @@ def write_prompts(target: Path) -> None:
     """Store the token states of the default prompts and the empty one: float16 [P, 20, 384]."""
     prompts = [*default_captions(), EMPTY]
     states = torch.from_numpy(text.encode(prompts)).half()
-    temporary = target / f".{PROMPTS_FILE}"
-    save_file({"embeddings": states}, temporary, metadata={"prompts": json.dumps(prompts)})
-    temporary.chmod(READABLE)
-    temporary.replace(target / PROMPTS_FILE)
+    with replacing(target / PROMPTS_FILE) as file:
+        save_file({"embeddings": states}, file.name, metadata={"prompts": json.dumps(prompts)})
 
 
 def model_index() -> dict[str, object]:

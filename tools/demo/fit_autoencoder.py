@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blockcache.runtime.files import replacing, replacing_folder, write_text
 from blockcache.tools.demo.autoencoder import TinyAutoencoder
 from blockcache.tools.demo.config import LATENT_CHANNELS, AutoencoderConfig
 from blockcache.tools.demo.data import Dataset
-from blockcache.tools.demo.files import replace_folder, write_atomic
 from blockcache.tools.demo.progress import Budget, bar, learning_rate_factor
 
 FOLDER = "autoencoder"
@@ -134,14 +134,14 @@ def _chunks(dataset: Dataset) -> list[np.ndarray]:
 def adopt(model: TinyAutoencoder, dataset: Dataset, work: Path, device: str = "cpu") -> None:
     """Encode all pictures with a trained autoencoder; stores it and the latents under `work`."""
     latents = [model.encode(to_signed(c).to(device)).half().cpu() for c in _chunks(dataset)]
-    replace_folder(work / FOLDER, lambda folder: model.save_pretrained(folder))
-    temporary = work / f".{LATENTS}"
-    save_file({"latents": torch.cat(latents).contiguous()}, temporary)
-    temporary.replace(work / LATENTS)
+    with replacing_folder(work / FOLDER) as folder:
+        model.save_pretrained(folder)
+    with replacing(work / LATENTS) as file:
+        save_file({"latents": torch.cat(latents).contiguous()}, file.name)
     held_out = np.array([p.held_out for p in dataset.pictures])
     images = to_signed(dataset.images[held_out]).to(device)
     quality = psnr_db(model(images), images)
-    write_atomic(work / "autoencoder.txt", f"held-out PSNR {quality:.2f} dB\n".encode())
+    write_text(work / "autoencoder.txt", f"held-out PSNR {quality:.2f} dB\n")
 
 
 def load_autoencoder(work: Path) -> TinyAutoencoder:

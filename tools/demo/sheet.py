@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from blockcache.runtime.files import replacing
 from blockcache.tools.demo import model
 from blockcache.tools.demo.concepts import caption
-from blockcache.tools.demo.files import write_atomic
 from blockcache.tools.demo.prompts import EMPTY
 from blockcache.tools.demo.sample import SampleOptions, initial_noise, sample
 
@@ -86,6 +85,5 @@ def write(
 
 def write_png(image: Image.Image, path: Path) -> None:
     """Store a picture as a small PNG."""
-    buffer = io.BytesIO()
-    image.quantize(256).save(buffer, "PNG", optimize=True)
-    write_atomic(path, buffer.getvalue())
+    with replacing(path) as file:
+        image.quantize(256).save(file, "PNG", optimize=True)

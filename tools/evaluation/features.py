@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from torch import Tensor, nn
+
+from blockcache.runtime.bundle import write_tensors
 
 INPUT_PIXELS = 224
 BATCH = 32
@@ -138,8 +140,5 @@ def cached(
     if path.exists():
         return load_file(path)["features"]
     features = extractor().pooled(images, done)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({"features": features}, temporary)
-    temporary.replace(path)
+    write_tensors(path, {"features": features})
     return features

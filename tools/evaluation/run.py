@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from blockcache.runtime import Bundle
-from blockcache.runtime.bundle import write_text
+from blockcache.runtime.files import write_text
 from blockcache.tools.evaluation import figures, timing
 from blockcache.tools.evaluation.contest import Entrant, Group, make_groups
 from blockcache.tools.evaluation.markdown import markdown

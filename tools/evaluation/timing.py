@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from blockcache.runtime import Session
-from blockcache.runtime.bundle import write_text
+from blockcache.runtime.files import write_text
 from blockcache.tools.evaluation.contest import Entrant
 from blockcache.tools.evaluation.options import TimingOptions
 from blockcache.tools.evaluation.sampling import Drawings

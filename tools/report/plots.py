@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blockcache.runtime import MissingExtraError, Schedule
+from blockcache.runtime.files import replacing
 
 if TYPE_CHECKING:
     from blockcache.tools.bench.latency import Row
@@ -246,18 +247,14 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}")
-    figure.savefig(partial, dpi=130, format=file.suffix.lstrip(".") or "png")
+    with replacing(file) as partial:
+        figure.savefig(partial, dpi=130, format=file.suffix.lstrip(".") or "png")
     _pyplot().close(figure)
-    partial.replace(file)
 
 
 def _save_image(image: Any, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}")
-    image.save(partial, format="PNG")
-    partial.replace(file)
+    with replacing(file) as partial:
+        image.save(partial, format="PNG")
 
 
 def _pyplot() -> Any:

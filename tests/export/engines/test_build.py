@@ -15,10 +15,11 @@ from blockcache.export.engines import build as build_module
 from blockcache.export.engines.build import BuildOptions, ShapeOptions, build_engines
 from blockcache.export.engines.report import report_table
 from blockcache.export.engines.targets import Target
-from blockcache.runtime.bundle import Bundle, FileEntry, write_text
+from blockcache.runtime.bundle import Bundle, FileEntry
 from blockcache.runtime.engines.files import built_targets, check_engine, read_engines
 from blockcache.runtime.engines.tensorrt_library import load_library
 from blockcache.runtime.errors import ConfigError, EngineError, ExportError
+from blockcache.runtime.files import write_text
 from blockcache.runtime.plan import Dim, Segment, TensorSpec
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")

@@ -95,8 +95,10 @@ BELOW = {
     "runtime": ("runtime", "kernels"),
     "kernels": ("kernels",),
 }
-EXPORT_MAY_USE = (("plan",), ("bundle",), ("errors",), ("solver",), ("engines", "files"))
-"""Plain data types and errors."""
+EXPORT_MAY_USE = (
+    ("plan",), ("bundle",), ("errors",), ("files",), ("solver",), ("engines", "files"),
+)  # fmt: skip
+"""Plain data types, errors, and how files are written."""
 
 BUILD_MAY_USE = (*EXPORT_MAY_USE, ("engines", "tensorrt_library"), ("devices", "cuda"))
 """``export/engines/`` goes through the runtime's doors to TensorRT and the GPU, so that there is

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blockcache.export.unet.model import SourceModel, encode_text
+from blockcache.export.unet.model import SourceModel
+from blockcache.export.unet.text import encode_text
 from blockcache.runtime.bundle import read_tensors
 from blockcache.runtime.errors import ConfigError
 

@@ -1,23 +1,18 @@
-"""The one door to diffusers: load a U-Net, refuse what is not supported, name its blocks.
+"""The source model: a U-Net, its blocks and its inputs, and what is refused by name.
 
-A source model is a diffusers folder or hub id that holds ``unet/`` and, optionally,
-``scheduler/``. Everything the exporter needs to know is read from the configs; no shape is
-typed by hand.
+Everything the exporter needs to know is read from the config; no shape is typed by hand.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from blockcache.runtime.errors import ConfigError, MissingExtraError, UnsupportedModelError
+from blockcache.runtime.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -100,54 +95,6 @@ class UNetCall(torch.nn.Module):
             arguments["added_cond_kwargs"] = named
         output: torch.Tensor = self.unet(sample, timestep, return_dict=False, **arguments)[0]
         return output
-
-
-def load_model(
-    source: str | Path,
-    *,
-    dtype: str = "float32",
-    name: str | None = None,
-    cached: str = "transformers",
-) -> SourceModel:
-    """Load the U-Net of a diffusers folder or hub id in ``dtype``, ready for inference.
-
-    Args:
-        source: the folder, or a hub id such as "owner/model".
-        dtype: of the weights in memory: float32, float16 or bfloat16.
-        name: what the bundle calls the model; default the folder's name.
-        cached: what the blocks are, a key of ``BLOCK_CLASSES``.
-
-    Raises:
-        ConfigError: no such folder, or one without a U-Net.
-        UnsupportedModelError: the U-Net has a feature that the exporter refuses.
-        MissingExtraError: diffusers is not installed.
-    """
-    try:
-        from diffusers import UNet2DConditionModel
-    except ImportError as error:
-        raise MissingExtraError.of("diffusers", "export", "Loading a U-Net") from error
-    folder = _resolve(source)
-    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
-    config_path = unet_folder / "config.json"
-    if not config_path.is_file():
-        raise ConfigError(
-            f"Expected a diffusers folder with unet/config.json at {folder}; it has none. "
-            f"Give the folder that save_pretrained wrote."
-        )
-    config = json.loads(config_path.read_text())
-    check_supported(config)
-    variant = None if _has_plain_weights(unet_folder) else _variant(unet_folder)
-    unet = UNet2DConditionModel.from_pretrained(
-        unet_folder, variant=variant, torch_dtype=TORCH_DTYPES[dtype], use_safetensors=True
-    )
-    return describe(
-        unet,
-        name=name or Path(source).resolve().name,
-        scheduler=_read_json(folder / "scheduler" / "scheduler_config.json"),
-        tokens=_tokens(folder),
-        sha256=_hash_folder(unet_folder),
-        cached=cached,
-    )
 
 
 def describe(
@@ -254,131 +201,9 @@ def _conditions(config: Mapping[str, Any]) -> tuple[Condition, ...]:
     return tuple(found)
 
 
-def _resolve(source: str | Path) -> Path:
-    """A local folder as it is; a hub id through huggingface_hub's cache."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(source).count("/") != 1:
-        raise ConfigError(
-            f"Expected a diffusers folder or a hub id such as 'owner/model', got {source!r}; "
-            f"no folder of that name exists."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["unet/*", "scheduler/*", "tokenizer/tokenizer_config.json", "model_index.json"]
-        return Path(snapshot_download(str(source), allow_patterns=wanted))
-    except Exception as error:  # network, authorisation and naming errors share no base class
-        raise ConfigError(
-            f"{source!r} is no local folder and could not be fetched from the hub: {error}. "
-            f"Give the path of a folder that save_pretrained wrote."
-        ) from error
-
-
-def _has_plain_weights(folder: Path) -> bool:
-    return (folder / "diffusion_pytorch_model.safetensors").is_file() or (
-        folder / "diffusion_pytorch_model.safetensors.index.json"
-    ).is_file()
-
-
-def _variant(folder: Path) -> str:
-    """The weights' variant ("fp16", ...) where the folder holds no plain file."""
-    for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors*")):
-        return path.name.split(".")[1].split("-")[0]
-    raise ConfigError(
-        f"Expected diffusion_pytorch_model*.safetensors in {folder}, found none. blockcache reads "
-        f"safetensors only; convert other weights with save_pretrained."
-    )
-
-
-def _tokens(folder: Path) -> int:
-    """Prompt length: the tokenizer's, else CLIP's."""
-    config = _read_json(folder / "tokenizer" / "tokenizer_config.json")
-    length = config.get("model_max_length", DEFAULT_TOKENS)
-    return int(length) if length < 4096 else DEFAULT_TOKENS
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return content
-
-
-def _hash_folder(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        if path.suffix in (".json", ".safetensors"):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _hash_module(module: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def decode_latents(folder: Path, latents: np.ndarray) -> np.ndarray:
-    """Decode latents float32 [N, C, h, w] with the folder's VAE: uint8 [N, H, W, 3]."""
-    from diffusers import AutoencoderKL
-
-    if not (folder / "vae").is_dir():
-        raise ConfigError(
-            f"Expected a VAE in {folder}/vae, found none. Save latents instead: --out FILE.npy."
-        )
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    with torch.no_grad():
-        images = vae.decode(torch.from_numpy(latents) / vae.config.scaling_factor + shift).sample
-    pixels = (images.clamp(-1, 1) + 1) * 127.5
-    result: np.ndarray = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return result
-
-
-def encode_text(
-    source: str | Path, prompts: Sequence[str]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Conditions of prompts and of the empty prompt, by the source's own text encoders.
-
-    Returns float32 arrays by name: [P or 1, ...] for the prompts, [1, ...] for the empty one.
-    """
-    from diffusers import DiffusionPipeline
-
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "text_encoder").is_dir():
-        raise ConfigError(
-            f"Expected text_encoder/ in {folder}: the profile needs prompts. Give a pipeline "
-            f"folder, or --calibration FILE with encoded prompts."
-        )
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(source), unet=None, vae=None, safety_checker=None
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"Expected a pipeline with text encoders at {source}, got: {error}. Give a pipeline "
-            f"folder, or --calibration FILE with encoded prompts."
-        ) from error
-    with torch.no_grad():
-        positive, negative, *pooled = pipeline.encode_prompt(
-            list(prompts),
-            device="cpu",
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=True,
-            negative_prompt=[""] * len(prompts),
-        )
-    conditions = {"encoder_hidden_states": positive}
-    unconditional = {"encoder_hidden_states": negative[:1]}
-    if pooled:
-        size = float(pipeline.default_sample_size * pipeline.vae_scale_factor)
-        conditions["text_embeds"], unconditional["text_embeds"] = pooled[0], pooled[1][:1]
-        conditions["time_ids"] = torch.tensor([[size, size, 0, 0, size, size]])
-    return (
-        {name: tensor.float().numpy() for name, tensor in conditions.items()},
-        {name: tensor.float().numpy() for name, tensor in unconditional.items()},
-    )

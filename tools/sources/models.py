@@ -16,7 +16,7 @@ def load_source(model: str, dtype: str = "float32", cached: str = "transformers"
 
     ``cached`` says what its blocks are: "transformers" or "resnets".
     """
-    from blockcache.export.unet.model import load_model
+    from blockcache.export.unet.load import load_model
 
     if model == DEMO:
         from blockcache.tools.demo.model import MODEL_DIR

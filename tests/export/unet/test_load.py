@@ -1,0 +1,168 @@
+"""Folders and hub ids become source models; what cannot be loaded is refused by name."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from blockcache.runtime import ConfigError, MissingExtraError, UnsupportedModelError
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+from blockcache.export.unet import load as loading  # noqa: E402
+from blockcache.export.unet.load import load_model  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_models, tmp_path_factory):
+    """A pipeline folder with a U-Net, a scheduler and a tokenizer's length."""
+    folder = tmp_path_factory.mktemp("source") / "my-model"
+    tiny_models("sd").unet.save_pretrained(folder / "unet")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"beta_start": 0.00085}')
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"model_max_length": 33}')
+    return folder
+
+
+def test_a_saved_folder_is_loaded_as_it_was(saved, tiny_models):
+    made = load_model(saved)
+    original = tiny_models("sd")
+    assert (made.name, made.tokens, made.scheduler) == ("my-model", 33, {"beta_start": 0.00085})
+    assert (made.blocks, made.conditions) == (original.blocks, original.conditions)
+    for key, tensor in original.unet.state_dict().items():
+        torch.testing.assert_close(made.unet.state_dict()[key], tensor, rtol=0, atol=0)
+    assert not made.unet.training
+    assert not any(tensor.requires_grad for tensor in made.unet.parameters())
+
+
+def test_the_u_nets_own_folder_is_enough(saved):
+    made = load_model(saved / "unet")
+    assert (made.scheduler, made.tokens) == ({}, 77)
+
+
+def test_the_dtype_of_the_weights_may_be_chosen(saved):
+    assert load_model(saved, dtype="bfloat16").unet.dtype == torch.bfloat16
+
+
+def test_a_folder_with_a_variant_only_is_loaded(tiny_models, tmp_path):
+    unet = diffusers.UNet2DConditionModel.from_config(tiny_models("sd").unet.config).half()
+    unet.save_pretrained(tmp_path / "unet", variant="fp16")
+    assert [p.name for p in (tmp_path / "unet").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
+    made = load_model(tmp_path)
+    assert made.unet.dtype == torch.float32
+    weight = made.unet.conv_in.weight
+    np.testing.assert_array_equal(weight.numpy(), unet.conv_in.weight.detach().float().numpy())
+
+
+def test_the_hash_follows_the_weights_and_the_config(saved, tmp_path):
+    first = load_model(saved).sha256
+    assert load_model(saved).sha256 == first
+    other = shutil.copytree(saved, tmp_path / "other")
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    assert load_model(other).sha256 != first
+
+
+def refusal(kind, source):
+    with pytest.raises(kind) as caught:
+        load_model(source)
+    return str(caught.value)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    missing = str(tmp_path / "absent")
+    assert refusal(ConfigError, missing) == (
+        f"Expected a diffusers folder or a hub id such as 'owner/model', got {missing!r}; "
+        f"no folder of that name exists."
+    )
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    assert "Expected a diffusers folder" in refusal(ConfigError, tmp_path / "model.ckpt")
+
+
+def test_a_folder_without_a_u_net_is_refused(tmp_path):
+    assert refusal(ConfigError, tmp_path) == (
+        f"Expected a diffusers folder with unet/config.json at {tmp_path}; it has none. "
+        f"Give the folder that save_pretrained wrote."
+    )
+
+
+def test_weights_that_are_no_safetensors_are_refused(saved, tmp_path):
+    """A pickle beside the config is never opened."""
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    shutil.copy(saved / "unet" / "config.json", folder)
+    (folder / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04not opened")
+    assert refusal(ConfigError, tmp_path) == (
+        f"Expected diffusion_pytorch_model*.safetensors in {folder}, found none. blockcache reads "
+        f"safetensors only; convert other weights with save_pretrained."
+    )
+
+
+def test_an_unsupported_folder_is_refused_before_its_weights_are_read(saved, tmp_path):
+    config = json.loads((saved / "unet" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "in_channels": 9}))
+    assert "inpainting" in refusal(UnsupportedModelError, tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached_is_reported_with_its_reason(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    assert refusal(ConfigError, "owner/model") == (
+        "'owner/model' is no local folder and could not be fetched from the hub: no route to host. "
+        "Give the path of a folder that save_pretrained wrote."
+    )
+
+
+def test_a_hub_id_is_loaded_from_the_hubs_cache(saved, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(saved)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    made = load_model("owner/model")
+    assert made.name == "model"
+    ((name, patterns),) = asked
+    assert name == "owner/model"
+    assert "unet/*" in patterns
+
+
+def test_missing_diffusers_is_named_with_the_pip_command(saved, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == "diffusers":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    text = refusal(MissingExtraError, saved)
+    assert text == (
+        "Loading a U-Net needs the package diffusers, which is not installed. "
+        "Install it with: pip install 'blockcache[export]'"
+    )
+
+
+def test_the_prompt_length_falls_back_to_clips(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    endless = {"model_max_length": 10**30}  # what a tokenizer without a limit writes
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(endless))
+    assert loading._tokens(tmp_path) == loading.DEFAULT_TOKENS == 77

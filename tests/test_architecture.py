@@ -96,7 +96,7 @@ BELOW = {
     "kernels": ("kernels",),
 }
 EXPORT_MAY_USE = (
-    ("plan",), ("bundle",), ("errors",), ("files",), ("solver",), ("engines", "files"),
+    ("plan",), ("grid",), ("bundle",), ("errors",), ("files",), ("solver",), ("engines", "files"),
 )  # fmt: skip
 """Plain data types, errors, and how files are written."""
 

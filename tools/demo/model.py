@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from blockcache.runtime.errors import MissingExtraError
 from blockcache.tools.demo.prompts import EMPTY
 
 if TYPE_CHECKING:
@@ -22,10 +24,30 @@ if TYPE_CHECKING:
 
     from blockcache.tools.demo.autoencoder import TinyAutoencoder
 
-MODEL_DIR = Path(__file__).parent / "pretrained"
+
+def _model_dir() -> Path:
+    """The checkout's own folder, else what the distribution blockcache-demo installed."""
+    own = Path(__file__).parent / "pretrained"
+    installed = None if own.is_dir() else find_spec("blockcache_demo")
+    if installed is None or not installed.submodule_search_locations:
+        return own
+    return Path(installed.submodule_search_locations[0])
+
+
+MODEL_DIR = _model_dir()
 PROMPTS_FILE = "prompts.safetensors"
 VARIANT = "fp16"
 DECODE_BATCH = 64
+
+
+def weights_dir() -> Path:
+    """``MODEL_DIR``, or an error that says how to install it."""
+    if not (MODEL_DIR / PROMPTS_FILE).is_file():
+        raise MissingExtraError(
+            "The demo needs the weights of its model, which are not installed. Install them with: "
+            "pip install blockcache-demo"
+        )
+    return MODEL_DIR
 
 
 @functools.lru_cache(maxsize=4)
@@ -40,7 +62,7 @@ def _precomputed(folder: Path) -> dict[str, np.ndarray]:
 
 def default_prompts() -> list[str]:
     """The prompts that need no text encoder; the empty prompt is not among them."""
-    return [prompt for prompt in _precomputed(MODEL_DIR) if prompt != EMPTY]
+    return [prompt for prompt in _precomputed(weights_dir()) if prompt != EMPTY]
 
 
 def prompt_embeddings(prompts: Sequence[str]) -> np.ndarray:
@@ -48,7 +70,7 @@ def prompt_embeddings(prompts: Sequence[str]) -> np.ndarray:
 
     Default prompts and "" are read from the model folder; others need MiniLM's package.
     """
-    known = _precomputed(MODEL_DIR)
+    known = _precomputed(weights_dir())
     unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
     if unknown:
         from blockcache.tools.demo import text

@@ -5,5 +5,5 @@ setup cpu,export,tensorrt-rtx,demo,dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/python tools/dev/link_types.py
-.venv/bin/mypy -p blockcache.runtime -p blockcache.export -p blockcache.kernels -p blockcache.tools
+.venv/bin/mypy -p blockcache
 .venv/bin/python -m pytest -q --durations=15 "$@"

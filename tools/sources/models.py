@@ -19,7 +19,7 @@ def load_source(model: str, dtype: str = "float32", cached: str = "transformers"
     from blockcache.export.unet.load import load_model
 
     if model == DEMO:
-        from blockcache.tools.demo.model import MODEL_DIR
+        from blockcache.tools.demo.model import weights_dir
 
-        return load_model(MODEL_DIR, dtype=dtype, name=DEMO, cached=cached)
+        return load_model(weights_dir(), dtype=dtype, name=DEMO, cached=cached)
     return load_model(model, dtype=dtype, cached=cached)

@@ -5,7 +5,8 @@ It never imports torch, diffusers or onnx, so that a service can embed it.
 
 from blockcache.runtime.bundle import Bundle, Manifest
 from blockcache.runtime.drift import DriftMonitor, DriftReport, Excess
-from blockcache.runtime.engines.engine import Backend, EmptyBackend, Engine
+from blockcache.runtime.engines.empty import EmptyBackend
+from blockcache.runtime.engines.engine import Backend, Engine
 from blockcache.runtime.errors import (
     BlockCacheError,
     BundleError,

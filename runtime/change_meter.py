@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from blockcache.runtime.devices.device import Device, StepFunction, Tensor
+from blockcache.runtime.devices.device import Device, StepFunction
+from blockcache.runtime.devices.tensor import Tensor
 
 
 def previous_steps(recompute: np.ndarray) -> np.ndarray:

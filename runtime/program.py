@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from blockcache.runtime.change_meter import ChangeMeter, previous_steps
-from blockcache.runtime.devices.device import Device, StepFunction, Tensor, encode
+from blockcache.runtime.devices.device import Device, StepFunction
+from blockcache.runtime.devices.tensor import Tensor, encode
 from blockcache.runtime.engines.engine import Engine, Launch
 from blockcache.runtime.memory import Lifetime, aligned, plan_arena
 from blockcache.runtime.plan import (

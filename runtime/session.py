@@ -14,7 +14,6 @@ reset by construction: the first executed step recomputes every block.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,15 @@ from typing import Any
 import numpy as np
 
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.devices.device import Guidance, StepFunction, Tensor, modes_of
-from blockcache.runtime.devices.graphs import LoopGraphs, player_for
-from blockcache.runtime.devices.interop import DeviceView, host_array, host_arrays
+from blockcache.runtime.devices.device import Guidance, StepFunction, modes_of
+from blockcache.runtime.devices.device_view import DeviceView
+from blockcache.runtime.devices.graphs import GraphPlayer, LoopGraphs
+from blockcache.runtime.devices.interop import host_array, host_arrays
+from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.drift import DriftMonitor
-from blockcache.runtime.engines.engine import Backend, Launch, load_engines, make_backend
+from blockcache.runtime.engines.choice import make_backend
+from blockcache.runtime.engines.engine import Backend, Launch
+from blockcache.runtime.engines.loading import load_engines
 from blockcache.runtime.errors import BundleFormatError, Cancelled, ConfigError, InputError
 from blockcache.runtime.plan import LOOP_ROLES, Preset, Sizes
 from blockcache.runtime.program import MemoryReport, Program
@@ -89,10 +92,13 @@ class Session:
         self._engines = load_engines(backend, bundle, needed)
         self._tables = solver_tables(SolverConfig.from_json(preset.solver))
         self._programs: dict[tuple[int, ...], Program] = {}
-        # Sessions on one stream take turns: a graph must not capture another one's launches.
-        self._lock = getattr(backend.device, "lock", None) or threading.RLock()
+        self._lock = backend.device.session_lock()
         self._running = False
-        self._graphs = player_for(backend)
+        self._graphs = (
+            None
+            if backend.graphs is None
+            else GraphPlayer(backend.device, backend.graphs, backend.settled)
+        )
 
     @classmethod
     def open(
@@ -298,8 +304,7 @@ class Session:
             record.launched(run.launches)
         if request.check_finite:
             check_finite_values("the denoised latents", result)
-        view = getattr(self.backend.device, "view", None)
-        return Denoised(result, record, view(latents) if view is not None else None)
+        return Denoised(result, record, self.backend.device.view(latents))
 
     @staticmethod
     def _step(

@@ -1,4 +1,4 @@
-"""Direction, doors, caps and layout, held by reading the sources. Every guard is seen to fire."""
+"""Direction, doors and layout, held by reading the sources. Every guard is seen to fire."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import os
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,6 +170,81 @@ def test_right_arrows_pass(tmp_path):
     assert wrong_arrows(tmp_path) == []
 
 
+# -- no circles ------------------------------------------------------------------------------------
+
+
+def import_graph(root, room):
+    """Per module of a room, the modules of it that it imports, lazily or not: dotted names."""
+    modules = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        for path in sources(root, room)
+    }
+    graph = {name: set() for name in modules}
+    for item in all_imports(root, room):
+        importer = item.file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        for name in item.names or ("",):
+            inner = f"{item.module}.{name}".removeprefix("blockcache.").rstrip(".")
+            reached = inner if inner in modules else inner.rpartition(".")[0]
+            if reached in modules and reached != importer:
+                graph[importer].add(reached)
+    return graph
+
+
+def by_folder(graph):
+    """The same between the folders of a room; a module at the top stands for itself."""
+    folders = {}
+    for importer, reached in graph.items():
+        place = ".".join(importer.split(".")[:2])
+        others = {".".join(name.split(".")[:2]) for name in reached}
+        folders.setdefault(place, set()).update(others - {place})
+    return folders
+
+
+def circle(graph):
+    """A circle of a graph, as names; [] where there is none."""
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def without_doors(graph):
+    """Leave out packages' ``__init__``: they export what is inside."""
+    inside = {name for name in graph if not any(o.startswith(f"{name}.") for o in graph)}
+    return {name: graph[name] & inside for name in inside}
+
+
+@pytest.mark.parametrize("room", ["runtime", "kernels"])
+def test_imports_of_a_room_form_no_circle(room):
+    graph = without_doors(import_graph(ROOT, room))
+    assert circle(graph) == []
+    assert circle(by_folder(graph)) == []
+
+
+RUNTIME_FLOORS = ("runtime.session", "runtime.program", "runtime.engines", "runtime.devices")
+
+
+def test_devices_lie_below_engines_and_engines_below_the_session():
+    folders = by_folder(without_doors(import_graph(ROOT, "runtime")))
+    for floor, name in enumerate(RUNTIME_FLOORS):
+        assert not folders[name] & set(RUNTIME_FLOORS[:floor]), name
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a": "from blockcache.runtime import b", "b": "def f():\n    import blockcache.runtime.a"},
+        {"x/a": "from blockcache.runtime.y.b import c", "y/b": "", "y/d": "from ..x.a import e"},
+    ],
+)
+def test_a_circle_is_seen(tmp_path, files):
+    for name, text in files.items():
+        plant(tmp_path, f"runtime/{name}.py", text)
+    graph = import_graph(tmp_path, "runtime")
+    assert circle(graph) or circle(by_folder(graph))
+
+
 # -- export is a star: stages do not import each other, only the order does ------------------------
 
 
@@ -315,38 +391,6 @@ def test_a_foreign_library_enters_by_its_door(library):
 )
 def test_a_side_door_is_seen(tmp_path, file, text):
     assert len(side_doors(plant(tmp_path, file, text))) == 1
-
-
-# -- caps ------------------------------------------------------------------------------------------
-
-FILE_LINES, FUNCTION_LINES = 400, 60
-
-
-def too_long(root, path):
-    """Files and functions of a file that are over the caps."""
-    text = path.read_text()
-    name, lines = path.relative_to(root).as_posix(), text.count("\n")
-    found = [f"{name}: {lines} lines"] if lines > FILE_LINES else []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = node.end_lineno - node.lineno + 1
-            if length > FUNCTION_LINES:
-                found.append(f"{name}: {node.name} has {length} lines")
-    return found
-
-
-@pytest.mark.parametrize("path", sources(ROOT, *ROOMS), ids=str)
-def test_files_and_functions_keep_to_the_caps(path):
-    assert too_long(ROOT, path) == []
-
-
-def test_the_caps_are_seen_to_bind(tmp_path):
-    plant(tmp_path, "export/a.py", "x = 1\n" * 401)
-    plant(tmp_path, "export/b.py", "def f():\n" + "    x = 1\n" * 60)
-    plant(tmp_path, "export/c.py", "x = 1\n" * 340 + "def f():\n" + "    x = 1\n" * 59)
-    assert [too_long(tmp_path, path) for path in sources(tmp_path, "export")] == [
-        ["export/a.py: 401 lines"], ["export/b.py: f has 61 lines"], [],
-    ]  # fmt: skip
 
 
 # -- layout ----------------------------------------------------------------------------------------

@@ -12,13 +12,15 @@ import importlib
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
 
 from blockcache.runtime.devices.cuda_kernels import SolverKernels, bind_change
-from blockcache.runtime.devices.device import Guidance, StepFunction, Tensor, decode, encode
-from blockcache.runtime.devices.interop import DeviceView
+from blockcache.runtime.devices.device import Guidance, StepFunction
+from blockcache.runtime.devices.device_view import DeviceView
+from blockcache.runtime.devices.tensor import Tensor, decode, encode
 from blockcache.runtime.errors import EngineError, MissingExtraError
 
 
@@ -162,7 +164,7 @@ class CudaDevice:
     def __init__(self, stream: Any = None) -> None:
         self.capability = device_capability()
         self.index = int(call("cudaGetDevice"))
-        self.lock = threading.RLock()  # one request at a time on this stream
+        self._lock = threading.RLock()  # one request at a time on this stream
         runtime = _cudart()
         if stream is None:
             self.stream = int(call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking))
@@ -203,6 +205,10 @@ class CudaDevice:
     def view(self, tensor: Tensor) -> DeviceView:
         """The tensor as other libraries read it, without a copy."""
         return DeviceView(tensor, self.stream, self.index)
+
+    def session_lock(self) -> AbstractContextManager[object]:
+        """The stream's lock."""
+        return self._lock
 
     def synchronize(self) -> None:
         """Wait for everything on the stream."""

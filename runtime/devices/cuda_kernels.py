@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from blockcache import kernels
-from blockcache.runtime.devices.device import Device, Guidance, StepFunction, Tensor, modes_of
+from blockcache.runtime.devices.device import Device, Guidance, StepFunction, modes_of
+from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.errors import EngineError
 
 

@@ -12,9 +12,10 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import TypeAlias
 
-from blockcache.runtime.devices.device import StepFunction, Tensor
+from blockcache.runtime.devices.device import Device, StepFunction
+from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.errors import BlockCacheError, ConfigError, EngineError
 
 MODES = ("auto", "off", "check")
@@ -35,17 +36,6 @@ class GraphKey:
     scratch: int  # generation of the shared activation memory
 
 
-class CapturingDevice(Protocol):
-    """What graphs need of a device."""
-
-    @property
-    def scratch_generation(self) -> int:
-        """Counts the moves of the activation memory that engines share."""
-
-    def capture(self, enqueue: Enqueue) -> Enqueue:
-        """Record without running; returns the replay."""
-
-
 @dataclass(frozen=True)
 class _Captured:
     replay: Enqueue
@@ -57,7 +47,7 @@ class GraphPlayer:
 
     def __init__(
         self,
-        device: CapturingDevice,
+        device: Device,
         mode: str = "auto",
         settled: Callable[[], None] = lambda: None,
     ) -> None:
@@ -137,12 +127,6 @@ class LoopGraphs:
     def _play(self, step: int, enqueue: Enqueue) -> None:
         key = GraphKey(self._shape, step, self._generation)
         self._player.play(key, enqueue, self._addresses)
-
-
-def player_for(backend: Any) -> GraphPlayer | None:
-    """The player of a backend that names a graph mode; None where launches are not captured."""
-    mode = getattr(backend, "graphs", None)
-    return None if mode is None else GraphPlayer(backend.device, mode, backend.settled)
 
 
 def check_addresses(captured: Mapping[str, int], now: Mapping[str, int]) -> None:

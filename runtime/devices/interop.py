@@ -1,8 +1,8 @@
-"""Tensors of other libraries, in and out: DLPack, ``__cuda_array_interface__``, numpy.
+"""Tensors of other libraries as numpy arrays: DLPack, ``__cuda_array_interface__``.
 
 A request's inputs are small (noise, prompt embeddings), so a tensor on the GPU takes one copy
-through the host, after what its library has put on its current stream. Results can be read in
-place: ``Denoised.device_latents`` is a ``DeviceView``.
+through the host, after what its library has put on its current stream. The way out, without a
+copy, is ``DeviceView``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from blockcache.runtime.devices import dlpack
-from blockcache.runtime.devices.device import Tensor, decode
+from blockcache.runtime.devices import cuda, dlpack
+from blockcache.runtime.devices.tensor import decode
 from blockcache.runtime.errors import InputError
 
 
@@ -75,10 +75,8 @@ def _require_contiguous(contiguous: bool) -> None:
 
 
 def _copied(pointer: int, shape: Sequence[int], dtype: str, stream: int) -> np.ndarray:
-    from blockcache.runtime.devices.cuda import copy_to_host
-
     host = np.empty(shape, "uint16" if dtype == "bfloat16" else dtype)
-    copy_to_host(host, pointer, stream)
+    cuda.copy_to_host(host, pointer, stream)
     return host
 
 
@@ -87,33 +85,3 @@ def _as_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
     if dtype in ("float16", "bfloat16"):
         return decode(bits.reshape(-1).view(np.uint8), dtype).reshape(bits.shape)
     return bits
-
-
-class DeviceView:
-    """A float32 tensor where it lies, as ``__cuda_array_interface__`` and as DLPack.
-
-    ``torch.as_tensor``, ``torch.from_dlpack``, ``cupy.asarray`` and the like read it without a
-    copy. What it shows is complete: nobody has to wait for a stream.
-    """
-
-    def __init__(self, tensor: Tensor, stream: int, index: int) -> None:
-        assert tensor.dtype == "float32", tensor.dtype
-        self._tensor = tensor  # keeps the memory alive
-        self._index = index
-        self.__cuda_array_interface__ = {
-            "shape": tensor.shape,
-            "typestr": "<f4",
-            "data": (tensor.pointer, False),
-            "version": 3,
-            "strides": None,
-            "stream": stream or dlpack.LEGACY_STREAM,
-        }
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return dlpack.CUDA, self._index
-
-    def __dlpack__(self, *, copy: bool | None = None, **_: Any) -> Any:
-        if copy:
-            raise BufferError("This tensor is lent without a copy only.")
-        tensor = self._tensor
-        return dlpack.lend(tensor.pointer, tensor.shape, self.__dlpack_device__(), tensor)

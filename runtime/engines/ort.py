@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.devices.device import HostDevice, Tensor
+from blockcache.runtime.devices.host import HostDevice
+from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.engine import Launch
 from blockcache.runtime.errors import EngineError, MissingExtraError
 from blockcache.runtime.plan import Segment
@@ -31,6 +32,8 @@ MAX_LOADS = 8
 
 class OrtBackend:
     """ONNX Runtime's CPU execution provider."""
+
+    graphs: str | None = None
 
     def __init__(self, *, threads: int | None = None) -> None:
         if ort is None:
@@ -57,6 +60,9 @@ class OrtBackend:
                 f"{bundle.model.precision}. Compile with --precision float32, or use TensorRT."
             )
         return self.open_model(segment, str(bundle.segment_path(segment)))
+
+    def settled(self) -> None:
+        """Nothing is compiled at the first run."""
 
     def open_model(self, segment: Segment, model: str | bytes) -> OrtEngine:
         """Load a segment from a file, or from a graph in memory."""

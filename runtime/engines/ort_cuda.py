@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.devices.cuda import CudaDevice
-from blockcache.runtime.devices.device import Tensor
+from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.engine import Launch
 from blockcache.runtime.errors import EngineError, MissingExtraError
 from blockcache.runtime.plan import Segment
@@ -29,6 +29,9 @@ _ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}  # Te
 
 class OrtCudaBackend:
     """ONNX Runtime's CUDA provider, or its TensorRT provider with CUDA behind it."""
+
+    loads_at_once = 1
+    graphs: str | None = None
 
     def __init__(self, *, tensorrt: bool = False, stream: Any = None) -> None:
         wanted = TENSORRT if tensorrt else CUDA
@@ -66,6 +69,9 @@ class OrtCudaBackend:
             ) from error
         require_providers(session, [name for name, _ in given])
         return OrtCudaEngine(segment, session, "cuda", self.device.index)
+
+    def settled(self) -> None:
+        """The TensorRT provider keeps what it builds by itself."""
 
     def _cache(self, bundle: Bundle) -> str:
         """A folder beside the bundle's engines; none where the bundle cannot be written to."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.devices.cuda import CudaDevice
-from blockcache.runtime.devices.device import Tensor
+from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.engine import Launch
 from blockcache.runtime.engines.files import (
     WEIGHTS_FILE,

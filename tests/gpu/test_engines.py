@@ -14,7 +14,8 @@ from blockcache.export.engines.targets import Target
 from blockcache.runtime import Session
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.devices.cuda import call, device_capability, device_count
-from blockcache.runtime.devices.interop import DeviceView, host_array
+from blockcache.runtime.devices.device_view import DeviceView
+from blockcache.runtime.devices.interop import host_array
 from blockcache.runtime.engines.files import read_engines, write_engines
 from blockcache.tools.check.loop import check_loop
 from blockcache.tools.check.segments import check_segments

@@ -25,7 +25,7 @@ from blockcache.runtime.bundle import hash_files, write_tensors
 from blockcache.runtime.change_meter import previous_steps
 from blockcache.runtime.devices import cuda_kernels
 from blockcache.runtime.devices.cuda_kernels import bind_change
-from blockcache.runtime.devices.device import HostDevice
+from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.drift import Band
 from blockcache.runtime.engines import ort
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from blockcache.runtime import InputError
 from blockcache.runtime.devices import cuda_kernels
-from blockcache.runtime.devices import device as device_module
+from blockcache.runtime.devices import host as host_module
 from blockcache.runtime.devices.cuda_kernels import SolverKernel, SolverKernels
-from blockcache.runtime.devices.device import Guidance, HostDevice, modes_of
+from blockcache.runtime.devices.device import Guidance, modes_of
+from blockcache.runtime.devices.host import HostDevice
 
 DDIM_ROW = [0.9, -0.3, 0, 0, 0, 0, 0.7, 0]
 DPM_ROW = [0.9, -0.3, 0.2, 0, 1.1, -0.7, 0.5, 0]
@@ -33,7 +34,7 @@ def bind_compiled(_twin, device, table, guidance, *tensors):
 
 def bind_numpy(_twin, device, table, guidance, *tensors):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_module.kernels, "host_available", lambda: False)
+        patch.setattr(host_module.kernels, "host_available", lambda: False)
         return device.solver(table, guidance, *tensors)
 
 

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockcache.runtime import Session
-from blockcache.runtime.devices.device import HostDevice
+from blockcache.runtime import EmptyBackend, Session
 from blockcache.runtime.memory import (
     ALIGNMENT_BYTES,
     Arena,
@@ -111,13 +110,13 @@ def test_the_report_counts_what_the_manifest_says(compiled):
         assert session.memory(images, guided).blocks == blocks
 
 
-class WatchingBackend:
+class WatchingBackend(EmptyBackend):
     """Engines that keep the addresses they are bound to, by segment."""
 
     name = "watching"
 
     def __init__(self):
-        self.device = HostDevice()
+        super().__init__()
         self.bound = {}
 
     def load(self, bundle, segment):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from blockcache.runtime import (
     Session,
     SolverConfig,
 )
-from blockcache.runtime.devices.device import HostDevice
+from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.engines import ort
 from blockcache.runtime.session import SHAPES
 from blockcache.runtime.solver import solver_tables
@@ -420,26 +420,20 @@ class CountingEngine:
         return counted
 
 
-@dataclass
-class CountingBackend:
-    """Wraps a backend; ``name`` keeps its engines apart from those of other tests."""
+class CountingBackend(EmptyBackend):
+    """Counts what is loaded and launched; ``name`` keeps its engines apart from other tests'."""
 
-    inner: object
-    name: str
-    loaded: list = field(default_factory=list)
-    launched: list = field(default_factory=list)
-
-    @property
-    def device(self):
-        return self.inner.device
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.loaded, self.launched = name, [], []
 
     def load(self, bundle, segment):
         self.loaded.append(segment.name)
-        return CountingEngine(self.inner.load(bundle, segment), segment.name, self.launched)
+        return CountingEngine(super().load(bundle, segment), segment.name, self.launched)
 
 
 def test_sessions_share_engines_and_free_them(bundle):
-    backend = CountingBackend(EmptyBackend(), "sharing")
+    backend = CountingBackend("sharing")
     first = Session.open(bundle, preset="ddim-4", backend=backend)
     loaded = list(backend.loaded)
     assert len(loaded) == len(set(loaded))
@@ -451,7 +445,7 @@ def test_sessions_share_engines_and_free_them(bundle):
 
 
 def test_only_engines_of_the_loop_and_the_prompt_are_loaded(bundle):
-    backend = CountingBackend(EmptyBackend(), "roles")
+    backend = CountingBackend("roles")
     Session.open(bundle, preset="ddim-4", backend=backend)
     roles = {segment.name: segment.role for segment in bundle.segments}
     assert {roles[name] for name in backend.loaded} == {"prompt", "trunk", "block"}
@@ -460,7 +454,7 @@ def test_only_engines_of_the_loop_and_the_prompt_are_loaded(bundle):
 def test_a_reused_block_is_never_launched(bundle):
     table = random_schedule(bundle)
     table[1:, 0] = False  # computed once, reused ever after
-    backend = CountingBackend(EmptyBackend(), "launches")
+    backend = CountingBackend("launches")
     made = Session(bundle, preset_of(bundle, table), backend)
     made.denoise(**request(made))
     for segment in bundle.segments:
@@ -580,10 +574,8 @@ class WastefulEngine:
         return lambda: np.zeros(LATENTS_BYTES, np.uint8)[0]
 
 
-@dataclass
-class WastefulBackend:
-    name: str = "wasteful"
-    device: HostDevice = field(default_factory=HostDevice)
+class WastefulBackend(EmptyBackend):
+    name = "wasteful"
 
     def load(self, bundle, segment):
         return WastefulEngine()
@@ -617,10 +609,11 @@ class MeteredDevice(HostDevice):
         return memory
 
 
-@dataclass
 class MeteredBackend(EmptyBackend):
-    name: str = "metered"
-    device: MeteredDevice = field(default_factory=MeteredDevice)
+    name = "metered"
+
+    def __init__(self):
+        self.device = MeteredDevice()
 
 
 def test_memory_is_held_for_the_last_shapes_only(bundle):

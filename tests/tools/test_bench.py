@@ -446,13 +446,12 @@ def test_a_gpu_times_each_segment_alone_in_the_order_of_a_step():
             log.append("capture")
             return enqueue
 
+        def time_ms(self, replay):
+            replay()
+            return 1.0 if log[-1] == "a" else 2.0
+
     launches = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
-
-    def time_ms(replay):
-        replay()
-        return 1.0 if log[-1] == "a" else 2.0
-
-    assert _device_ms(launches, Device(), time_ms, repeats=1) == {"a": 1.0, "b": 2.0}
+    assert _device_ms(launches, Device(), repeats=1) == {"a": 1.0, "b": 2.0}
     assert log == ["capture", "capture", *"ababab"]
 
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from blockcache.export.costs.timings import Timings
 from blockcache.runtime import Bundle, ConfigError, Preset, RunRecord
-from blockcache.runtime.engines.engine import make_backend
+from blockcache.runtime.devices.device import Device
+from blockcache.runtime.engines.choice import make_backend
 from blockcache.tools.bench.contestants import Contestant, Entry, Lineup, Observer
 from blockcache.tools.bench.sessions import (
     base_name,
@@ -296,9 +297,8 @@ def _timings(split: Contestant) -> Timings:
     bundle, device = session.bundle, session.backend.device
     record = split.records[0]
     sizes = dict(bundle.model.sizes, batch=2 * split.images)
-    time_ms: Callable[[Callable[[], None]], float] | None = getattr(device, "time_ms", None)
-    if time_ms is not None:
-        medians = _device_ms(session.launches(split.images), device, time_ms)
+    if device.name != "cpu":
+        medians = _device_ms(session.launches(split.images), device)
         return Timings(split.engine, nvidia_smi(("name",)).get("name", device.name), sizes, medians)
     runs = np.concatenate([r.segment_ns[r.steps.start :] for r in split.records]) / 1e6
     medians = {s.name: float(ms) for s, ms in zip(record.segments, np.median(runs, 0), strict=True)}
@@ -309,20 +309,18 @@ def _timings(split: Contestant) -> Timings:
 
 def _device_ms(
     launches: Mapping[str, Callable[[], None]],
-    device: object,
-    time_ms: Callable[[Callable[[], None]], float],
+    device: Device,
     repeats: int = 15,
 ) -> dict[str, float]:
     """GPU time of single launches, each captured in a graph so that the host is not timed.
 
     They run in the order of a step, so that each finds its weights as cold as in the loop.
     """
-    capture = getattr(device, "capture", lambda enqueue: enqueue)
-    replays = {name: capture(launch) for name, launch in launches.items()}
+    replays = {name: device.capture(launch) for name, launch in launches.items()}
     times: dict[str, list[float]] = {name: [] for name in replays}
     for turn in range(repeats + 2):
         for name, replay in replays.items():
-            ms = time_ms(replay)
+            ms = device.time_ms(replay)
             if turn > 1:
                 times[name].append(ms)
     return {name: statistics.median(values) for name, values in times.items()}

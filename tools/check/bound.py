@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.devices.device import Tensor
-from blockcache.runtime.engines.engine import Backend, Launch, load_shared
+from blockcache.runtime.devices.tensor import Tensor
+from blockcache.runtime.engines.engine import Backend, Launch
+from blockcache.runtime.engines.loading import load_shared
 from blockcache.runtime.plan import LOOP_ROLES, Segment, Sizes
 
 

@@ -65,7 +65,7 @@ def check(
 
 def _engines(bundle: Bundle, backend: str, target: str) -> tuple[Any, dict[str, str]]:
     """The engine library, and the layouts that its engines expect."""
-    from blockcache.runtime.engines.engine import make_backend
+    from blockcache.runtime.engines.choice import make_backend
     from blockcache.runtime.engines.files import read_engines
     from blockcache.runtime.engines.trt import TrtBackend, fitting_target
     from blockcache.runtime.errors import ConfigError

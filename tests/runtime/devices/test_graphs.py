@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 
 from blockcache.runtime.devices.cuda import CudaDevice, Scratch
-from blockcache.runtime.devices.device import HostDevice
 from blockcache.runtime.devices.graphs import (
     WHOLE_LOOP,
     GraphKey,
     GraphPlayer,
     LoopGraphs,
     check_addresses,
-    player_for,
 )
+from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.errors import ConfigError, EngineError
 
 
@@ -148,10 +147,6 @@ def test_any_difference_in_addresses_is_seen(now):
 def test_an_unknown_mode_is_refused(log):
     with pytest.raises(ConfigError, match="'auto'"):
         GraphPlayer(FakeDevice(log), "always")
-
-
-def test_backends_without_graphs_have_no_player():
-    assert player_for(object()) is None
 
 
 # -- the activation memory that all contexts share -------------------------------------------------

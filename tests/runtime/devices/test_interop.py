@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from blockcache.runtime.devices import cuda, dlpack
 from blockcache.runtime.devices.cuda import stream_handle
-from blockcache.runtime.devices.device import Tensor, decode, encode
-from blockcache.runtime.devices.interop import DeviceView, host_array
+from blockcache.runtime.devices.device_view import DeviceView
+from blockcache.runtime.devices.interop import host_array
+from blockcache.runtime.devices.tensor import Tensor, decode, encode
 from blockcache.runtime.errors import EngineError, InputError
 
 

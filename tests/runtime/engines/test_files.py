@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from blockcache.runtime.bundle import Bundle, FileEntry
-from blockcache.runtime.engines.engine import make_backend
+from blockcache.runtime.engines.choice import make_backend
 from blockcache.runtime.engines.files import (
     EngineEntry,
     EngineSet,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blockcache.runtime.devices.device import HostDevice
+from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.engines.ort import OrtBackend
 from blockcache.runtime.engines.ort_cuda import (
     OrtCudaBackend,

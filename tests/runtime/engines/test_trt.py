@@ -9,7 +9,7 @@ import pytest
 
 from blockcache.runtime.bundle import FileEntry
 from blockcache.runtime.devices.cuda import Scratch
-from blockcache.runtime.devices.device import Tensor
+from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.tensorrt_library import TensorRT
 from blockcache.runtime.engines.trt import RuntimeCache, TrtEngine, refit
 from blockcache.runtime.errors import EngineError

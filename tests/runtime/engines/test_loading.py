@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from blockcache.runtime import EngineError
-from blockcache.runtime.engines import engine
-from blockcache.runtime.engines.engine import load_engines, load_shared
+from blockcache.runtime import EmptyBackend, EngineError
+from blockcache.runtime.engines import loading
+from blockcache.runtime.engines.loading import load_engines, load_shared
 from blockcache.runtime.engines.ort import MAX_LOADS, OrtBackend
 from blockcache.runtime.engines.trt import TrtBackend
 
@@ -36,11 +36,12 @@ class LoadedEngine:
         self.name = name
 
 
-class SerialBackend:
-    """Does not say how many segments it loads at once, and notes how many it had to."""
+class SerialBackend(EmptyBackend):
+    """Loads one segment at a time, and notes how many it had to."""
 
     def __init__(self, name):
-        self.name, self.device = name, None
+        super().__init__()
+        self.name = name
         self.loaded, self.threads, self.active, self.most = [], set(), 0, 0
         self._lock = threading.Lock()
 
@@ -86,7 +87,7 @@ def cached(backend):
     def names(table):
         return sorted(Path(path).stem for name, path, _ in table if name == backend.name)
 
-    return names(engine._shared), names(engine._key_locks)
+    return names(loading._shared), names(loading._key_locks)
 
 
 @pytest.mark.parametrize("kind", [SerialBackend, ParallelBackend])

@@ -1,0 +1,171 @@
+"""Host memory through numpy. The solver step runs in the compiled kernel, else in numpy."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from time import perf_counter_ns
+
+import numpy as np
+
+from blockcache import kernels
+from blockcache.runtime.devices.device import Guidance, StepFunction, modes_of
+from blockcache.runtime.devices.device_view import DeviceView
+from blockcache.runtime.devices.tensor import NUMPY_DTYPES, Tensor, item_bytes
+from blockcache.runtime.solver import solver_step_numpy
+
+
+class HostDevice:
+    """Host memory; a ``Device`` as runtime/devices/device.py has it."""
+
+    name = "cpu"
+
+    def allocate(self, count: int) -> np.ndarray:
+        """``count`` zeroed bytes at an address that is a multiple of 256."""
+        raw = np.zeros(count + 256, np.uint8)
+        start = -raw.ctypes.data % 256
+        return raw[start : start + count]
+
+    def tensor(self, memory: np.ndarray, offset: int, shape: Sequence[int], dtype: str) -> Tensor:
+        """A numpy view into ``memory``."""
+        count = math.prod(shape) * item_bytes(dtype)
+        array = memory[offset : offset + count].view(NUMPY_DTYPES[dtype]).reshape(shape)
+        return Tensor(array.ctypes.data, tuple(shape), dtype, memory, array)
+
+    def upload(self, target: Tensor, values: np.ndarray) -> None:
+        """Copy into the view."""
+        np.copyto(_view(target), values, casting="same_kind")
+
+    def download(self, source: Tensor) -> np.ndarray:
+        """A copy of the view."""
+        values: np.ndarray = _view(source).copy()
+        return values
+
+    def row_loader(self, row: Tensor, table: Tensor) -> StepFunction:
+        """One contiguous copy."""
+        target, rows = _view(row), list(_view(table))
+
+        def load(step: int) -> None:
+            np.copyto(target, rows[step])
+
+        return load
+
+    def solver(
+        self,
+        coefficients: np.ndarray,
+        guidance: Guidance | None,
+        latents: Tensor,
+        history: Tensor,
+        model_output: Tensor,
+        model_input: Tensor,
+    ) -> StepFunction:
+        """The compiled kernel, or numpy."""
+        images = latents.shape[0]
+        sample, past = (_view(t).reshape(images, -1) for t in (latents, history))
+        output, following = (_view(t).reshape(t.shape[0], -1) for t in (model_output, model_input))
+        bind = _bind_kernels if kernels.host_available() else _bind_numpy
+        return bind(coefficients, guidance, sample, past, output, following)
+
+    def change(self, target: Tensor, now: Tensor, before: Tensor) -> Callable[[], None]:
+        """The compiled kernel."""
+        result, fresh, previous = map(_view, (target, now, before))
+
+        def measure() -> None:
+            images, dtype = len(result), now.dtype
+            result[:], _ = kernels.relative_change(fresh, previous, images=images, dtype=dtype)
+
+        return measure
+
+    def view(self, tensor: Tensor) -> DeviceView | None:
+        """None: ``Denoised.latents`` is in host memory already."""
+        return None
+
+    def session_lock(self) -> AbstractContextManager[object]:
+        """A lock of its own for each session."""
+        return threading.RLock()
+
+    @property
+    def scratch_generation(self) -> int:
+        """Engines on the host keep their own activation memory."""
+        return 0
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """The host records nothing: to replay is to launch again."""
+        return enqueue
+
+    def time_ms(self, enqueue: Callable[[], None]) -> float:
+        """The host's clock."""
+        begin = perf_counter_ns()
+        enqueue()
+        return (perf_counter_ns() - begin) / 1e6
+
+
+def _bind_kernels(
+    coefficients: np.ndarray,
+    guidance: Guidance | None,
+    sample: np.ndarray,
+    past: np.ndarray,
+    output: np.ndarray,
+    following: np.ndarray,
+) -> StepFunction:
+    """The solver step as one pass of compiled code, and one before it for the rescale's factors."""
+    uses_history = bool(coefficients[:, 2:6].any())
+    factors = np.empty(len(sample), np.float32) if modes_of(guidance)[1] else None
+    solver_step = kernels.bind_guided_solver_step(
+        sample,
+        sample=sample,
+        model_out=output,
+        table=coefficients,
+        history_out=past if uses_history else None,
+        history0=past if uses_history else None,
+        next_input=following,
+        guidance=None if guidance is None else guidance.scale,
+        rescale=factors,
+    )
+    if guidance is None or factors is None:
+        return solver_step
+    find_factors = kernels.bind_guidance_rescale_factors(
+        factors, model_out=output, guidance=guidance.scale, phi=guidance.rescale
+    )
+
+    def rescaled_step(step: int) -> None:
+        find_factors()
+        solver_step(step)
+
+    return rescaled_step
+
+
+def _bind_numpy(
+    coefficients: np.ndarray,
+    guidance: Guidance | None,
+    sample: np.ndarray,
+    past: np.ndarray,
+    output: np.ndarray,
+    following: np.ndarray,
+) -> StepFunction:
+    """The same in numpy, several passes."""
+    scratch = np.empty_like(sample)
+    scale = None if guidance is None else guidance.scale
+
+    def step_in_numpy(step: int) -> None:
+        if guidance is not None and guidance.rescale:
+            _rescale_in_numpy(output, guidance)
+        solver_step_numpy(coefficients[step], scale, sample, past, output, following, scratch)
+
+    return step_in_numpy
+
+
+def _rescale_in_numpy(output: np.ndarray, guidance: Guidance) -> None:
+    """Scale both halves of ``output`` [2N, M] alike: their guided output is the rescaled one."""
+    unconditional, conditional = output.reshape(2, -1, output.shape[1])
+    guided = unconditional + np.float32(guidance.scale) * (conditional - unconditional)
+    spread = conditional.std(axis=1, keepdims=True) / guided.std(axis=1, keepdims=True)
+    factors = guidance.rescale * spread + (1 - guidance.rescale)
+    output *= np.tile(factors.astype(np.float32), (2, 1))
+
+
+def _view(tensor: Tensor) -> np.ndarray:
+    assert tensor.array is not None, "a device tensor reached the host device"
+    return tensor.array

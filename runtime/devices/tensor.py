@@ -1,0 +1,58 @@
+"""A tensor at a fixed address, and numbers as the bytes of its dtype."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+NUMPY_DTYPES: dict[str, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,  # numpy has no bfloat16: its bits
+    "int64": np.int64,
+    "uint8": np.uint8,
+}
+"""What numpy holds a tensor's elements in."""
+
+
+def item_bytes(dtype: str) -> int:
+    """Size of one element in bytes."""
+    return int(np.dtype(NUMPY_DTYPES[dtype]).itemsize)
+
+
+def encode(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Rows of numbers as rows of bytes in ``dtype``: [S, n] to uint8 [S, n * item size]."""
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        # Round to nearest even: add half of the dropped part, and one more where the kept is odd.
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return rounded.astype(np.uint16).view(np.uint8)
+    return np.ascontiguousarray(values.astype(NUMPY_DTYPES[dtype])).view(np.uint8)
+
+
+def decode(content: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes of a tensor as numbers: the reverse of ``encode``."""
+    if dtype == "bfloat16":
+        single: np.ndarray = (content.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return single
+    numbers: np.ndarray = content.view(dtype)
+    return numbers.astype(np.float32) if dtype == "float16" else numbers.copy()
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor at a fixed address."""
+
+    pointer: int
+    shape: tuple[int, ...]
+    dtype: str
+    owner: Any  # keeps the memory alive
+    array: np.ndarray | None = None  # a view, where the host can see the memory
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * item_bytes(self.dtype)

@@ -1,0 +1,67 @@
+"""The choice of engine library by name; a library is imported when it is chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.engines.empty import EmptyBackend
+from blockcache.runtime.engines.engine import Backend
+from blockcache.runtime.errors import ConfigError
+
+
+def make_backend(
+    name: str = "auto",
+    *,
+    threads: int | None = None,
+    bundle: Bundle | None = None,
+    stream: Any = None,
+    graphs: str = "auto",
+    verify: bool = True,
+) -> Backend:
+    """The engine library called ``name``.
+
+    Args:
+        name: ``trt`` (TensorRT engines that ``blockcache build`` made), ``ort`` (ONNX Runtime on
+            the CPU), ``ort-cuda`` and ``ort-tensorrt`` (ONNX Runtime on the GPU), ``empty``, or
+            ``auto``: TensorRT where the bundle has engines and there is a GPU, else the CPU.
+        threads: of ONNX Runtime on the CPU.
+        bundle: what it will run, for ``auto``.
+        stream: the caller's CUDA stream.
+        graphs: CUDA graphs of ``trt``: auto, off, or check (compare addresses at each replay).
+        verify: check the sha256 of engines.
+
+    Raises:
+        ConfigError: unknown name.
+        MissingExtraError: the library is not installed; the message holds the pip command.
+        EngineError: there is no GPU for a library that needs one.
+    """
+    if name == "auto":
+        name = _best(bundle)
+    if name == "empty":
+        return EmptyBackend()
+    if name == "ort":
+        from blockcache.runtime.engines.ort import OrtBackend
+
+        return OrtBackend(threads=threads)
+    if name == "trt":
+        from blockcache.runtime.engines.trt import TrtBackend
+
+        return TrtBackend(stream=stream, graphs=graphs, verify=verify)
+    if name in ("ort-cuda", "ort-tensorrt"):
+        from blockcache.runtime.engines.ort_cuda import OrtCudaBackend
+
+        return OrtCudaBackend(tensorrt=name == "ort-tensorrt", stream=stream)
+    raise ConfigError(
+        f"Expected a backend of 'auto', 'trt', 'ort', 'ort-cuda', 'ort-tensorrt' or 'empty', got "
+        f"{name!r}."
+    )
+
+
+def _best(bundle: Bundle | None) -> str:
+    """TensorRT where engines and a GPU are there, else ONNX Runtime on the CPU."""
+    if bundle is None or not any(bundle.folder.glob("engines/*/engines.json")):
+        return "ort"
+    from blockcache.runtime.devices.cuda import device_count
+
+    return "trt" if device_count() else "ort"

@@ -1,0 +1,59 @@
+"""Loads engines once a process: sessions share them, and the last session frees them."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
+
+from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.engines.engine import Backend, Engine
+from blockcache.runtime.plan import Segment
+
+_Key: TypeAlias = tuple[str, str, str]  # backend, path and content of a segment
+_shared: weakref.WeakValueDictionary[_Key, Engine] = weakref.WeakValueDictionary()
+_key_locks: weakref.WeakValueDictionary[_Key, threading.Lock] = weakref.WeakValueDictionary()
+_key_locks_guard = threading.Lock()  # held for a look-up, never while something loads
+_serial_lock = threading.Lock()
+
+
+def load_engines(
+    backend: Backend, bundle: Bundle, segments: Sequence[Segment]
+) -> dict[str, Engine]:
+    """The engines of ``segments`` by name, in that order; where several fail, the first's error."""
+    load = functools.partial(load_shared, backend, bundle)
+    workers = backend.loads_at_once
+    if workers < 2:  # without a pool: a GPU's context belongs to the caller's thread
+        return {segment.name: load(segment) for segment in segments}
+    with ThreadPoolExecutor(workers, "blockcache-load") as pool:
+        loads = [pool.submit(load, segment) for segment in segments]
+        try:
+            return {s.name: done.result() for s, done in zip(segments, loads, strict=True)}
+        finally:
+            for waiting in loads:  # after an error nobody needs the rest
+                waiting.cancel()
+            loads.clear()  # an error that is kept must not keep the other engines
+
+
+def load_shared(backend: Backend, bundle: Bundle, segment: Segment) -> Engine:
+    """The engine of a segment, loaded once a process and freed with its last session."""
+    path = bundle.segment_path(segment).resolve()
+    content = bundle.manifest.files[f"segments/{segment.file}"].sha256
+    key = (backend.name, str(path), content)
+    with _key_lock(key) if backend.loads_at_once > 1 else _serial_lock:
+        engine = _shared.get(key)
+        if engine is None:
+            engine = _shared[key] = backend.load(bundle, segment)
+        return engine
+
+
+def _key_lock(key: _Key) -> threading.Lock:
+    """The lock of one engine, which lives as long as a thread holds it or waits for it."""
+    with _key_locks_guard:
+        lock = _key_locks.get(key)
+        if lock is None:
+            lock = _key_locks[key] = threading.Lock()
+        return lock

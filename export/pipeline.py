@@ -19,8 +19,9 @@ from filelock import FileLock, Timeout
 from blockcache.export.choose.joint import candidates
 from blockcache.export.choose.policies import Measured
 from blockcache.export.choose.preset import PresetOptions
+from blockcache.export.costs.costs import Costs, counted
 from blockcache.export.costs.roofline import Processor, predict
-from blockcache.export.costs.timings import Costs, Timings, counted
+from blockcache.export.costs.timings import Timings
 from blockcache.export.graph.time_tables import time_tables
 from blockcache.export.graph.to_onnx import (
     EXPORT_STAGES,
@@ -210,18 +211,18 @@ def _costs(
     """What a step costs: as measured, as predicted for a GPU, or in GFLOP."""
     timings = options.timings
     guided = options.calibration.guidance_scale != 1.0
-    sizes = {**facts.sizes, "batch": 2 if guided else 1}  # of one image
+    sizes = facts.sizes.for_images(1, guided=guided)
     if options.processor is not None:
         timings = predict(segments, folder / "segments", options.processor, sizes)
     timed = [preset.name for preset in options.presets if preset.policy.timed]
-    if timed and timings is not None and dict(timings.sizes) != sizes:
+    if timed and timings is not None and timings.sizes != sizes:
         raise ConfigError(
             f"Preset {timed[0]!r} needs times of one image, at {sizes}; got some at "
-            f"{dict(timings.sizes)}. "
+            f"{timings.sizes}. "
             + ("Measure with --images 1, or predict" if guided else "Without guidance, predict")
             + " them with --gpu."
         )
-    return (timings or counted(segments)).costs(segments)
+    return counted(segments) if timings is None else timings.costs(segments)
 
 
 def _make_preset(

@@ -46,6 +46,7 @@ from blockcache.runtime.plan import (
     Preset,
     Schedule,
     Segment,
+    Sizes,
     TensorSpec,
     coefficient_names,
     row_specs,
@@ -343,7 +344,7 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, TensorSpec):
         dims = [int(d.coefficient) if not d.axes else str(d) for d in value.dims]
         return {"name": value.name, "dtype": value.dtype, "dims": dims}
-    if isinstance(value, BlockFacts):
+    if isinstance(value, BlockFacts | Sizes):
         return asdict(value)
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
@@ -372,6 +373,7 @@ def _model_facts(entry: Mapping[str, Any]) -> ModelFacts:
         **{
             **entry,
             "blocks": tuple(BlockFacts(**block) for block in entry["blocks"]),
+            "sizes": Sizes.from_json(entry["sizes"]),
             "conditions": tuple(_tensor_spec(tensor) for tensor in entry["conditions"]),
         }
     )

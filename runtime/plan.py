@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Literal, TypeAlias
 
@@ -18,8 +18,8 @@ from blockcache.runtime.errors import ConfigError
 AXES = ("batch", "height", "width", "tokens")
 """The sizes a tensor may depend on: engine batch, latent height and width, prompt length."""
 
-Sizes: TypeAlias = Mapping[str, int]
-"""A value for every axis of ``AXES``."""
+MOST_SIZE = 1 << 16
+"""Nothing along an axis is longer than this; what claims to be is damaged."""
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
@@ -44,12 +44,58 @@ def coefficient_names(k: int, outputs: int) -> tuple[str, ...]:
     return names if outputs == 2 else (names[0], names[2])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A value for every axis; hashable, so that it can be a key.
+
+    Examples:
+        >>> sizes = Sizes(batch=2, height=64, width=96, tokens=77)
+        >>> str(sizes.for_images(4, guided=True))
+        'batch 8, height 64, width 96, tokens 77'
+    """
+
+    batch: int  # the engines': with guidance two for each image
+    height: int  # of the latents
+    width: int
+    tokens: int  # of the prompt
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            size = getattr(self, axis)
+            if type(size) is not int or not 1 <= size <= MOST_SIZE:
+                raise ConfigError(
+                    f"Expected a {axis} of 1 to {MOST_SIZE}, a whole number; got {size!r}."
+                )
+
+    def along(self, axis: str) -> int:
+        """The size along one of ``AXES``."""
+        return int(getattr(self, axis))
+
+    def for_images(self, images: int, *, guided: bool) -> Sizes:
+        """The same for so many images; guidance runs each of them twice."""
+        return replace(self, batch=2 * images if guided else images)
+
+    def to_json(self) -> dict[str, int]:
+        """By axis, in the order of ``AXES``."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: object) -> Sizes:
+        """The inverse of ``to_json``; ConfigError where an axis is missing, unknown or wrong."""
+        if not isinstance(content, Mapping) or set(content) != set(AXES):
+            raise ConfigError(f"Expected sizes with a value for each of {AXES}, got {content!r}.")
+        return cls(**content)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{axis} {size}" for axis, size in self.to_json().items())
+
+
 @dataclass(frozen=True)
 class Dim:
     """One dimension as a monomial: ``coefficient * axis * axis ...``.
 
     Examples:
-        >>> Dim.parse("height/4").value({"batch": 2, "height": 64, "width": 64, "tokens": 77})
+        >>> Dim.parse("height/4").value(Sizes(batch=2, height=64, width=64, tokens=77))
         16
         >>> str(Dim(Fraction(8), ("batch",)))
         '8*batch'
@@ -68,10 +114,10 @@ class Dim:
         """The dimension at ``sizes``; ConfigError where it is no whole number."""
         product = self.coefficient
         for axis in self.axes:
-            product *= sizes[axis]
+            product *= sizes.along(axis)
         if product.denominator != 1:
             raise ConfigError(
-                f"The dimension {self} must be a whole number; it is {product} for {dict(sizes)}. "
+                f"The dimension {self} must be a whole number; it is {product} for {sizes}. "
                 f"Choose sizes divisible by the model's downsampling factor."
             )
         return int(product)

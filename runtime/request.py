@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -43,8 +44,8 @@ class Request:
         if not 0 <= first < steps:
             raise InputError(f"start_step: expected 0 to {steps - 1}, got {first}.")
         self.images, self.guided, self.first = shape[0], guided, first
-        batch = self.images * (2 if guided else 1)
-        self.sizes = dict(model.sizes, batch=batch, height=shape[2], width=shape[3])
+        sizes = model.sizes.for_images(self.images, guided=guided)
+        self.sizes = replace(sizes, height=shape[2], width=shape[3])
         self.noise = self.check("noise", noise, shape)
 
     def conditions(
@@ -60,7 +61,7 @@ class Request:
                 )
         tokens = np.shape(positive["encoder_hidden_states"])
         if len(tokens) == 3:
-            self.sizes["tokens"] = tokens[1]
+            self.sizes = replace(self.sizes, tokens=tokens[1])
         inputs = {}
         for spec in self._specs:
             halves = [self._condition(spec, positive, "")]
@@ -80,7 +81,7 @@ class Request:
                 if side
                 else f"{spec.name}: this model needs it in conditions={{...}}, got none."
             )
-        shape = spec.shape({**self.sizes, "batch": self.images})
+        shape = spec.shape(replace(self.sizes, batch=self.images))
         values = given[spec.name]
         if np.shape(values) == (1, *shape[1:]):
             values = np.broadcast_to(values, shape)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
@@ -159,7 +159,7 @@ class Session:
         An image is the same alone and in a batch. Height and width are latent sizes.
         """
         sizes = self.bundle.model.sizes
-        shape = (self.bundle.model.channels, height or sizes["height"], width or sizes["width"])
+        shape = (self.bundle.model.channels, height or sizes.height, width or sizes.width)
         images = [
             np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, np.float32)
             for seed in seeds
@@ -168,13 +168,13 @@ class Session:
 
     def memory(self, images: int = 1, guided: bool = True) -> MemoryReport:
         """Bytes held for the model's default sizes and ``images`` images."""
-        sizes = dict(self.bundle.model.sizes, batch=images * (2 if guided else 1))
+        sizes = self.bundle.model.sizes.for_images(images, guided=guided)
         with self._lock:
             return self._program(sizes, images).memory
 
     def launches(self, images: int = 1, guided: bool = True) -> dict[str, Launch]:
         """Every segment of a request by name, bound, to be timed one by one."""
-        sizes = dict(self.bundle.model.sizes, batch=images * (2 if guided else 1))
+        sizes = self.bundle.model.sizes.for_images(images, guided=guided)
         with self._lock:
             program = self._program(sizes, images)
             step = program.run_from(0).launches[0]
@@ -336,13 +336,12 @@ class Session:
         """CUDA graphs of this request's shape and first step; None where launches stay single."""
         if self._graphs is None:
             return None
-        sizes = request.sizes.values()
-        shape = (*sizes, request.images, request.first, *modes_of(guidance))
+        shape = (*astuple(request.sizes), request.images, request.first, *modes_of(guidance))
         return LoopGraphs(self._graphs, shape, program.tensors)
 
     def _program(self, sizes: Sizes, images: int) -> Program:
         """The program of these sizes; bound on first use, kept while among the last ``SHAPES``."""
-        key = (*sizes.values(), images)
+        key = (*astuple(sizes), images)
         program = self._programs.pop(key, None)
         while program is None and len(self._programs) >= SHAPES:
             oldest = next(iter(self._programs))

@@ -17,7 +17,7 @@ import numpy as np
 
 from blockcache.export.choose.policies import UNCACHED, Policy
 from blockcache.export.choose.preset import PresetOptions
-from blockcache.export.costs.timings import Costs
+from blockcache.export.costs.costs import Costs
 from blockcache.export.measure.calibration import Calibration, calibration_inputs
 from blockcache.export.unet import torch_kernels
 from blockcache.export.unet.cached_unet import CachedUNet, denoise
@@ -75,14 +75,12 @@ def candidates(preset: PresetOptions, costs: Costs) -> list[PresetOptions]:
         ConfigError: none can be as fast.
     """
     counts = step_counts(preset.steps, preset.policy.value)
-    blocks = len(costs.block_ms)
-    uncached_ms = {s: costs.image_ms(np.ones((s, blocks), np.bool_)) for s in counts}
-    aim_ms = uncached_ms[preset.steps] / preset.policy.value
-    blocks_ms = float(costs.block_ms.sum())
+    uncached = {steps: costs.uncached(steps) for steps in counts}
+    aim = uncached[preset.steps] / preset.policy.value
     found = [
-        candidate(preset, steps, ms / aim_ms)
-        for steps, ms in uncached_ms.items()
-        if ms <= aim_ms * (1 + NEGLIGIBLE) or ms - (steps - 1) * blocks_ms <= aim_ms
+        candidate(preset, steps, cost / aim)
+        for steps, cost in uncached.items()
+        if cost <= aim * (1 + NEGLIGIBLE) or costs.least(steps) <= aim
     ]
     if not found:
         raise ConfigError(

@@ -27,7 +27,7 @@ import numpy as np
 
 from blockcache.export.choose import peers
 from blockcache.export.choose.schedule import budget, least_loss, threshold, threshold_within
-from blockcache.export.costs.timings import FLOPS, Costs
+from blockcache.export.costs.costs import Costs
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Schedule
 
@@ -157,7 +157,7 @@ class Policy:
             afford = affordable_within if self.timed else affordable
             spend = afford(facts.costs, steps, self.value)
             loss = predicted_loss(facts.sensitivity, facts.residuals)
-            return least_loss(loss, facts.costs.block_ms, spend)
+            return least_loss(loss, facts.costs.blocks, spend)
         assert facts.change is not None
         if self.kind == "threshold":
             return threshold(facts.change, self.value)
@@ -165,41 +165,42 @@ class Policy:
             return peers.smoothcache(facts.change, self.value)
         spend = affordable(facts.costs, steps, self.value)
         if self.kind == "threshold-speedup":
-            return threshold_within(facts.change, facts.costs.block_ms, spend)
+            return threshold_within(facts.change, facts.costs.blocks, spend)
         assert self.kind == "change-budget"
-        return budget(facts.change, facts.costs.block_ms, spend)
+        return budget(facts.change, facts.costs.blocks, spend)
 
 
 UNCACHED = Policy()
 """Every block at every step."""
 
 
+ROUNDING = 1e-9
+"""A share of the whole that sums of the same costs in another order may differ by."""
+
+
 def affordable(costs: Costs, steps: int, speedup: float) -> float:
     """What all runs of all blocks may cost, for an image ``speedup`` times as fast as uncached."""
-    once = float(costs.block_ms.sum())
-    uncached = costs.image_ms(np.ones((steps, len(costs.block_ms)), np.bool_))
-    spend = steps * once - uncached * (1 - 1 / speedup)
-    if not spend >= once:
-        most = uncached / (uncached - (steps - 1) * once)
+    spend = steps * costs.every_block - costs.uncached(steps) * (1 - 1 / speedup)
+    if not spend >= costs.every_block * (1 - ROUNDING):
+        most = math.floor(1000 * costs.largest_speedup(steps)) / 1000
         raise ConfigError(
             f"A speed-up of {speedup:g} is out of reach: the trunk always runs, and every block at "
-            f"step 0. Expected at most {math.floor(1000 * most) / 1000}."
+            f"step 0. Expected at most {most}."
         )
-    return spend
+    return max(spend, costs.every_block)
 
 
 def affordable_within(costs: Costs, steps: int, latency_ms: float) -> float:
     """What all runs of all blocks may cost, for an image in ``latency_ms``."""
-    assert costs.source != FLOPS
-    spend = latency_ms - costs.prompt_ms - steps * costs.trunk_ms
-    once = float(costs.block_ms.sum())
-    if not spend >= once:
-        least = latency_ms - spend + once
+    assert costs.unit == "ms"
+    spend = latency_ms - costs.prompt - steps * costs.trunk
+    if not spend >= costs.every_block:
+        least = math.ceil(1000 * costs.least(steps)) / 1000
         raise ConfigError(
             f"{latency_ms:g} ms an image are out of reach: the trunk always runs, and every block "
-            f"at step 0. Expected {math.ceil(1000 * least) / 1000} ms or more, or fewer steps."
+            f"at step 0. Expected {least} ms or more, or fewer steps."
         )
-    return min(spend, steps * once)
+    return min(spend, steps * costs.every_block)
 
 
 def predicted_loss(sensitivity: np.ndarray, residuals: np.ndarray) -> np.ndarray:

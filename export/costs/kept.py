@@ -19,7 +19,7 @@ FOLDER = "times"
 
 def keep(bundle: Bundle, timings: Timings) -> None:
     """Write a measurement into the bundle; the same device, engine and sizes are replaced."""
-    sizes = "x".join(str(timings.sizes[axis]) for axis in sorted(timings.sizes))
+    sizes = "x".join(str(size) for _, size in sorted(timings.sizes.to_json().items()))
     name = f"{timings.device}-{timings.backend}-{sizes}".lower()
     slug = re.sub(r"[^a-z0-9.]+", "-", name)
     write_timings(safe_path(bundle.folder, f"{FOLDER}/{_graphs(bundle)}-{slug}.json"), timings)

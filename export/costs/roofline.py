@@ -134,4 +134,4 @@ def predict(
     timed = [segment for segment in segments if segment.role != "time"]
     works = segment_work(timed, folder, processor, sizes)
     times = {s.name: processor.milliseconds(work) for s, work in zip(timed, works, strict=True)}
-    return Timings("roofline", processor.name, dict(sizes), times)
+    return Timings("roofline", processor.name, sizes, times)

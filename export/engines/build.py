@@ -7,6 +7,7 @@ a whole build.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class ShapeOptions:
 
     def profiles(self, model: ModelFacts) -> tuple[ShapeProfile, ...]:
         """One profile a resolution, or one for all of them."""
-        usual = (model.sizes["height"], model.sizes["width"])
+        usual = (model.sizes.height, model.sizes.width)
         chosen = self.resolutions or (usual,)
         for height, width in chosen:
             if height < 1 or width < 1 or height % model.downsampling or width % model.downsampling:
@@ -83,7 +84,7 @@ class ShapeOptions:
     def _profile(self, model: ModelFacts, *resolutions: tuple[int, int]) -> ShapeProfile:
         batches = (self.min_batch, self.opt_batch, self.max_batch)
         sizes = [
-            {**model.sizes, "batch": batch, "height": height, "width": width}
+            dataclasses.replace(model.sizes, batch=batch, height=height, width=width)
             for batch, (height, width) in zip(batches, resolutions, strict=True)
         ]
         return ShapeProfile(*sizes)

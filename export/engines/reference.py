@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.plan import Segment, TensorSpec
+from blockcache.runtime.plan import Segment, Sizes, TensorSpec
 
 FACTOR = 2.0
 """An engine's error over the plain half-precision error: the most that passes."""
@@ -140,7 +140,7 @@ def _round_value(graph: ir.Graph, node: ir.Node | None, value: ir.Value, half: i
         graph.insert_after(node, [down, up])
 
 
-def random_inputs(segment: Segment, sizes: dict[str, int], seed: int = 0) -> dict[str, np.ndarray]:
+def random_inputs(segment: Segment, sizes: Sizes, seed: int = 0) -> dict[str, np.ndarray]:
     """Standard normal float32 inputs by name, as the segment's dtypes hold them; scales near 1."""
     rng = np.random.default_rng(seed)
     made: dict[str, np.ndarray] = {}

@@ -27,7 +27,7 @@ from blockcache.export.graph.passes.unify import unify
 from blockcache.export.graph.work import graph_flops
 from blockcache.export.unet.model import TORCH_DTYPES, SourceModel, UNetCall
 from blockcache.runtime.errors import ConfigError, ExportError
-from blockcache.runtime.plan import AXES, DTYPE_BYTES, Dim, Segment, Sizes, TensorSpec
+from blockcache.runtime.plan import DTYPE_BYTES, Dim, Segment, Sizes, TensorSpec
 
 OPSET = 22
 """Opset 20 has no bf16 normalisation; 23 emits Attention, which engines build worse."""
@@ -83,10 +83,10 @@ def export_segments(
         traced.unlink()
 
 
-def default_sizes(model: SourceModel, batch: int = 2) -> dict[str, int]:
+def default_sizes(model: SourceModel, batch: int = 2) -> Sizes:
     """The model's own sizes; batch 2 is one image with guidance."""
     height, width = model.sample_size
-    return dict(zip(AXES, (batch, height, width, model.tokens), strict=True))
+    return Sizes(batch=batch, height=height, width=width, tokens=model.tokens)
 
 
 def _code_for(model: SourceModel) -> SizeCode:

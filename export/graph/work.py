@@ -33,7 +33,7 @@ class Flops:
         """The count at concrete sizes."""
         return int(
             sum(
-                coefficient * math.prod(sizes[axis] for axis in axes)
+                coefficient * math.prod(sizes.along(axis) for axis in axes)
                 for axes, coefficient in self.terms.items()
             )
         )

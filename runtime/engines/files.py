@@ -22,6 +22,7 @@ from blockcache.runtime.bundle import Bundle, FileEntry, safe_path
 from blockcache.runtime.errors import (
     BundleFormatError,
     BundleIntegrityError,
+    ConfigError,
     EnginesMissingError,
     EnginesStaleError,
     WrongGpuError,
@@ -44,9 +45,14 @@ class ShapeProfile:
     optimum: Sizes
     maximum: Sizes
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, object]) -> ShapeProfile:
+        """From three sizes by name."""
+        return cls(**{extent: Sizes.from_json(sizes) for extent, sizes in content.items()})
+
     def __str__(self) -> str:
         def extent(axis: str) -> str:
-            low, high = self.minimum[axis], self.maximum[axis]
+            low, high = self.minimum.along(axis), self.maximum.along(axis)
             return str(low) if low == high else f"{low}..{high}"
 
         return ", ".join(f"{axis} {extent(axis)}" for axis in AXES)
@@ -99,13 +105,13 @@ class EngineSet:
             content = json.loads(text)
             if content.pop("format") != FORMAT or content.pop("version_of_format") != VERSION:
                 raise ValueError(f"expected format {FORMAT} version {VERSION}")
-            content["profiles"] = tuple(ShapeProfile(**p) for p in content["profiles"])
+            content["profiles"] = tuple(ShapeProfile.from_json(p) for p in content["profiles"])
             content["capabilities"] = tuple(content["capabilities"])
             content["engines"] = {
                 name: EngineEntry(**entry) for name, entry in content["engines"].items()
             }
             return cls(**content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleFormatError(
                 f"{where} is malformed: {type(error).__name__}: {error}. Build the engines again "
                 f"with blockcache build."

@@ -17,7 +17,7 @@ from blockcache.export.measure.change import relative_change  # noqa: E402
 from blockcache.export.unet.cached_unet import CachedUNet, denoise  # noqa: E402
 from blockcache.export.unet.model import UNetCall  # noqa: E402
 from blockcache.runtime import Alignment, Schedule, Session  # noqa: E402
-from blockcache.runtime.plan import AXES  # noqa: E402
+from blockcache.runtime.plan import Sizes  # noqa: E402
 from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
 
 SHAPES = [(1, 16, 16), (2, 8, 8), (3, 24, 40)]
@@ -66,7 +66,7 @@ def test_segments_equal_the_whole_pytorch_unet(compiled, conditions_of, kind):
         tensors = [torch.from_numpy(v) for v in (sample, timestep, *conditions.values())]
         reference = call(*tensors).numpy()
         inputs = {"sample": sample, "timestep": timestep, **conditions}
-        sizes = dict(zip(AXES, (batch, height, width, model.tokens), strict=True))
+        sizes = Sizes(batch=batch, height=height, width=width, tokens=model.tokens)
         assert relative(run_segments(bundle, inputs, sizes), reference) <= 1e-5
         whole = next(s for s in bundle.segments if s.role == "whole")
         session = open_segment(bundle, whole)

@@ -122,21 +122,21 @@ def relative(ours, reference):
 def test_a_latency_on_a_gpu_that_is_not_at_hand(made, copy, model, calibration, calls):
     """The budget counts in the milliseconds that the roofline predicts."""
     bundle = made[0]
-    sizes = {**bundle.model.sizes, "batch": 2}  # guidance
+    sizes = dataclasses.replace(bundle.model.sizes, batch=2)  # guidance
     costs = predict(bundle.segments, bundle.folder / "segments", gpu("a100"), sizes).costs(
         bundle.segments
     )
-    within = costs.image_ms(np.ones((4, len(costs.block_ms)), np.bool_)) / 1.2
+    within = costs.uncached(4) / 1.2
     preset = PresetOptions.parse(f"dpm:4:ms{within:.4f}:history")
     wanted = dataclasses.replace(options(BUDGET), presets=(preset,), processor=gpu("a100"))
     made_for_it = compile_model(model, copy, wanted, calibration).preset(preset.name)
     assert made_for_it.policy["costs"] == "a100, roofline"
     schedule = made_for_it.schedule
-    assert 0.9 * within < costs.image_ms(schedule.recompute) <= within * 1.001
-    assert schedule.computed_fraction(costs.block_ms) < 1
+    assert 0.9 * within < costs.image(schedule) <= within * 1.001
+    assert schedule.computed_fraction(costs.blocks) < 1
     assert calls == ["fit_alignment"]
 
-    two_images = Timings("trt", "", {**sizes, "batch": 4}, {"trunk_00": 1.0})
+    two_images = Timings("trt", "", dataclasses.replace(sizes, batch=4), {"trunk_00": 1.0})
     wrong = dataclasses.replace(wanted, processor=None, timings=two_images)
     with pytest.raises(
         ConfigError, match=r"dpm-4-ms.*needs times of one image, at .* Measure with --images"

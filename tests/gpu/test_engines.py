@@ -64,7 +64,7 @@ def request_of(session, conditions_of, images=1):
     rng = np.random.default_rng(0)
 
     def side():
-        sizes = {**model.sizes, "batch": images}
+        sizes = dataclasses.replace(model.sizes, batch=images)
         return {s.name: rng.standard_normal(s.shape(sizes), np.float32) for s in model.conditions}
 
     positive, negative = side(), side()
@@ -244,9 +244,9 @@ def test_the_check_command_records_times(built, tmp_path, capsys):
     print(capsys.readouterr().out)
     (times,) = measured(own)
     costs = times.costs(own.segments)
-    print(times.device, times.backend, f"blocks {costs.block_ms.sum():.3f} ms of a step, ")
-    print(f"the rest {costs.trunk_ms:.3f} ms")
-    assert (costs.block_ms > 0).all()
+    print(times.device, times.backend, f"blocks {costs.blocks.sum():.3f} ms of a step, ")
+    print(f"the rest {costs.trunk:.3f} ms")
+    assert (costs.blocks > 0).all()
 
 
 def test_time_of_the_loop(bundle, backend, conditions_of):

@@ -35,7 +35,7 @@ from blockcache.runtime.bundle import (
     write_preset,
     write_tensors,
 )
-from blockcache.runtime.plan import BlockFacts, Dim, ModelFacts
+from blockcache.runtime.plan import BlockFacts, Dim, ModelFacts, Sizes
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "manifest.json"
 
@@ -68,7 +68,7 @@ def small_manifest():
         downsampling=2,
         outputs=1,
         blocks=(BlockFacts("mid_block.attentions.0", 8),),
-        sizes={"batch": 2, "height": 16, "width": 24, "tokens": 7},
+        sizes=Sizes(batch=2, height=16, width=24, tokens=7),
         conditions=(
             spec("encoder_hidden_states", "batch", "tokens", 8),
             spec("class_labels", "batch", dtype="int64"),

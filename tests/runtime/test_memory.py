@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_the_report_counts_what_the_manifest_says(compiled):
     _, bundle = compiled("sd")
     session = Session.open(bundle, backend="empty")
     for images, guided, batch in ((1, True, 2), (3, True, 6), (3, False, 3)):
-        sizes = dict(bundle.model.sizes, batch=batch)
+        sizes = dataclasses.replace(bundle.model.sizes, batch=batch)
         blocks = sum(s.outputs[0].bytes(sizes) for s in bundle.segments if s.role == "block")
         assert session.memory(images, guided).blocks == blocks
 
@@ -137,7 +138,7 @@ def test_no_two_tensors_of_a_segment_share_an_address(compiled):
     _, bundle = compiled("sd")
     backend = WatchingBackend()
     session = Session.open(bundle, backend=backend)
-    prompt = np.zeros((1, bundle.model.sizes["tokens"], 32), np.float32)
+    prompt = np.zeros((1, bundle.model.sizes.tokens, 32), np.float32)
     session.denoise(session.noise([0]), prompt, guidance_scale=1)
     assert len(backend.bound) > len(bundle.model.blocks)
     for name, tensors in backend.bound.items():

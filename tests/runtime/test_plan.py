@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from fractions import Fraction
 
 import numpy as np
@@ -17,10 +19,13 @@ from blockcache.runtime.plan import (
     Preset,
     Schedule,
     Segment,
+    Sizes,
     TensorSpec,
 )
 
-SIZES = {"batch": 2, "height": 24, "width": 40, "tokens": 7}
+SIZES = Sizes(batch=2, height=24, width=40, tokens=7)
+
+sizes = st.builds(Sizes, **{axis: st.integers(1, 100) for axis in AXES})
 
 dims = st.builds(
     lambda number, over, axes: Dim(Fraction(number, over), tuple(sorted(axes))),
@@ -30,14 +35,43 @@ dims = st.builds(
 )
 
 
+@given(sizes)
+def test_sizes_survive_being_written_and_are_the_same_key(made):
+    assert list(made.to_json()) == list(AXES)
+    assert Sizes.from_json(json.loads(json.dumps(made.to_json()))) == made
+    assert {made: "program"}[dataclasses.replace(made)] == "program"
+
+
+@given(sizes, st.integers(1, 8), st.booleans())
+def test_guidance_runs_every_image_twice(made, images, guided):
+    several = made.for_images(images, guided=guided)
+    assert several.batch == images * (2 if guided else 1)
+    assert dataclasses.replace(several, batch=made.batch) == made
+
+
+@pytest.mark.parametrize("size", [0, -1, 65_537, 10**9, 16.0, "16", None, True])
+def test_a_size_that_is_none_is_refused_by_name(size):
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(SIZES, height=size)
+    assert str(caught.value) == (f"Expected a height of 1 to 65536, a whole number; got {size!r}.")
+
+
+@pytest.mark.parametrize("content", [None, [2, 16, 16, 7], {"batch": 2}, "sizes"])
+def test_sizes_without_a_value_for_every_axis_are_refused(content):
+    with pytest.raises(ConfigError, match="Expected sizes with a value for each of"):
+        Sizes.from_json(content)
+    with pytest.raises(ConfigError, match="Expected sizes with a value for each of"):
+        Sizes.from_json({**SIZES.to_json(), "depth": 3})
+
+
 @given(dims)
 def test_a_dimension_survives_being_written_and_read(dim):
     assert Dim.parse(str(dim)) == dim
 
 
-@given(dims, st.fixed_dictionaries({axis: st.integers(1, 100) for axis in AXES}))
+@given(dims, sizes)
 def test_a_dimension_is_its_monomial_or_an_error(dim, sizes):
-    exact = dim.coefficient * int(np.prod([sizes[axis] for axis in dim.axes], dtype=np.int64))
+    exact = dim.coefficient * int(np.prod([sizes.along(axis) for axis in dim.axes], dtype=np.int64))
     if exact.denominator == 1:
         assert dim.value(sizes) == exact
     else:

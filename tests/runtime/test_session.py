@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -179,7 +180,10 @@ def test_a_missing_added_condition_is_refused(sdxl):
 
 def test_added_conditions_of_the_negative_side_default_only_where_they_may(sdxl):
     opened = Session.open(sdxl, preset="ddim-4", backend="empty")
-    shapes = {c.name: c.shape({**sdxl.model.sizes, "batch": 1}) for c in sdxl.model.conditions}
+    shapes = {
+        c.name: c.shape(dataclasses.replace(sdxl.model.sizes, batch=1))
+        for c in sdxl.model.conditions
+    }
     added = {
         name: np.zeros(shape, np.float32)
         for name, shape in shapes.items()

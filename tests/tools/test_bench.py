@@ -385,7 +385,9 @@ def test_another_bundle_takes_its_turns_beside(made, tmp_path):
 
 
 def test_another_bundle_must_be_of_the_model_and_have_the_same_steps(made, bundle):
-    larger = dataclasses.replace(bundle.model, sizes={**bundle.model.sizes, "height": 96})
+    larger = dataclasses.replace(
+        bundle.model, sizes=dataclasses.replace(bundle.model.sizes, height=96)
+    )
     manifest = dataclasses.replace(bundle.manifest, model=larger)
     options = BenchOptions(engines=("ort",), presets=("ddim-5-cached",))
     with pytest.raises(ConfigError, match=r"another bundle of the model .*'height': 96"):

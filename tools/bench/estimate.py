@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from blockcache.export.costs.costs import Costs
 from blockcache.export.costs.roofline import Processor, segment_work
-from blockcache.export.costs.timings import Costs, Timings
+from blockcache.export.costs.timings import Timings
 from blockcache.export.graph.work import Work
 from blockcache.runtime import Bundle
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.plan import Schedule, Segment, Sizes
+from blockcache.runtime.plan import Segment, Sizes
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ class Estimate:
     @property
     def step_ms(self) -> float:
         """One step that recomputes every block, the whole batch."""
-        return float(self.costs.trunk_ms + self.costs.block_ms.sum())
+        return self.costs.trunk + self.costs.every_block
 
     @property
     def block_share(self) -> float:
         """Share of the blocks in such a step."""
-        return float(self.costs.block_ms.sum() / self.step_ms)
+        return self.costs.every_block / self.step_ms
 
     @property
     def whole_ms(self) -> float | None:
@@ -86,7 +87,7 @@ class Estimate:
         if self.measured is None:
             return None
         costs = self.measured.costs(self.bundle.segments)
-        return float(self.step_ms / (costs.trunk_ms + costs.block_ms.sum()) - 1)
+        return self.step_ms / (costs.trunk + costs.every_block) - 1
 
     def presets(self) -> Iterator[PresetRow]:
         """Every preset of the bundle."""
@@ -94,17 +95,13 @@ class Estimate:
         for name in self.bundle.preset_names:
             preset = self.bundle.preset(name)
             schedule = preset.schedule
-            uncached = Schedule.uncached(preset.replaced_steps, schedule.blocks)
-            loop_ms = self.costs.image_ms(schedule.recompute)
             yield PresetRow(
                 name=name,
                 steps=schedule.steps,
-                computed_fraction=schedule.computed_fraction(self.costs.block_ms),
-                image_ms=loop_ms / self.images,
-                speedup=self.costs.image_ms(uncached.recompute) / loop_ms,
-                measured_ms=(
-                    measured.image_ms(schedule.recompute) / self.images if measured else None
-                ),
+                computed_fraction=schedule.computed_fraction(self.costs.blocks),
+                image_ms=self.costs.image(schedule) / self.images,
+                speedup=self.costs.speedup(schedule, preset.replaced_steps),
+                measured_ms=measured.image(schedule) / self.images if measured else None,
             )
 
 
@@ -132,16 +129,20 @@ def estimate(
             sizes or of another model.
     """
     guided = any(entry.guidance_scale != 1 for entry in bundle.manifest.presets.values())
-    given = {"batch": images * (2 if guided else 1), "height": height, "width": width}
-    sizes = {**bundle.model.sizes, **{axis: n for axis, n in given.items() if n is not None}}
-    if sizes["height"] % bundle.model.downsampling or sizes["width"] % bundle.model.downsampling:
+    usual = bundle.model.sizes.for_images(images, guided=guided)
+    sizes = replace(
+        usual,
+        height=usual.height if height is None else height,
+        width=usual.width if width is None else width,
+    )
+    if sizes.height % bundle.model.downsampling or sizes.width % bundle.model.downsampling:
         raise ConfigError(
             f"Expected a latent height and width divisible by {bundle.model.downsampling}, got "
-            f"{sizes['height']} x {sizes['width']}. Choose the next multiples."
+            f"{sizes.height} x {sizes.width}. Choose the next multiples."
         )
-    if measured is not None and dict(measured.sizes) != sizes:
+    if measured is not None and measured.sizes != sizes:
         raise ConfigError(
-            f"Expected timings at {sizes}, got some at {dict(measured.sizes)}. Choose --images, "
+            f"Expected timings at {sizes}, got some at {measured.sizes}. Choose --images, "
             f"--height and --width as they were measured."
         )
     if measured is not None:

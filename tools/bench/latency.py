@@ -19,6 +19,7 @@ from blockcache.export.costs.timings import Timings
 from blockcache.runtime import Bundle, ConfigError, Preset, RunRecord
 from blockcache.runtime.devices.device import Device
 from blockcache.runtime.engines.choice import make_backend
+from blockcache.runtime.plan import Sizes
 from blockcache.tools.bench.contestants import Contestant, Entry, Lineup, Observer
 from blockcache.tools.bench.sessions import (
     base_name,
@@ -93,7 +94,7 @@ class LatencyReport:
     """Result of ``measure_latency``."""
 
     model: str
-    sizes: Mapping[str, int]
+    sizes: Sizes
     images: int
     rounds: int
     rows: tuple[Row, ...]
@@ -178,8 +179,8 @@ def _same_presets(bundle: Bundle, presets: Sequence[Preset], against: Bundle) ->
     ours, theirs = bundle.model, against.model
     if (ours.blocks, ours.sizes) != (theirs.blocks, theirs.sizes):
         raise ConfigError(
-            f"Expected another bundle of the model {ours.name}, at {dict(ours.sizes)}; "
-            f"{against.folder} is of {theirs.name}, at {dict(theirs.sizes)}."
+            f"Expected another bundle of the model {ours.name}, at {ours.sizes}; "
+            f"{against.folder} is of {theirs.name}, at {theirs.sizes}."
         )
     same = [against.preset(preset.name) for preset in presets]
     for mine, other in zip(presets, same, strict=True):
@@ -296,7 +297,7 @@ def _timings(split: Contestant) -> Timings:
     assert session is not None
     bundle, device = session.bundle, session.backend.device
     record = split.records[0]
-    sizes = dict(bundle.model.sizes, batch=2 * split.images)
+    sizes = bundle.model.sizes.for_images(split.images, guided=True)
     if device.name != "cpu":
         medians = _device_ms(session.launches(split.images), device)
         return Timings(split.engine, nvidia_smi(("name",)).get("name", device.name), sizes, medians)

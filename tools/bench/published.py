@@ -44,7 +44,7 @@ def published_rows(bundle: Bundle) -> list[dict[str, str | float]]:
     whole = [segment for segment in bundle.segments if segment.role == "whole"]
     rows: list[dict[str, str | float]] = []
     for found in PUBLISHED.get(bundle.model.name, ()):
-        sizes = {**bundle.model.sizes, "batch": 2}
+        sizes = bundle.model.sizes.for_images(1, guided=True)
         made = predict(whole, bundle.folder / "segments", gpu(found.gpu), sizes)
         ms = made.segment_ms["whole"]
         rows.append({**found._asdict(), "predicted_ms": ms, "error": ms / found.step_ms - 1})

@@ -20,8 +20,8 @@ def report_text(report: LatencyReport) -> str:
     """Everything, for people."""
     sizes = report.sizes
     parts = [
-        f"**{report.model}**, {report.images} image(s), latents {sizes['height']} x "
-        f"{sizes['width']}, guidance, {report.rounds} rounds in turns"
+        f"**{report.model}**, {report.images} image(s), latents {sizes.height} x "
+        f"{sizes.width}, guidance, {report.rounds} rounds in turns"
         f"{'' if report.warm_up else ', no warm-up'}"
         f"{', CPU seconds but for the first' if report.cpu_time else ''}; median (range).",
         "; ".join(f"{name} {value}" for name, value in report.machine.items() if value),

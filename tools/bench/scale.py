@@ -184,7 +184,7 @@ def check_against_torch(bundle: Bundle, model: str, precision: str) -> dict[str,
     """The made-up preset in the runtime and in PyTorch, one after the other to save memory."""
     name = next(name for name in bundle.preset_names if name.endswith(MADE_UP))
     rng = np.random.default_rng(0)
-    sizes = dict(bundle.model.sizes, batch=1)
+    sizes = dataclasses.replace(bundle.model.sizes, batch=1)
     conditions = [
         {c.name: rng.standard_normal(c.shape(sizes), np.float32) for c in bundle.model.conditions}
         for _ in range(2)

@@ -125,7 +125,7 @@ def denoiser(session: Session, images: int) -> Callable[[], RunRecord]:
     """A function that denoises the same random images under the same random prompts."""
     model = session.bundle.model
     rng = np.random.default_rng(0)
-    sizes = dict(model.sizes, batch=images)
+    sizes = dataclasses.replace(model.sizes, batch=images)
 
     def conditions() -> dict[str, np.ndarray]:
         return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from blockcache.export.engines.reference import (
@@ -38,12 +40,13 @@ def check_loop(
     """A whole denoising of one image with random prompt tensors, against float32 on the CPU."""
     wide = widened_bundle(bundle)
     rng = np.random.default_rng(seed)
+    one = replace(bundle.model.sizes, batch=1)
     sides = [
         {
             spec.name: (
-                rng.integers(0, 5, spec.shape({**bundle.model.sizes, "batch": 1}))
+                rng.integers(0, 5, spec.shape(one))
                 if spec.dtype == "int64"
-                else rng.standard_normal(spec.shape({**bundle.model.sizes, "batch": 1}), np.float32)
+                else rng.standard_normal(spec.shape(one), np.float32)
             )
             for spec in bundle.model.conditions
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def check_segments(
     Polygraphy runs the three. With ``save``, inputs and outputs of each segment are written there,
     for ``polygraphy inspect data`` and ``polygraphy run --load-inputs``.
     """
-    sizes = {**bundle.model.sizes, "batch": batch}
+    sizes = replace(bundle.model.sizes, batch=batch)
     segments = checked_segments(bundle)
     found = []
     for done, segment in enumerate(segments, 1):

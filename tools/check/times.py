@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import Any
 
 from blockcache.runtime.bundle import Bundle
@@ -17,7 +18,7 @@ def time_segments(
 
     ``backend`` is one on a GPU: its device times what is put on its stream.
     """
-    sizes = {**bundle.model.sizes, "batch": batch}
+    sizes = replace(bundle.model.sizes, batch=batch)
     device: Any = backend.device
     measured = {}
     for segment in checked_segments(bundle):

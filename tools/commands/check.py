@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,7 +89,7 @@ def _record(bundle: Bundle, engines: Any, measured: dict[str, float], batch: int
     from blockcache.export.costs.timings import Timings
     from blockcache.runtime.devices.cuda import device_label
 
-    sizes = {**bundle.model.sizes, "batch": batch}
+    sizes = replace(bundle.model.sizes, batch=batch)
     keep(bundle, Timings(engines.engine, device_label(), sizes, measured))
 
 

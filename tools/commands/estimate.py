@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,7 +62,7 @@ def estimate_facts(made: Estimate) -> dict[str, Any]:
     """The figures as plain data."""
     return {
         "processor": made.processor.name,
-        "sizes": dict(made.sizes),
+        "sizes": made.sizes.to_json(),
         "step_ms": made.step_ms,
         "block_share": made.block_share,
         "whole_ms": made.whole_ms,
@@ -87,7 +88,7 @@ def estimate_text(made: Estimate) -> str:
     from blockcache.tools.bench.report import markdown_table
 
     processor, share, measured = made.processor, made.processor.efficiency, made.measured
-    batch, height, width, tokens = made.sizes.values()
+    batch, height, width, tokens = astuple(made.sizes)
     blocks, whole = f"{made.block_share:.0%}", made.whole_ms
     columns = ["segment", "GFLOP", "MB", "launches", "ms"]
     columns += ["measured ms", "error"] if measured else []

@@ -173,8 +173,8 @@ def _header(bundle: Bundle) -> str:
     total = sum(entry.bytes for entry in bundle.manifest.files.values())
     return (
         f"[bold]{model.name}[/]  {model.precision}, {len(model.blocks)} blocks, "
-        f"{total / 1e6:.1f} MB, latents {model.channels} x {model.sizes['height']} x "
-        f"{model.sizes['width']}"
+        f"{total / 1e6:.1f} MB, latents {model.channels} x {model.sizes.height} x "
+        f"{model.sizes.width}"
     )
 
 

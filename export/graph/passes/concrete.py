@@ -39,7 +39,7 @@ def concrete_graph(onnx: Path, sizes: Sizes) -> ir.Graph:
             if value.shape is None or not value.shape.is_static():
                 raise ExportError(
                     f"Expected a static shape on {value.name!r} of {node.op_type} in {onnx} at "
-                    f"{dict(sizes)}, got {value.shape}. Please report the model's config."
+                    f"{sizes}, got {value.shape}. Please report the model's config."
                 )
     return graph
 

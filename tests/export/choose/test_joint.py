@@ -26,7 +26,7 @@ from blockcache.export.choose.joint import (
 )
 from blockcache.export.choose.policies import affordable
 from blockcache.export.choose.preset import PresetOptions
-from blockcache.export.costs.timings import Costs
+from blockcache.export.costs.costs import Costs
 from blockcache.export.graph.to_onnx import ExportOptions
 from blockcache.export.measure.calibration import Calibration
 from blockcache.export.measure.change import ProfileOptions, measure_change
@@ -36,7 +36,7 @@ from blockcache.export.measurements import CalibrationOptions
 from blockcache.export.pipeline import CompileOptions, compile_model
 from blockcache.runtime import ConfigError
 
-COSTS = Costs(np.array([1.5, 4.0, 2.0]), trunk_ms=3.0, prompt_ms=1.0)
+COSTS = Costs(np.array([1.5, 4.0, 2.0]), trunk=3.0, prompt=1.0)
 speedups = st.floats(1, 6).map(lambda value: float(f"{value:.3g}"))
 
 
@@ -44,8 +44,8 @@ def preset(steps, speedup, alignment="history"):
     return PresetOptions.parse(f"dpm:{steps}:j{speedup:g}:{alignment}")
 
 
-def uncached_ms(steps):
-    return COSTS.image_ms(np.ones((steps, len(COSTS.block_ms)), np.bool_))
+def uncached_cost(steps):
+    return COSTS.uncached(steps)
 
 
 def test_the_step_counts_of_a_hand_worked_example():
@@ -69,7 +69,7 @@ def test_step_counts_are_few_and_end_at_all_steps(steps, speedup):
 @given(st.integers(2, 60), speedups)
 def test_every_candidate_costs_what_was_asked_for(steps, speedup):
     asked = preset(steps, speedup)
-    aim = uncached_ms(steps) / speedup
+    aim = uncached_cost(steps) / speedup
     try:
         found = candidates(asked, COSTS)
     except ConfigError:
@@ -79,16 +79,16 @@ def test_every_candidate_costs_what_was_asked_for(steps, speedup):
     for made in found:
         if made.policy.kind == "uncached":
             assert made.alignment == "none"
-            assert uncached_ms(made.steps) <= aim * (1 + NEGLIGIBLE) * (1 + 1e-9)
+            assert uncached_cost(made.steps) <= aim * (1 + NEGLIGIBLE) * (1 + 1e-9)
         else:
             assert made.alignment == "history"
-            assert made.policy.value == pytest.approx(uncached_ms(made.steps) / aim)
+            assert made.policy.value == pytest.approx(uncached_cost(made.steps) / aim)
             assert affordable(COSTS, made.steps, made.policy.value) > 0, "within reach"
 
 
 def test_a_speed_up_out_of_reach_says_so():
     """Two blocks that cost next to nothing: only fewer steps help, and 5.5 of 11 is 6."""
-    costs = Costs(np.array([1e-6]), trunk_ms=3.0, prompt_ms=0.0)
+    costs = Costs(np.array([1e-6]), trunk=3.0, prompt=0.0)
     with pytest.raises(ConfigError) as caught:
         candidates(preset(11, 2), costs)
     assert str(caught.value) == (

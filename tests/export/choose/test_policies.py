@@ -21,7 +21,7 @@ from blockcache.export.choose.policies import (
     predicted_loss,
 )
 from blockcache.export.choose.schedule import budget, least_loss, threshold
-from blockcache.export.costs.timings import Costs
+from blockcache.export.costs.costs import Costs
 from blockcache.runtime import ConfigError
 
 TABLE = {
@@ -162,7 +162,7 @@ RESIDUALS = np.array(
     [[[1 + 0.5 * k * (s - a - 1) if a < s else 0.0 for a in range(6)] for s in range(6)]
      for k in range(3)]
 )  # fmt: skip
-COSTS = Costs(np.array([1.5, 4.0, 2.0]), trunk_ms=3.0, prompt_ms=1.0)
+COSTS = Costs(np.array([1.5, 4.0, 2.0]), trunk=3.0, prompt=1.0)
 PATHS = ["down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0"]
 FACTS = Measured(6, PATHS, COSTS, CHANGE, SENSITIVITY, RESIDUALS)
 
@@ -197,11 +197,9 @@ def test_smoothcache_reuses_where_the_mean_change_is_small():
 def test_a_budget_is_the_least_predicted_loss_and_a_change_budget_the_least_change():
     spend = affordable(COSTS, 6, 1.4)
     loss = predicted_loss(SENSITIVITY, RESIDUALS)
+    np.testing.assert_array_equal(recompute("c1.4"), budget(CHANGE, COSTS.blocks, spend).recompute)
     np.testing.assert_array_equal(
-        recompute("c1.4"), budget(CHANGE, COSTS.block_ms, spend).recompute
-    )
-    np.testing.assert_array_equal(
-        recompute("x1.4"), least_loss(loss, COSTS.block_ms, spend).recompute
+        recompute("x1.4"), least_loss(loss, COSTS.blocks, spend).recompute
     )
     assert (recompute("x1.4") != recompute("c1.4")).any()
     assert Policy.parse("x1.4").weighted
@@ -238,10 +236,8 @@ def measured(draw):
         np.array(draw(st.lists(times, min_size=blocks, max_size=blocks))),
         draw(st.floats(0, 100)), draw(st.floats(0, 100)),
     )  # fmt: skip
-    uncached = costs.image_ms(np.ones((steps, blocks), np.bool_))
-    largest = uncached / (uncached - (steps - 1) * costs.block_ms.sum())
-    speedup = 1 + draw(st.floats(0, 0.999)) * (largest - 1)
-    return Measured(steps, PATHS[:1] * blocks, costs, change), uncached, speedup
+    speedup = 1 + draw(st.floats(0, 0.999)) * (costs.largest_speedup(steps) - 1)
+    return Measured(steps, PATHS[:1] * blocks, costs, change), costs.uncached(steps), speedup
 
 
 @given(measured(), st.sampled_from(SPEEDUPS), st.data())
@@ -254,16 +250,16 @@ def test_a_budget_is_as_fast_as_was_asked_for(made, kind, data):
     facts = Measured(steps, facts.paths, facts.costs, facts.change, sensitivity, residuals)
     schedule = Policy(kind, speedup).schedule(facts)
     # Sums in another order: some units in the last place.
-    assert facts.costs.image_ms(schedule.recompute) <= uncached / speedup * (1 + 1e-9)
+    assert facts.costs.image(schedule) <= uncached / speedup * (1 + 1e-9)
     if kind == "budget":
         latency = Policy("latency", uncached / speedup * (1 + 1e-12)).schedule(facts)
-        assert facts.costs.image_ms(latency.recompute) <= uncached / speedup * (1 + 1e-9)
+        assert facts.costs.image(latency) <= uncached / speedup * (1 + 1e-9)
 
 
 @given(measured())
 def test_a_speed_up_of_1_affords_everything(made):
     facts, _, _ = made
-    everything = facts.steps * facts.costs.block_ms.sum()
+    everything = facts.steps * facts.costs.blocks.sum()
     assert affordable(facts.costs, facts.steps, 1) == pytest.approx(everything, rel=1e-9)
     changing = np.ones((facts.steps, len(facts.paths)))
     alike = Measured(facts.steps, facts.paths, facts.costs, changing)
@@ -290,7 +286,7 @@ def test_a_latency_is_a_budget_in_milliseconds():
     assert policy.timed
     assert not Policy.parse("x1.6").timed
     loss = predicted_loss(SENSITIVITY, RESIDUALS)
-    everything = least_loss(loss, COSTS.block_ms, 6 * COSTS.block_ms.sum())
+    everything = least_loss(loss, COSTS.blocks, 6 * COSTS.blocks.sum())
     np.testing.assert_array_equal(recompute("ms1000"), everything.recompute)
 
 

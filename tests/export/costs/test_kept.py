@@ -11,9 +11,9 @@ from blockcache.export.costs.kept import keep, measured
 from blockcache.export.costs.timings import Timings
 from blockcache.runtime.bundle import Bundle, FileEntry
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.plan import LOOP_ROLES
+from blockcache.runtime.plan import LOOP_ROLES, Sizes
 
-SIZES = {"batch": 2, "height": 16, "width": 16, "tokens": 7}
+SIZES = Sizes(batch=2, height=16, width=16, tokens=7)
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def test_a_budget_reads_block_costs_and_the_rest(bundle):
     (times,) = measured(bundle)
     costs = times.costs(bundle.segments)
     loop = [segment for segment in bundle.segments if segment.role in LOOP_ROLES]
-    assert costs.block_ms.shape == (len(bundle.model.blocks),)
-    assert costs.block_ms.sum() + costs.trunk_ms == sum(range(1, len(loop) + 1))
+    assert costs.blocks.shape == (len(bundle.model.blocks),)
+    assert costs.blocks.sum() + costs.trunk == sum(range(1, len(loop) + 1))
 
 
 def test_times_of_another_compile_are_left_out(bundle):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -18,8 +19,9 @@ from blockcache.export.costs.timings import Timings, read_timings, write_timings
 from blockcache.export.engines.targets import GPUS
 from blockcache.export.graph.work import Fusion, Work
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.plan import Schedule
+from blockcache.runtime.plan import Schedule, Sizes
 
+SIZES = Sizes(batch=2, height=16, width=16, tokens=7)
 PLAIN = Efficiency(compute=0.5, memory=0.25, launch_us=2.0)
 MADE = Processor(name="made", tflops=1.0, gb_per_s=100.0, efficiency=PLAIN)
 
@@ -67,7 +69,9 @@ def test_an_unknown_gpu_lists_the_known_ones():
 
 def predicted(bundle, processor, **sizes):
     folder = bundle.folder / "segments"
-    return predict(bundle.segments, folder, processor, {**bundle.model.sizes, **sizes})
+    return predict(
+        bundle.segments, folder, processor, dataclasses.replace(bundle.model.sizes, **sizes)
+    )
 
 
 def test_every_segment_but_the_offline_one_is_predicted(compiled):
@@ -105,8 +109,8 @@ def test_costs_add_up_to_the_segments_a_schedule_runs(compiled):
     _, bundle = compiled("sdxl")
     made = predicted(bundle, gpu("h100"))
     costs = made.costs(bundle.segments)
-    assert costs.block_ms.shape == (len(bundle.model.blocks),)
-    table = np.random.default_rng(0).random((9, len(costs.block_ms))) < 0.4
+    assert costs.blocks.shape == (len(bundle.model.blocks),)
+    table = np.random.default_rng(0).random((9, len(costs.blocks))) < 0.4
     table[0] = True
     total = 0.0
     for segment in bundle.segments:
@@ -114,11 +118,11 @@ def test_costs_add_up_to_the_segments_a_schedule_runs(compiled):
         if segment.block is not None:
             runs = int(table[:, segment.block].sum())
         total += runs * made.segment_ms.get(segment.name, 0.0)
-    assert costs.image_ms(Schedule(table).recompute) == pytest.approx(total, rel=1e-12)
+    assert costs.image(Schedule(table)) == pytest.approx(total, rel=1e-12)
 
 
 def test_timings_come_back_from_a_file(tmp_path):
-    sizes = {"batch": 2, "height": 16, "width": 16, "tokens": 7}
+    sizes = SIZES
     made = Timings("ort-cpu-2", "some CPU x 2", sizes, {"trunk_00": 1.25, "block_00": 0.0})
     path = tmp_path / "t.json"
     write_timings(path, made)
@@ -128,7 +132,7 @@ def test_timings_come_back_from_a_file(tmp_path):
 
 def test_timings_of_another_model_are_refused(compiled):
     _, bundle = compiled("sd")
-    made = Timings("ort-cpu-2", "some CPU", {}, {"trunk_00": 1.0})
+    made = Timings("ort-cpu-2", "some CPU", SIZES, {"trunk_00": 1.0})
     count = sum(s.role in ("trunk", "block") for s in bundle.segments) - 1
     wanted = f"block_00, trunk_01, block_01, trunk_02, block_02 ({count} in all) have none: these"
     with pytest.raises(ConfigError, match=re.escape(wanted)):
@@ -138,7 +142,7 @@ def test_timings_of_another_model_are_refused(compiled):
 @pytest.mark.parametrize("ms", [-1.0, float("nan"), float("inf")])
 def test_impossible_times_are_refused(ms):
     with pytest.raises(ConfigError, match="Expected times in ms of 0 or more, got"):
-        Timings("ort", "cpu", {}, {"trunk_00": ms})
+        Timings("ort", "cpu", SIZES, {"trunk_00": ms})
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other"}', "\udcff"])

@@ -19,7 +19,7 @@ from blockcache.export.engines.workers import Job, next_job
 from blockcache.runtime.engines.files import ShapeProfile
 from blockcache.runtime.engines.tensorrt_library import load_library
 from blockcache.runtime.errors import ConfigError, MissingExtraError
-from blockcache.runtime.plan import Dim, Segment, TensorSpec
+from blockcache.runtime.plan import Dim, Segment, Sizes, TensorSpec
 
 
 def spec(name, dtype, *dims):
@@ -32,7 +32,7 @@ PROMPT = spec("prompt_0", "bfloat16", "batch", "tokens", 64)
 
 def profile(batch, height, width=16):
     def sizes(index):
-        return {"batch": batch[index], "height": height[index], "width": width, "tokens": 7}
+        return Sizes(batch=batch[index], height=height[index], width=width, tokens=7)
 
     return ShapeProfile(sizes(0), sizes(1), sizes(2))
 

@@ -14,7 +14,7 @@ from blockcache.export.engines.engine import Recipe, build_engine
 from blockcache.runtime.engines.files import ShapeProfile
 from blockcache.runtime.engines.tensorrt_library import TensorRT, load_library
 from blockcache.runtime.errors import ConfigError, EngineError, ExportError
-from blockcache.runtime.plan import Dim, Segment, TensorSpec
+from blockcache.runtime.plan import Dim, Segment, Sizes, TensorSpec
 
 DIMS = tuple(Dim.parse(dim) for dim in ("batch", 8, "height", "width"))
 SEGMENT = Segment(
@@ -28,7 +28,7 @@ g (bfloat16[N,8,H,W] sample) => (bfloat16[N,8,A,B] trunk_0_0)
 
 
 def sizes(batch):
-    return {"batch": batch, "height": 16, "width": 16, "tokens": 7}
+    return Sizes(batch=batch, height=16, width=16, tokens=7)
 
 
 class Fakes:

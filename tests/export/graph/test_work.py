@@ -12,8 +12,9 @@ from onnx import TensorProto, helper
 
 from blockcache.export.graph.passes.concrete import concrete_graph
 from blockcache.export.graph.work import Fusion, graph_work
+from blockcache.runtime.plan import Sizes
 
-SIZES = {"batch": 2, "height": 16, "width": 24, "tokens": 7}
+SIZES = Sizes(batch=2, height=16, width=24, tokens=7)
 KINDS = ["sd", "sdxl", "two-layers", "one-level", "class-conditioned"]
 
 

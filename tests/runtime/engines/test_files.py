@@ -29,8 +29,9 @@ from blockcache.runtime.errors import (
     WrongGpuError,
     WrongLibraryError,
 )
+from blockcache.runtime.plan import Sizes
 
-SIZES = {"batch": 1, "height": 16, "width": 16, "tokens": 7}
+SIZES = Sizes(batch=1, height=16, width=16, tokens=7)
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def bundle(bundle_copy):
         precision="bfloat16",
         weights="included",
         weights_sha256=files["segments/weights.bin"].sha256,
-        profiles=(ShapeProfile(SIZES, {**SIZES, "batch": 2}, {**SIZES, "batch": 8}),),
+        profiles=(ShapeProfile(*(dataclasses.replace(SIZES, batch=batch) for batch in (1, 2, 8))),),
         engines={"trunk_00": entry},
     )
     write_engines(opened, engines)

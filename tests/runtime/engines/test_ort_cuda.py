@@ -14,9 +14,10 @@ from blockcache.runtime.engines.ort_cuda import (
     require_providers,
 )
 from blockcache.runtime.errors import EngineError, MissingExtraError
+from blockcache.runtime.plan import Sizes
 
 ort = pytest.importorskip("onnxruntime")
-SIZES = {"batch": 2, "height": 16, "width": 16, "tokens": 7}
+SIZES = Sizes(batch=2, height=16, width=16, tokens=7)
 
 
 def bound(bundle, segment, engine, seed=0):

@@ -172,8 +172,8 @@ def test_the_command_prints_the_worst_and_records_times(
     assert printed["worst"] in {row["name"] for row in printed["rows"]}
     assert all(row["passed"] is (code == 0) and row["ms"] == 0.25 for row in printed["rows"])
     (times,) = measured(bundle)
-    assert (times.device, times.backend, times.sizes["batch"]) == ("A GPU", "made-up 1.0", 2)
-    assert times.costs(bundle.segments).block_ms.tolist() == [0.25] * 7
+    assert (times.device, times.backend, times.sizes.batch) == ("A GPU", "made-up 1.0", 2)
+    assert times.costs(bundle.segments).blocks.tolist() == [0.25] * 7
 
 
 def test_the_loop_is_compared_as_a_whole(half):

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.grid import Grid
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -41,6 +42,8 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("algorithm_type", "solver_order", "solver_type"), ("dpm",)),
     **dict.fromkeys(("timestep_type", "interpolation_type", "sigma_min", "sigma_max"), ("euler",)),
 }
+# What decides where the levels lie, unless a grid says it.
+_DERIVES_LEVELS = ("spacing", "steps_offset", "set_alpha_to_one", "karras", "final_sigma")
 # diffusers' options that change the result, and the values that we support.
 _SUPPORTED: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("thresholding", "clip_sample", "use_flow_sigmas", "use_lu_lambdas"), (False,)),
@@ -167,6 +170,8 @@ class SolverConfig:
     shifts ``leading``. ``set_alpha_to_one``: DDIM ends noise-free, not at the first training
     level. ``karras``: sigmas of Karras et al. 2022, eq. 5. ``lower_order_final``: a first-order
     last step below 15 steps; ``euler_at_final``: always. ``final_sigma``: where dpm and euler end.
+    ``grid``: the noise levels themselves, in place of all that would derive them; every solver then
+    ends noise-free.
 
     Examples:
         >>> config = SolverConfig(solver="ddim", steps=20)
@@ -185,10 +190,13 @@ class SolverConfig:
     lower_order_final: bool = True
     euler_at_final: bool = False
     final_sigma: str = "zero"
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         _check_types(self)
         T = self.noise.train_timesteps
+        if self.grid is not None:
+            self._check_grid(self.grid)
         _require(self.steps <= T, "steps", f"at most {T}", self.steps, "Training had no more.")
         for item in fields(self):
             value, readers = getattr(self, item.name), _READ_BY.get(item.name, _ALL)
@@ -196,16 +204,27 @@ class SolverConfig:
             advice = f"Only {' and '.join(readers)} read it: leave it out."
             _require(read or value == item.default, item.name, wanted, value, advice)
 
+    def _check_grid(self, grid: Grid) -> None:
+        """A grid fits the steps, and nothing else says where they lie."""
+        S, T = self.steps, self.noise.train_timesteps
+        _require(grid.steps == S, "grid", f"{S} levels, one a step", grid.steps, "Correct it.")
+        wanted = f"timesteps below {T} (train_timesteps)"
+        _require(max(grid.timesteps) < T, "grid", wanted, max(grid.timesteps), "Correct it.")
+        for name in _DERIVES_LEVELS:
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            _require(value == default, name, f"{default!r} beside a grid", value, "Leave it out.")
+
     @classmethod
     def from_diffusers(
         cls, scheduler_config: Mapping[str, Any], *, solver: str | None = None, steps: int,
-        spacing: str | None = None,
+        spacing: str | None = None, grid: Grid | None = None,
     ) -> SolverConfig:  # fmt: skip
         """Read a ``scheduler_config.json`` of diffusers, whichever scheduler wrote it.
 
         It means what ``Target.from_config`` makes of it there: an absent option has the target's
         default, except that an absent ``clip_sample`` is true only for DDIM and DDPM. ``solver``
-        None: the class's own (DDPM, PNDM: ddim). ConfigError names what would change the result.
+        None: the class's own (DDPM, PNDM: ddim). ``spacing`` and ``grid`` take the place of where
+        the config puts the levels. ConfigError names what would change the result.
         """
         unset = scheduler_config.get("_use_default_values", ())
         given = {k: v for k, v in scheduler_config.items() if k not in unset and v is not None}
@@ -217,17 +236,23 @@ class SolverConfig:
         options: dict[str, Any] = {"spacing": "leading" if solver == "ddim" else "linspace"}
         options |= {name: given[name] for name in read if name in given}
         options |= {} if spacing is None else {"spacing": spacing}
-        return cls(solver=solver, steps=steps, noise=NoiseSchedule(**noise), **options)
+        if spacing is not None or grid is not None:
+            options.pop("karras", None)
+        if grid is not None:
+            options = {k: v for k, v in options.items() if k not in _DERIVES_LEVELS}
+        return cls(solver=solver, steps=steps, noise=NoiseSchedule(**noise), grid=grid, **options)
 
     def to_json(self) -> dict[str, Any]:
         """Every option, as values that JSON has."""
-        return asdict(self)
+        return {**asdict(self), "grid": None if self.grid is None else self.grid.to_json()}
 
     @classmethod
     def from_json(cls, mapping: Mapping[str, Any]) -> SolverConfig:
         """The inverse of ``to_json``; unknown and missing keys are a ConfigError."""
         if isinstance(mapping, Mapping) and "noise" in mapping:
             mapping = {**mapping, "noise": _from_mapping(NoiseSchedule, mapping["noise"])}
+        if isinstance(mapping, Mapping) and mapping.get("grid") is not None:
+            mapping = {**mapping, "grid": Grid.from_json(mapping["grid"])}
         return _from_mapping(cls, mapping)
 
 
@@ -268,8 +293,7 @@ def solver_tables(config: SolverConfig) -> SolverTables:
         >>> solver_tables(SolverConfig(solver="ddim", steps=2)).timesteps.tolist()
         [500.0, 0.0]
     """
-    visited = _ddim_levels if config.solver == "ddim" else _sigma_levels
-    timesteps, alpha, sigma, alpha_to, sigma_to = visited(config)
+    timesteps, alpha, sigma, alpha_to, sigma_to = _visited_levels(config)
     kept, weight = sigma_to / sigma, alpha_to - alpha * sigma_to / sigma
     p_sample, p_model = _data_prediction(config.prediction, alpha, sigma)
     one, history = np.ones_like(alpha), float(config.solver == "dpm")
@@ -334,6 +358,22 @@ def _timesteps(config: SolverConfig) -> Float64:
     return spaced.astype(np.float64)
 
 
+def _visited_levels(config: SolverConfig) -> tuple[Float64, ...]:
+    """Timesteps, then α, σ of each step and α', σ' that it goes to; all [S]."""
+    if config.grid is not None:
+        sigmas = np.append(np.asarray(config.grid.sigmas, np.float64), 0.0)
+        return np.asarray(config.grid.timesteps, np.float64), *_from_ratios(sigmas)
+    return _ddim_levels(config) if config.solver == "ddim" else _sigma_levels(config)
+
+
+def _from_ratios(ratio: Float64) -> tuple[Float64, Float64, Float64, Float64]:
+    """α, σ and α', σ' of steps between neighbours of σ/α, float64 [S + 1]."""
+    ratio = ratio.astype(np.float32).astype(np.float64)
+    alpha = 1 / np.sqrt(1 + ratio**2)
+    sigma = ratio * alpha
+    return alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
+
+
 def _ddim_levels(config: SolverConfig) -> tuple[Float64, ...]:
     """Timesteps, then α, σ of each step and α', σ' that it goes to: T // S timesteps below."""
     levels, timesteps = config.noise.alphas_cumprod(), _timesteps(config)
@@ -357,10 +397,7 @@ def _sigma_levels(config: SolverConfig) -> tuple[Float64, ...]:
         whole = np.trunc if config.noise.beta_schedule == "squaredcos_cap_v2" else np.round
         timesteps = whole(timesteps) if dpm else timesteps
     ratio = np.append(ratio, 0.0 if config.final_sigma == "zero" else training[0])
-    ratio = ratio.astype(np.float32).astype(np.float64)
-    alpha = 1 / np.sqrt(1 + ratio**2)
-    sigma = ratio * alpha
-    return timesteps, alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
+    return timesteps, *_from_ratios(ratio)
 
 
 def solver_step_numpy(

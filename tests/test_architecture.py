@@ -336,7 +336,7 @@ def test_the_guarded_process_sees_a_framework(tmp_path, statement):
 # -- one door per foreign library ------------------------------------------------------------------
 
 DOORS = {
-    "diffusers": ("export/unet/", "tools/demo/", "tools/bench/"),
+    "diffusers": ("export/unet/", "tools/demo/", "tools/bench/", "tools/research/"),
     "transformers": ("tools/demo/", "export/measure/calibration.py"),
     "huggingface_hub": ("export/unet/hub.py",),
     "torch": ("export/", "tools/"),

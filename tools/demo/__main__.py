@@ -1,4 +1,4 @@
-"""Make, look at and measure the demo model: `python -m blockcache.tools.demo COMMAND`."""
+"""Make the demo model: `python -m blockcache.tools.demo COMMAND`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ import typer
 from blockcache.tools.demo.config import PRESETS, Preset
 from blockcache.tools.demo.model import MODEL_DIR
 
-RESULTS_DIR = Path(__file__).parent / "results"
-SHEET_SEEDS = (1, 2)
-
 app = typer.Typer(
-    help="Train, export, draw with and evaluate the demo model: a small text-to-image latent "
-    "diffusion model of colour emoji. Run `all` for everything; every stage can be run again.",
+    help="Train and export the demo model: a small text-to-image latent diffusion model of colour "
+    "emoji. Run `all` for everything; every stage can be run again.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -31,9 +28,6 @@ Minutes = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Torch device: cpu or cuda.")]
 Target = Annotated[Path, typer.Option(help="The model folder in diffusers format.")]
-Results = Annotated[Path, typer.Option(help="Where tables and pictures go.")]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
-Guidance = Annotated[float, typer.Option(help="Weight of classifier-free guidance; 1 is none.")]
 
 DEFAULT_WORK = Path("~/.cache/blockcache/demo")
 
@@ -140,59 +134,15 @@ def export(work: Work = DEFAULT_WORK, preset: PresetName = "cpu", out: Target = 
     typer.echo(f"model in {out}")
 
 
-@app.command()
-def samples(
-    model: Target = MODEL_DIR,
-    results: Results = RESULTS_DIR,
-    steps: Steps = 20,
-    guidance: Guidance = 3.0,
-) -> None:
-    """Draw the contact sheet."""
-    from blockcache.tools.demo import sheet
-    from blockcache.tools.demo.prompts import SHEET_CONCEPTS, STYLES
-    from blockcache.tools.demo.sample import SampleOptions
-
-    options = SampleOptions(steps=steps, guidance=guidance)
-    path = results / "samples.png"
-    sheet.write(model, path, SHEET_CONCEPTS, STYLES, SHEET_SEEDS, options)
-    typer.echo(f"contact sheet in {path}")
-
-
-@app.command()
-def evaluate(
-    work: Work = DEFAULT_WORK,
-    preset: PresetName = "cpu",
-    model: Target = MODEL_DIR,
-    results: Results = RESULTS_DIR,
-    baseline: Annotated[
-        Path | None, typer.Option(help="A second model folder, drawn from the same noise.")
-    ] = None,
-    count: Annotated[int, typer.Option(min=2, help="Pictures drawn per model.")] = 2048,
-    steps: Steps = 20,
-    guidance: Guidance = 3.0,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Draw with bfloat16 autocast.")] = False,
-) -> None:
-    """Fréchet distance, KID and caption score, with the real-against-real floor."""
-    from blockcache.tools.demo import evaluate as evaluation
-    from blockcache.tools.demo.sample import SampleOptions
-
-    folder = _folder(work, _preset(preset))
-    options = SampleOptions(steps=steps, guidance=guidance, bf16=bf16)
-    report = evaluation.evaluate(folder, model, results, baseline, options, count)
-    typer.echo(evaluation.markdown(report))
-
-
 @app.command("all")
 def everything(
     work: Work = DEFAULT_WORK, preset: PresetName = "cpu", device: Device = "cpu"
 ) -> None:
-    """Data, autoencoder, U-Net, export, contact sheet and evaluation, in this order."""
+    """Data, autoencoder, U-Net and export, in this order."""
     data(work, preset)
     autoencoder(work, preset, 0.0, device)
     unet(work, preset, 0.0, device)
     export(work, preset, MODEL_DIR)
-    samples(MODEL_DIR, RESULTS_DIR)
-    evaluate(work, preset, MODEL_DIR, RESULTS_DIR)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -9,6 +10,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 LATENT_LIMIT = 3.0  # latents are squashed into (-3, 3) before normalisation
+
+
+def to_signed(images: np.ndarray) -> Tensor:
+    """uint8 [N, 3, H, W] to float32 in [-1, 1], channels last in memory."""
+    signed = torch.from_numpy(images).float() / 127.5 - 1
+    return signed.contiguous(memory_format=torch.channels_last)
 
 
 class Residual(nn.Module):

@@ -13,19 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blockcache.runtime.files import replacing, replacing_folder, write_text
-from blockcache.tools.demo.autoencoder import TinyAutoencoder
+from blockcache.tools.demo.autoencoder import TinyAutoencoder, to_signed
 from blockcache.tools.demo.config import LATENT_CHANNELS, AutoencoderConfig
 from blockcache.tools.demo.data import Dataset
 from blockcache.tools.demo.progress import Budget, bar, learning_rate_factor
 
 FOLDER = "autoencoder"
 LATENTS = "latents.safetensors"
-
-
-def to_signed(images: np.ndarray) -> Tensor:
-    """uint8 [N, 3, H, W] to float32 in [-1, 1], channels last in memory."""
-    signed = torch.from_numpy(images).float() / 127.5 - 1
-    return signed.contiguous(memory_format=torch.channels_last)
 
 
 def psnr_db(a: Tensor, b: Tensor) -> float:

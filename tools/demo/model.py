@@ -35,6 +35,7 @@ def _model_dir() -> Path:
 
 
 MODEL_DIR = _model_dir()
+RESULTS_DIR = Path(__file__).parent / "results"
 PROMPTS_FILE = "prompts.safetensors"
 VARIANT = "fp16"
 DECODE_BATCH = 64

@@ -33,7 +33,7 @@ ALIGNMENTS = {
 
 
 @dataclass(frozen=True)
-class Entrant:
+class Contestant:
     """One preset with its cost."""
 
     preset: Preset
@@ -72,21 +72,21 @@ class Group:
     """An uncached reference and everything that wants to be cheaper, same solver."""
 
     name: str  # "dpm-20"
-    reference: Entrant
-    others: tuple[Entrant, ...]  # fewer uncached steps first, then by method, dearest first
+    reference: Contestant
+    others: tuple[Contestant, ...]  # fewer uncached steps first, then by method, dearest first
 
     @property
-    def entrants(self) -> tuple[Entrant, ...]:
+    def contestants(self) -> tuple[Contestant, ...]:
         """The reference first."""
         return (self.reference, *self.others)
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """Two entrants to compare, and why."""
+    """Two contestants to compare, and why."""
 
-    subject: Entrant
-    other: Entrant
+    subject: Contestant
+    other: Contestant
     against: str
 
 
@@ -124,19 +124,21 @@ def make_groups(
 def pairings(group: Group) -> list[Pairing]:
     """The comparisons that the paper's claims are about."""
     found = []
-    fewer = [entrant for entrant in group.others if entrant.method == FEWER]
-    thresholds = [entrant for entrant in group.others if entrant.kind == THRESHOLD]
-    for entrant in group.others:
-        found.append(Pairing(entrant, group.reference, UNCACHED))
-        if entrant.method == FEWER:
+    fewer = [contestant for contestant in group.others if contestant.method == FEWER]
+    thresholds = [contestant for contestant in group.others if contestant.kind == THRESHOLD]
+    for contestant in group.others:
+        found.append(Pairing(contestant, group.reference, UNCACHED))
+        if contestant.method == FEWER:
             continue
         if fewer:
-            found.append(Pairing(entrant, _nearest(entrant, fewer), FEWER))
-        if entrant.alignment != PLAIN:
-            found += [Pairing(entrant, p, "unaligned") for p in group.others if _plain(p, entrant)]
-        alike = [other for other in thresholds if _comparable(other, entrant)]
-        if entrant.kind != THRESHOLD and alike:
-            found.append(Pairing(entrant, _nearest(entrant, alike), THRESHOLD))
+            found.append(Pairing(contestant, _nearest(contestant, fewer), FEWER))
+        if contestant.alignment != PLAIN:
+            found += [
+                Pairing(contestant, p, "unaligned") for p in group.others if _plain(p, contestant)
+            ]
+        alike = [other for other in thresholds if _comparable(other, contestant)]
+        if contestant.kind != THRESHOLD and alike:
+            found.append(Pairing(contestant, _nearest(contestant, alike), THRESHOLD))
     return found
 
 
@@ -195,13 +197,15 @@ def _reference_group(bundle: Bundle, names: Sequence[str], name: str) -> Group:
 def _around(bundle: Bundle, name: str, reference: Preset, others: Sequence[Preset]) -> Group:
     """A group in its order."""
     steps = reference.schedule.steps
-    made = [_entrant(bundle, preset, _method(preset, steps)) for preset in others]
-    made.sort(key=lambda entrant: (entrant.method != FEWER, entrant.method, -entrant.flops))
-    return Group(name, _entrant(bundle, reference, UNCACHED), tuple(made))
+    made = [_contestant(bundle, preset, _method(preset, steps)) for preset in others]
+    made.sort(
+        key=lambda contestant: (contestant.method != FEWER, contestant.method, -contestant.flops)
+    )
+    return Group(name, _contestant(bundle, reference, UNCACHED), tuple(made))
 
 
-def _entrant(bundle: Bundle, preset: Preset, method: str) -> Entrant:
-    return Entrant(preset, method, *image_flops(bundle, preset))
+def _contestant(bundle: Bundle, preset: Preset, method: str) -> Contestant:
+    return Contestant(preset, method, *image_flops(bundle, preset))
 
 
 def _method(preset: Preset, steps: int) -> str:
@@ -245,17 +249,17 @@ def _solver(preset: Preset) -> str:
     return json.dumps({k: v for k, v in preset.solver.items() if k != "steps"}, sort_keys=True)
 
 
-def _plain(candidate: Entrant, entrant: Entrant) -> bool:
+def _plain(candidate: Contestant, contestant: Contestant) -> bool:
     """Whether ``candidate`` has the same steps and schedule, and no alignment."""
-    same = (candidate.steps, candidate.schedule) == (entrant.steps, entrant.schedule)
+    same = (candidate.steps, candidate.schedule) == (contestant.steps, contestant.schedule)
     return same and candidate.alignment == PLAIN
 
 
-def _comparable(threshold: Entrant, entrant: Entrant) -> bool:
+def _comparable(threshold: Contestant, contestant: Contestant) -> bool:
     """Whether the two differ in how the schedule was chosen alone: same steps, same alignment."""
-    return (threshold.steps, threshold.alignment) == (entrant.steps, entrant.alignment)
+    return (threshold.steps, threshold.alignment) == (contestant.steps, contestant.alignment)
 
 
-def _nearest(entrant: Entrant, others: Sequence[Entrant]) -> Entrant:
+def _nearest(contestant: Contestant, others: Sequence[Contestant]) -> Contestant:
     """The closest in FLOPs of the whole U-Net."""
-    return min(others, key=lambda other: abs(math.log(other.flops / entrant.flops)))
+    return min(others, key=lambda other: abs(math.log(other.flops / contestant.flops)))

@@ -1,20 +1,25 @@
 """Fréchet distance and KID of a set of pictures, and of many halves of it, to a fixed reference.
 
-Both are those of ``tools.demo.metrics``, arranged so that a half costs little. With A the
-reference's covariance and F the centred features of n pictures, tr (A^1/2 B A^1/2)^1/2 is the sum
-of the singular values of F A^1/2 / (n - 1)^1/2: the eigenvalues of an n x n matrix, exact in all
-dimensions where n < D. KID needs the kernel of the pictures among themselves once.
+The Fréchet distance (Heusel et al., 2017) of two sets with means a, b and covariances A, B is
+|a - b|^2 + tr (A + B - 2 (A^1/2 B A^1/2)^1/2). With A the reference's covariance and F the centred
+features of n pictures, tr (A^1/2 B A^1/2)^1/2 is the sum of the singular values of
+F A^1/2 / (n - 1)^1/2. They follow from the eigenvalues of an n x n matrix, so a half costs little,
+and the result is exact also where n < D.
+
+KID (Binkowski et al., 2018) is the unbiased squared MMD under the kernel (x.y / D + 1)^3. It needs
+the kernel of the pictures among themselves once.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from blockcache.tools.evaluation.metrics import Statistics
-from blockcache.tools.evaluation.resampling import Measured
+from blockcache.tools.evaluation.resampling import Resampled
 
 KID_UNIT = 1000  # KID is reported in thousandths
 ROWS = 1024  # kernel rows held at a time
+NO_HALVES = np.empty((0, 0), np.int64)
+"""Where the distance of the whole set is wanted alone."""
 
 
 class SetDistances:
@@ -23,29 +28,30 @@ class SetDistances:
     def __init__(self, reference: np.ndarray) -> None:
         """``reference``: features float [M, D]."""
         self._reference = reference.astype(np.float64)
-        self._statistics = Statistics.of(reference)
-        values, vectors = np.linalg.eigh(self._statistics.covariance)
+        self._mean = self._reference.mean(0)
+        covariance = np.cov(self._reference, rowvar=False)
+        self._trace = float(np.trace(covariance))
+        values, vectors = np.linalg.eigh(covariance)
         self._root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
         self._within = _mean_pair(self._reference)
 
-    def frechet(self, features: np.ndarray, halves: np.ndarray) -> Measured:
+    def frechet(self, features: np.ndarray, halves: np.ndarray = NO_HALVES) -> Resampled:
         """Fréchet distance of features [N, D] and of their halves, int [B, N // 2]."""
-        centred = features.astype(np.float64) - self._statistics.mean
+        centred = features.astype(np.float64) - self._mean
         projected = centred @ self._root
         squares = np.square(centred).sum(1)
-        trace = float(np.trace(self._statistics.covariance))
 
         def distance(chosen: np.ndarray) -> float:
             count = len(chosen)
             shift = centred[chosen].mean(0)
             spread = (squares[chosen].sum() - count * shift @ shift) / (count - 1)
             cross = _sum_of_singular_values(projected[chosen]) / np.sqrt(count - 1)
-            return float(shift @ shift + trace + spread - 2 * cross)
+            return float(shift @ shift + self._trace + spread - 2 * cross)
 
         whole = distance(np.arange(len(features)))
-        return Measured(whole, np.array([distance(half) for half in halves]))
+        return Resampled(whole, np.array([distance(half) for half in halves]))
 
-    def kernel(self, features: np.ndarray, halves: np.ndarray) -> Measured:
+    def kernel(self, features: np.ndarray, halves: np.ndarray = NO_HALVES) -> Resampled:
         """KID x 1000 of features [N, D] and of their halves, int [B, N // 2]."""
         wide = features.astype(np.float64)
         own = _kernel(wide, wide)
@@ -58,7 +64,7 @@ class SetDistances:
             return KID_UNIT * (within - 2 * float(across[chosen].mean()))
 
         whole = distance(np.arange(len(features)))
-        return Measured(whole, np.array([distance(half) for half in halves]))
+        return Resampled(whole, np.array([distance(half) for half in halves]))
 
 
 def _sum_of_singular_values(rows: np.ndarray) -> float:
@@ -98,7 +104,7 @@ def floor(features: np.ndarray, images: int, seed: int, repeats: int = 3) -> dic
     found: dict[str, list[float]] = {"frechet": [], "kid": []}
     for _ in range(repeats):
         order = random.permutation(len(features))
-        sets, none = SetDistances(features[order[count:]]), np.empty((0, 0), np.int64)
-        found["frechet"].append(sets.frechet(features[order[:count]], none).value)
-        found["kid"].append(sets.kernel(features[order[:count]], none).value)
+        sets = SetDistances(features[order[count:]])
+        found["frechet"].append(sets.frechet(features[order[:count]]).value)
+        found["kid"].append(sets.kernel(features[order[:count]]).value)
     return found

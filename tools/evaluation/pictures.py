@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from blockcache.runtime import BundleIntegrityError, MissingExtraError
+from blockcache.runtime import BundleIntegrityError
 from blockcache.runtime.bundle import read_tensors, write_tensors
 from blockcache.tools.evaluation.subject import RealPictures
 
@@ -102,13 +102,8 @@ class Gallery:
         if self._extractor is None:
             from blockcache.tools.evaluation import features
 
-            try:
-                with contextlib.redirect_stdout(sys.stderr):  # the package prints; ours is JSON
-                    self._extractor = features.Extractor()
-            except ImportError as error:
-                raise MissingExtraError.of(
-                    "efficientnet-lite-pytorch", "demo", "Fréchet distance and KID"
-                ) from error
+            with contextlib.redirect_stdout(sys.stderr):  # the package prints; ours is JSON
+                self._extractor = features.Extractor()
         return self._extractor
 
 

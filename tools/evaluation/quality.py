@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from blockcache.tools.evaluation.captions import CaptionProbe, Labelled
 from blockcache.tools.evaluation.distances import SetDistances
-from blockcache.tools.evaluation.metrics import CaptionProbe, Labelled
 from blockcache.tools.evaluation.pictures import Drawn
-from blockcache.tools.evaluation.resampling import Measured, measured_mean, measured_share
+from blockcache.tools.evaluation.resampling import Resampled, resampled_mean, resampled_share
 from blockcache.tools.evaluation.subject import RealPictures
 
 ROUNDING_MSE = 1 / 12  # of 8 bits: where pictures agree better, PSNR means nothing
@@ -55,7 +55,7 @@ class Judge:
         self._sets = sets
         self._captions = captions
 
-    def measure(self, latents: np.ndarray, drawn: Drawn | None) -> dict[str, Measured]:
+    def measure(self, latents: np.ndarray, drawn: Drawn | None) -> dict[str, Resampled]:
         """Every metric that applies, by key."""
         found = {"distance": self._mean(relative_distance(latents, self._latents))}
         if drawn is None:
@@ -65,15 +65,15 @@ class Judge:
             found["kid"] = self._sets.kernel(drawn.features, self._halves)
         if self._captions is not None:
             top1, top5 = self._captions.hits(drawn.features)
-            found["top1"] = measured_share(top1, self._halves)
-            found["top5"] = measured_share(top5, self._halves)
+            found["top1"] = resampled_share(top1, self._halves)
+            found["top5"] = resampled_share(top5, self._halves)
         if self._reference is not None:
             psnr = picture_psnr_db(drawn.pictures, self._reference.pictures)
             found["psnr_db"] = self._mean(psnr)
         return found
 
-    def _mean(self, values: np.ndarray) -> Measured:
-        return measured_mean(values, self._halves)
+    def _mean(self, values: np.ndarray) -> Resampled:
+        return resampled_mean(values, self._halves)
 
 
 class Captions:

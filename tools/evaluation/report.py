@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from blockcache.tools.evaluation.contest import UNCACHED, Entrant, Group, pairings
+from blockcache.tools.evaluation.contest import UNCACHED, Contestant, Group, pairings
 from blockcache.tools.evaluation.options import EvaluationOptions
-from blockcache.tools.evaluation.resampling import Interval, Measured
+from blockcache.tools.evaluation.resampling import Interval, Resampled
 from blockcache.tools.evaluation.timing import Seconds, images_per_second, speedup
 from blockcache.tools.evaluation.verdict import Finding, compare, overall
 from blockcache.tools.report.spread import Spread
@@ -80,7 +80,7 @@ class Report:
 
 def group_report(
     group: Group,
-    measured: Mapping[str, Mapping[str, Measured]],
+    measured: Mapping[str, Mapping[str, Resampled]],
     distance_std: Mapping[str, float],
     seconds: Seconds,
     timed_images: int,
@@ -100,9 +100,9 @@ def group_report(
         ceiling: caption score of real pictures.
     """
     rows = [
-        _row(group, entrant, measured[entrant.name], distance_std[entrant.name], seconds,
+        _row(group, contestant, measured[contestant.name], distance_std[contestant.name], seconds,
              timed_images)
-        for entrant in group.entrants
+        for contestant in group.contestants
     ]  # fmt: skip
     comparisons = []
     for pairing in pairings(group):
@@ -134,26 +134,26 @@ def spread_over_images(distances: np.ndarray) -> float:
 
 def _row(
     group: Group,
-    entrant: Entrant,
-    measured: Mapping[str, Measured],
+    contestant: Contestant,
+    measured: Mapping[str, Resampled],
     distance_std: float,
     seconds: Seconds,
     timed_images: int,
 ) -> Row:
     reference = group.reference
-    own, base = seconds.get(entrant.name), seconds.get(reference.name)
+    own, base = seconds.get(contestant.name), seconds.get(reference.name)
     return Row(
-        preset=entrant.name,
-        method=entrant.method,
-        steps=entrant.preset.schedule.steps,
-        alignment=entrant.alignment,
-        schedule=entrant.schedule,
-        policy=entrant.preset.policy,
-        flops_fraction=entrant.flops / reference.flops,
-        blocks_fraction=entrant.block_flops / reference.block_flops,
+        preset=contestant.name,
+        method=contestant.method,
+        steps=contestant.preset.schedule.steps,
+        alignment=contestant.alignment,
+        schedule=contestant.schedule,
+        policy=contestant.preset.policy,
+        flops_fraction=contestant.flops / reference.flops,
+        blocks_fraction=contestant.block_flops / reference.block_flops,
         quality={key: Interval.of(value) for key, value in measured.items()},
         distance_std=distance_std,
-        speedup_flops=reference.flops / entrant.flops,
+        speedup_flops=reference.flops / contestant.flops,
         speedup_wall=speedup(base, own) if own and base else None,
         images_per_s=images_per_second(own, timed_images) if own else None,
     )

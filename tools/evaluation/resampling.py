@@ -18,7 +18,7 @@ Z90 = 1.645
 
 
 @dataclass(frozen=True)
-class Measured:
+class Resampled:
     """A figure of one preset and its values on the halves."""
 
     value: float
@@ -38,7 +38,7 @@ class Interval:
     high: float
 
     @classmethod
-    def of(cls, measured: Measured) -> Interval:
+    def of(cls, measured: Resampled) -> Interval:
         """The value and 1.645 standard deviations of the halves on either side."""
         reach = Z90 * float(np.hypot(measured.halves.std(), measured.grain))
         return cls(measured.value, measured.value - reach, measured.value + reach)
@@ -51,21 +51,21 @@ def random_halves(count: int, resamples: int, seed: int) -> np.ndarray:
     return np.sort(np.stack(halves), axis=1)
 
 
-def measured_mean(values: np.ndarray, halves: np.ndarray) -> Measured:
+def resampled_mean(values: np.ndarray, halves: np.ndarray) -> Resampled:
     """The mean over images that have a value (float64 [N], NaN where one has none)."""
-    return Measured(_mean(values), np.array([_mean(values[half]) for half in halves]))
+    return Resampled(_mean(values), np.array([_mean(values[half]) for half in halves]))
 
 
-def measured_share(hits: np.ndarray, halves: np.ndarray) -> Measured:
+def resampled_share(hits: np.ndarray, halves: np.ndarray) -> Resampled:
     """The share of images that are hits (float64 [N]: 0, 1, or NaN where one does not count)."""
-    mean = measured_mean(hits, halves)
-    return Measured(mean.value, mean.halves, 1 / max(1, int(np.isfinite(hits).sum())))
+    mean = resampled_mean(hits, halves)
+    return Resampled(mean.value, mean.halves, 1 / max(1, int(np.isfinite(hits).sum())))
 
 
-def difference(a: Measured, b: Measured) -> Interval:
+def difference(a: Resampled, b: Resampled) -> Interval:
     """``a - b`` on the same images."""
     halves = a.halves - b.halves
-    return Interval.of(Measured(a.value - b.value, halves, max(a.grain, b.grain)))
+    return Interval.of(Resampled(a.value - b.value, halves, max(a.grain, b.grain)))
 
 
 def _mean(values: np.ndarray) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from blockcache.runtime import Bundle
 from blockcache.runtime.files import write_text
 from blockcache.tools.evaluation import figures, timing
-from blockcache.tools.evaluation.contest import Entrant, Group, make_groups
+from blockcache.tools.evaluation.contest import Contestant, Group, make_groups
 from blockcache.tools.evaluation.markdown import markdown
 from blockcache.tools.evaluation.options import EvaluationOptions
 from blockcache.tools.evaluation.quality import relative_distance
@@ -40,7 +40,7 @@ def measure_times(
 ) -> timing.Seconds:
     """The timing alone: a later ``evaluate`` with the same presets and options reads it."""
     return Stages(bundle, subject, options, work, observer).time(
-        _entrants(make_groups(bundle, names, reference))
+        _contestants(make_groups(bundle, names, reference))
     )
 
 
@@ -73,9 +73,9 @@ def evaluate(
     groups = make_groups(bundle, names, reference)
     stages = Stages(bundle, subject, options, work or out / WORK, observer)
     stages.check()
-    entrants = _entrants(groups)
-    seconds = stages.time(entrants)
-    latents = stages.draw(entrants)
+    contestants = _contestants(groups)
+    seconds = stages.time(contestants)
+    latents = stages.draw(contestants)
     drawn = stages.decode(latents)
     judged = stages.judge(groups, latents, drawn)
     reports = [
@@ -89,9 +89,13 @@ def evaluate(
     return report
 
 
-def _entrants(groups: Sequence[Group]) -> list[Entrant]:
+def _contestants(groups: Sequence[Group]) -> list[Contestant]:
     """Every preset once: a run of fewer steps may stand in several groups."""
-    return list({entrant.name: entrant for group in groups for entrant in group.entrants}.values())
+    return list(
+        {
+            contestant.name: contestant for group in groups for contestant in group.contestants
+        }.values()
+    )
 
 
 def _group(
@@ -107,8 +111,8 @@ def _group(
         group,
         judged.measured,
         {
-            entrant.name: spread_over_images(relative_distance(latents[entrant.name], base))
-            for entrant in group.entrants
+            contestant.name: spread_over_images(relative_distance(latents[contestant.name], base))
+            for contestant in group.contestants
         },
         seconds,
         options.timing.images,

@@ -11,12 +11,12 @@ import numpy as np
 
 from blockcache.runtime import Bundle
 from blockcache.tools.evaluation import distances, timing
-from blockcache.tools.evaluation.contest import Entrant, Group
+from blockcache.tools.evaluation.contest import Contestant, Group
 from blockcache.tools.evaluation.distances import SetDistances
 from blockcache.tools.evaluation.options import EvaluationOptions
 from blockcache.tools.evaluation.pictures import Drawn, Gallery
 from blockcache.tools.evaluation.quality import Captions, Judge
-from blockcache.tools.evaluation.resampling import Measured, random_halves
+from blockcache.tools.evaluation.resampling import Resampled, random_halves
 from blockcache.tools.evaluation.sampling import Drawings
 from blockcache.tools.evaluation.subject import Subject
 
@@ -41,7 +41,7 @@ class Reference:
 class Judged:
     """The measured presets of a group: by preset name, then by metric key."""
 
-    measured: Mapping[str, Mapping[str, Measured]]
+    measured: Mapping[str, Mapping[str, Resampled]]
     against: Reference
 
 
@@ -78,12 +78,12 @@ class Stages:
         if self._gallery is not None:
             self._gallery.check()
 
-    def time(self, entrants: Sequence[Entrant]) -> timing.Seconds:
+    def time(self, contestants: Sequence[Contestant]) -> timing.Seconds:
         """Seconds per call, all presets taking turns; {} where timing is off."""
         if not self._options.timing.rounds:
             return {}
         return timing.measure(
-            entrants,
+            contestants,
             self._drawings,
             self._subject,
             self._options.timing,
@@ -91,19 +91,21 @@ class Stages:
             lambda done, total: self._observer("timing", done, total),
         )
 
-    def draw(self, entrants: Sequence[Entrant]) -> dict[str, np.ndarray]:
+    def draw(self, contestants: Sequence[Contestant]) -> dict[str, np.ndarray]:
         """Latents by preset name."""
-        return self._draw(self._drawings, entrants, "images drawn")
+        return self._draw(self._drawings, contestants, "images drawn")
 
     def _draw(
-        self, drawings: Drawings, entrants: Sequence[Entrant], stage: str
+        self, drawings: Drawings, contestants: Sequence[Contestant], stage: str
     ) -> dict[str, np.ndarray]:
-        missing = {entrant.name: drawings.missing(entrant.preset) for entrant in entrants}
+        missing = {
+            contestant.name: drawings.missing(contestant.preset) for contestant in contestants
+        }
         total, before, latents = sum(missing.values()), 0, {}
-        for entrant in entrants:
+        for contestant in contestants:
             observe = _Offset(self._observer, stage, before, total)
-            latents[entrant.name] = drawings.draw(entrant.preset, observe)
-            before += missing[entrant.name]
+            latents[contestant.name] = drawings.draw(contestant.preset, observe)
+            before += missing[contestant.name]
         return latents
 
     def decode(self, latents: Mapping[str, np.ndarray]) -> dict[str, Drawn]:
@@ -129,7 +131,7 @@ class Stages:
         """The quality of every group's presets."""
         real = self._real_features() if drawn else None
         shared = None if real is None else self._real_reference(real)
-        total, done, found = sum(len(group.entrants) for group in groups), 0, []
+        total, done, found = sum(len(group.contestants) for group in groups), 0, []
         for group in groups:
             reference = group.reference.name
             against = shared or self._drawn_reference(group.reference)
@@ -141,10 +143,10 @@ class Stages:
                 against.captions,
             )
             measured = {}
-            for entrant in group.entrants:
+            for contestant in group.contestants:
                 self._observer("quality", done, total)
-                measured[entrant.name] = judge.measure(
-                    latents[entrant.name], drawn.get(entrant.name)
+                measured[contestant.name] = judge.measure(
+                    latents[contestant.name], drawn.get(contestant.name)
                 )
                 done += 1
             found.append(Judged(measured, against))
@@ -165,13 +167,15 @@ class Stages:
         captions = Captions(self._subject.real, features)
         return Reference(SetDistances(features), captions, self._floor(features))
 
-    def _drawn_reference(self, entrant: Entrant) -> Reference:
+    def _drawn_reference(self, contestant: Contestant) -> Reference:
         """The uncached run on the same prompts, from other noise."""
         if self._gallery is None:
             return Reference()
-        stage = f"{entrant.name} from other noise"
-        latents = self._draw(self._independent, [entrant], stage)
-        features = self._decode(self._gallery, latents, f"{stage}: features")[entrant.name].features
+        stage = f"{contestant.name} from other noise"
+        latents = self._draw(self._independent, [contestant], stage)
+        features = self._decode(self._gallery, latents, f"{stage}: features")[
+            contestant.name
+        ].features
         return Reference(SetDistances(features))
 
     def _floor(self, features: np.ndarray) -> dict[str, list[float]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blockcache.runtime import Session
 from blockcache.runtime.files import write_text
-from blockcache.tools.evaluation.contest import Entrant
+from blockcache.tools.evaluation.contest import Contestant
 from blockcache.tools.evaluation.options import TimingOptions
 from blockcache.tools.evaluation.sampling import Drawings
 from blockcache.tools.evaluation.subject import Subject
@@ -30,20 +30,20 @@ def speedup(reference: Sequence[float], subject: Sequence[float]) -> Spread:
 
 
 def measure(
-    entrants: Sequence[Entrant],
+    contestants: Sequence[Contestant],
     drawings: Drawings,
     subject: Subject,
     options: TimingOptions,
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Seconds:
-    """Seconds per call of every entrant; a finished measurement of the same is read back."""
-    names = [drawings.key(entrant.preset) for entrant in entrants]
+    """Seconds per call of every contestant; a finished measurement of the same is read back."""
+    names = [drawings.key(contestant.preset) for contestant in contestants]
     facts = json.dumps([names, options.rounds, options.images])
     path = folder / f"timing-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
     if path.is_file():
         return json.loads(path.read_text())
-    sessions = {entrant.name: drawings.open(entrant.preset) for entrant in entrants}
+    sessions = {contestant.name: drawings.open(contestant.preset) for contestant in contestants}
     seconds: Seconds = {name: [] for name in sessions}
     turns = (options.rounds + 1) * len(sessions)
     for turn in range(options.rounds + 1):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from blockcache.tools.evaluation.quality import BY_KEY, Metric
-from blockcache.tools.evaluation.resampling import Interval, Measured, difference
+from blockcache.tools.evaluation.resampling import Interval, Resampled, difference
 
 BETTER, WORSE, MIXED, NO_FINDING = "better", "worse", "mixed", "no finding"
 JUDGED = ("frechet", "kid", "top1", "distance")
@@ -21,7 +21,7 @@ class Finding:
     verdict: str
 
     @classmethod
-    def of(cls, metric: Metric, subject: Measured, other: Measured) -> Finding:
+    def of(cls, metric: Metric, subject: Resampled, other: Resampled) -> Finding:
         """A finding where the 90 % interval of the paired difference leaves out 0."""
         found = difference(subject, other)
         if found.low > 0:
@@ -34,7 +34,9 @@ class Finding:
 
 
 def compare(
-    subject: Mapping[str, Measured], other: Mapping[str, Measured], leave_out: tuple[str, ...] = ()
+    subject: Mapping[str, Resampled],
+    other: Mapping[str, Resampled],
+    leave_out: tuple[str, ...] = (),
 ) -> dict[str, Finding]:
     """Findings in all metrics that both have, but for those in ``leave_out``."""
     keys = [key for key in subject if key in other and key not in leave_out]

@@ -4,7 +4,7 @@
 # Results in table1-out/GROUP, five to fifty minutes each on two cores. IMAGES=512 for tighter
 # intervals.
 source "$(dirname "${BASH_SOURCE[0]}")/../dev/setup.sh"
-[ -n "${SKIP_SETUP:-}" ] || setup cpu,export,demo
+[ -n "${SKIP_SETUP:-}" ] || setup cpu,export,demo,evaluation
 out=${OUT:-table1-out}
 work=${DEMO_WORK:-$HOME/.cache/blockcache/demo}
 .venv/bin/python -m blockcache.tools.demo data --work "$work"

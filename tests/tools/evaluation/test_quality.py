@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from blockcache.tools.evaluation.metrics import CaptionProbe, Labelled
+from blockcache.tools.evaluation.captions import CaptionProbe, Labelled
 from blockcache.tools.evaluation.quality import Captions, picture_psnr_db, relative_distance
 from blockcache.tools.evaluation.subject import RealPictures
 

@@ -16,7 +16,7 @@ from blockcache.tools.evaluation.contest import make_groups
 from blockcache.tools.evaluation.markdown import markdown
 from blockcache.tools.evaluation.options import EvaluationOptions
 from blockcache.tools.evaluation.report import Report, group_report
-from blockcache.tools.evaluation.resampling import Measured
+from blockcache.tools.evaluation.resampling import Resampled
 
 HALF = np.tile([[True, True], [False, False]], (2, 1))
 NOISE = np.linspace(-1, 1, 41)
@@ -35,8 +35,8 @@ def report(preset_of, presets_only):
 
     def quality(frechet, distance):
         return {
-            "frechet": Measured(frechet, frechet + NOISE),
-            "distance": Measured(distance, distance + NOISE / 100),
+            "frechet": Resampled(frechet, frechet + NOISE),
+            "distance": Resampled(distance, distance + NOISE / 100),
         }
 
     made = group_report(
@@ -112,8 +112,8 @@ def test_a_comparison_at_unequal_cost_says_so(preset_of, presets_only):
     bundle = presets_only([preset_of("dpm-4", 4), preset_of("dpm-1", 1),
                            preset_of("dpm-4-half", 4, HALF, kind="interval")])  # fmt: skip
     (group,) = make_groups(bundle)
-    quality = {"distance": Measured(0.1, NOISE)}
-    names = [entrant.name for entrant in group.entrants]
+    quality = {"distance": Resampled(0.1, NOISE)}
+    names = [contestant.name for contestant in group.contestants]
     made = group_report(
         group, dict.fromkeys(names, quality), dict.fromkeys(names, 0.0), {}, 1,
         floor={}, ceiling={},
@@ -138,7 +138,7 @@ def test_alignments_stand_side_by_side_for_one_schedule(preset_of, presets_only)
     (group,) = make_groups(bundle)
     distances = {"dpm-4": 0, "dpm-3": 0.1, "a": 0.4, "a-history": 0.2, "b-ls": 0.05}
     made = group_report(
-        group, {name: {"distance": Measured(d, d + NOISE)} for name, d in distances.items()},
+        group, {name: {"distance": Resampled(d, d + NOISE)} for name, d in distances.items()},
         dict.fromkeys(distances, 0.0), {}, 1, floor={}, ceiling={},
     )  # fmt: skip
     assert alignment_tables(made) == [

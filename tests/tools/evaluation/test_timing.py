@@ -43,7 +43,7 @@ def subject():
     )
 
 
-def entrants(*names):
+def contestants(*names):
     return [SimpleNamespace(name=name, preset=SimpleNamespace(name=name)) for name in names]
 
 
@@ -51,7 +51,7 @@ def test_presets_take_turns_and_the_first_round_is_not_counted(subject, tmp_path
     drawings, options = FakeDrawings(), TimingOptions(rounds=2, images=3)
     heard = []
     found = timing.measure(
-        entrants("a", "b"), drawings, subject, options, tmp_path, lambda *at: heard.append(at)
+        contestants("a", "b"), drawings, subject, options, tmp_path, lambda *at: heard.append(at)
     )
     assert [name for name, _, _ in drawings.ran] == ["a", "b"] * 3
     assert {(images, guidance) for _, images, guidance in drawings.ran} == {(3, 2.5)}
@@ -60,9 +60,9 @@ def test_presets_take_turns_and_the_first_round_is_not_counted(subject, tmp_path
     assert heard[-1] == (6, 6)
 
     again = FakeDrawings()
-    assert timing.measure(entrants("a", "b"), again, subject, options, tmp_path) == found
+    assert timing.measure(contestants("a", "b"), again, subject, options, tmp_path) == found
     assert again.ran == []
-    timing.measure(entrants("a"), again, subject, options, tmp_path)
+    timing.measure(contestants("a"), again, subject, options, tmp_path)
     assert len(again.ran) == 3
 
 

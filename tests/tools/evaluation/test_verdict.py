@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 
 from blockcache.tools.evaluation.quality import BY_KEY
-from blockcache.tools.evaluation.resampling import Interval, Measured
+from blockcache.tools.evaluation.resampling import Interval, Resampled
 from blockcache.tools.evaluation.verdict import Finding, compare, overall
 
 NOISE = np.linspace(-1, 1, 41)
 
 
 def measured(value, spread=1.0):
-    return Measured(value, value + spread * NOISE)
+    return Resampled(value, value + spread * NOISE)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def measured(value, spread=1.0):
     ],
 )
 def test_the_sign_means_what_the_metric_says(key, value, verdict):
-    found = Finding.of(BY_KEY[key], measured(value), Measured(0.0, np.zeros(41)))
+    found = Finding.of(BY_KEY[key], measured(value), Resampled(0.0, np.zeros(41)))
     assert found.verdict == verdict
 
 

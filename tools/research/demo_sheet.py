@@ -1,26 +1,48 @@
-"""The contact sheet: every concept in every style, from a few seeds, labelled."""
+"""The demo model's contact sheet: every concept in every style, from a few seeds, labelled.
+
+python -m blockcache.tools.research.demo_sheet [--model FOLDER] [--out FILE]
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from PIL import Image, ImageDraw, ImageFont
 
 from blockcache.runtime.files import replacing
-from blockcache.tools.demo import model
+from blockcache.tools.demo import model as demo_model
 from blockcache.tools.demo.concepts import caption
-from blockcache.tools.demo.prompts import EMPTY
-from blockcache.tools.demo.sample import SampleOptions, initial_noise, sample
+from blockcache.tools.demo.prompts import EMPTY, SHEET_CONCEPTS, STYLES
+from blockcache.tools.research.draw import SampleOptions, initial_noise, sample
 
 CELL = 112  # pixels a picture takes on the sheet
 GAP = 6
 LABEL_WIDTH = 84
 LABEL_HEIGHT = 34
 INK = (60, 60, 60)
+SEEDS = (1, 2)
+
+
+def main(
+    model: Annotated[
+        Path, typer.Option(help="The model folder in diffusers format.")
+    ] = demo_model.MODEL_DIR,
+    out: Annotated[Path, typer.Option(help="The sheet, a PNG.")] = (
+        demo_model.RESULTS_DIR / "samples.png"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 3.0,
+) -> None:
+    """Draw the contact sheet of a demo model."""
+    options = SampleOptions(steps=steps, guidance=guidance)
+    write(model, out, SHEET_CONCEPTS, STYLES, SEEDS, options)
+    typer.echo(f"wrote {out}")
 
 
 def draw_pictures(
@@ -28,12 +50,13 @@ def draw_pictures(
 ) -> np.ndarray:
     """All pairs from one seed: uint8 [len(styles), len(concepts), 3, H, W]."""
     prompts = [caption(style, words) for style in styles for words in concepts]
-    states = torch.from_numpy(model.prompt_embeddings([*prompts, EMPTY]))
-    unet = model.load_unet(folder)
+    states = torch.from_numpy(demo_model.prompt_embeddings([*prompts, EMPTY]))
+    unet = demo_model.load_unet(folder)
     noise = initial_noise(len(prompts), unet.config["sample_size"], options.seed)
-    latents = sample(unet, model.load_scheduler(folder), states[:-1], states[-1], noise, options)
+    scheduler = demo_model.load_scheduler(folder)
+    latents = sample(unet, scheduler, states[:-1], states[-1], noise, options)
     with torch.inference_mode():
-        images = model.to_uint8(model.load_autoencoder(folder).decode(latents).numpy())
+        images = demo_model.to_uint8(demo_model.load_autoencoder(folder).decode(latents).numpy())
     return images.reshape(len(styles), len(concepts), *images.shape[1:])
 
 
@@ -87,3 +110,7 @@ def write_png(image: Image.Image, path: Path) -> None:
     """Store a picture as a small PNG."""
     with replacing(path) as file:
         image.quantize(256).save(file, "PNG", optimize=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,64 +1,12 @@
-"""How good pictures are: distances between sets, a caption score, distances between pairs."""
+"""A caption score: is a picture recognised as what its caption says?"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 WITHIN_SHRINKAGE = 0.3  # share of the identity in the within-concept covariance
-
-
-@dataclass(frozen=True, kw_only=True)
-class Statistics:
-    """Mean and covariance of a set's features."""
-
-    mean: np.ndarray  # float64 [D]
-    covariance: np.ndarray  # float64 [D, D]
-
-    @classmethod
-    def of(cls, features: np.ndarray) -> Statistics:
-        """Statistics of float [N, D]."""
-        wide = features.astype(np.float64)
-        return cls(mean=wide.mean(0), covariance=np.cov(wide, rowvar=False))
-
-
-def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) (Heusel et al., 2017)."""
-    values, vectors = np.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.linalg.eigvalsh(root @ b.covariance @ root)
-    shift = a.mean - b.mean
-    trace = np.trace(a.covariance) + np.trace(b.covariance)
-    return float(shift @ shift + trace - 2 * np.sqrt(cross.clip(min=0)).sum())
-
-
-def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """KID: the unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al., 2018).
-
-    Args:
-        a: float [N, D].
-        b: float [M, D].
-    """
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    within = _mean_off_diagonal(_kernel(a, a)) + _mean_off_diagonal(_kernel(b, b))
-    return float(within - 2 * _kernel(a, b).mean())
-
-
-def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a @ b.T / a.shape[1] + 1) ** 3
-
-
-def _mean_off_diagonal(matrix: np.ndarray) -> float:
-    count = len(matrix)
-    return float((matrix.sum() - np.trace(matrix)) / (count * (count - 1)))
-
-
-def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of uint8 pictures; infinite where they are equal."""
-    error = np.square(a.astype(np.float64) - b.astype(np.float64)).mean()
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 @dataclass(frozen=True, kw_only=True)

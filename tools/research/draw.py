@@ -1,4 +1,4 @@
-"""Pictures from captions with the plain PyTorch model: classifier-free guidance, DPM-Solver++."""
+"""Latents from captions with the demo model in plain PyTorch: guidance and DPM-Solver++."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ import onnx_ir as ir
 import torch
 
 from blockcache.export.graph.passes.align import align
+from blockcache.export.graph.passes.canonical import canonical
 from blockcache.export.graph.passes.hoist import BOUNDARY_PREFIX, classify
 from blockcache.export.graph.passes.simplify import simplify
 from blockcache.export.graph.passes.split import Piece, split
@@ -196,8 +197,7 @@ def _write(piece: Piece, folder: Path, code: SizeCode, ir_version: int, sizes: S
     names = [value.name or "" for value in graph.inputs]
     rows = [name for name in names if name.startswith(BOUNDARY_PREFIX["time"])]
     generalize(graph, code, rows)
-    for node in graph:
-        node.metadata_props.clear()
+    canonical(graph)
     graph.name = piece.name
     path = folder / f"{piece.name}.onnx"
     ir.save(ir.Model(graph, ir_version=ir_version), path)

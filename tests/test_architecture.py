@@ -358,7 +358,7 @@ DOORS = {
     "rich": ("tools/", "export/engines/report.py"),
     "matplotlib": ("tools/",),
     "PIL": ("tools/",),
-    "safetensors": ("runtime/bundle.py", "tools/"),
+    "safetensors": ("runtime/bundle.py", "export/unet/weights.py", "tools/"),
 }  # fmt: skip
 
 

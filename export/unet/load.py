@@ -1,16 +1,15 @@
 """Load the U-Net of a diffusers folder or hub id.
 
-The folder holds ``unet/`` and, optionally, ``scheduler/`` and ``tokenizer/``.
+The folder holds ``unet/`` and, optionally, ``scheduler/`` and ``tokenizer/``; or it is ``unet/``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
-from blockcache.export.unet.hub import local_folder
+from blockcache.export.unet.configs import read_json
+from blockcache.export.unet.hub import local_folder, model_name
 from blockcache.export.unet.model import (
     DEFAULT_TOKENS,
     TORCH_DTYPES,
@@ -18,6 +17,7 @@ from blockcache.export.unet.model import (
     check_supported,
     describe,
 )
+from blockcache.export.unet.weights import check_weights, load_part
 from blockcache.runtime.errors import ConfigError, MissingExtraError
 
 
@@ -27,6 +27,7 @@ def load_model(
     dtype: str = "float32",
     name: str | None = None,
     cached: str = "transformers",
+    variant: str | None = None,
 ) -> SourceModel:
     """Load the U-Net of a diffusers folder or hub id in ``dtype``, ready for inference.
 
@@ -35,9 +36,10 @@ def load_model(
         dtype: of the weights in memory: float32, float16 or bfloat16.
         name: what the bundle calls the model; default the folder's name.
         cached: what the blocks are, a key of ``BLOCK_CLASSES``.
+        variant: of the weights, such as "ema"; default the plain ones, else fp16 or bf16.
 
     Raises:
-        ConfigError: no such folder, or one without a U-Net.
+        ConfigError: no such folder, one without a U-Net, or weights that are not whole.
         UnsupportedModelError: the U-Net has a feature that the exporter refuses.
         MissingExtraError: diffusers is not installed.
     """
@@ -45,64 +47,38 @@ def load_model(
         from diffusers import UNet2DConditionModel
     except ImportError as error:
         raise MissingExtraError.of("diffusers", "export", "Loading a U-Net") from error
-    folder = local_folder(source)
+    folder = local_folder(source, variant=variant)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
-    config_path = unet_folder / "config.json"
-    if not config_path.is_file():
+    if not (unet_folder / "config.json").is_file():
         raise ConfigError(
             f"Expected a diffusers folder with unet/config.json at {folder}; it has none. "
             f"Give the folder that save_pretrained wrote."
         )
-    config = json.loads(config_path.read_text())
-    check_supported(config)
-    variant = None if _has_plain_weights(unet_folder) else _variant(unet_folder)
-    unet = UNet2DConditionModel.from_pretrained(
-        unet_folder, variant=variant, torch_dtype=TORCH_DTYPES[dtype], use_safetensors=True
-    )
+    check_supported(read_json(unet_folder / "config.json"))
+    unet = load_part(UNet2DConditionModel, unet_folder, TORCH_DTYPES[dtype], variant)
     return describe(
         unet,
-        name=name or Path(source).resolve().name,
-        scheduler=_read_json(folder / "scheduler" / "scheduler_config.json"),
+        name=name or model_name(folder),
+        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
         tokens=_tokens(folder),
-        sha256=_hash_folder(unet_folder),
+        sha256=_hash(unet_folder, variant),
         cached=cached,
-    )
-
-
-def _has_plain_weights(folder: Path) -> bool:
-    return (folder / "diffusion_pytorch_model.safetensors").is_file() or (
-        folder / "diffusion_pytorch_model.safetensors.index.json"
-    ).is_file()
-
-
-def _variant(folder: Path) -> str:
-    """The weights' variant ("fp16", ...) where the folder holds no plain file."""
-    for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors*")):
-        return path.name.split(".")[1].split("-")[0]
-    raise ConfigError(
-        f"Expected diffusion_pytorch_model*.safetensors in {folder}, found none. blockcache reads "
-        f"safetensors only; convert other weights with save_pretrained."
     )
 
 
 def _tokens(folder: Path) -> int:
     """Prompt length: the tokenizer's, else CLIP's."""
-    config = _read_json(folder / "tokenizer" / "tokenizer_config.json")
-    length = config.get("model_max_length", DEFAULT_TOKENS)
-    return int(length) if length < 4096 else DEFAULT_TOKENS
+    config = read_json(folder / "tokenizer" / "tokenizer_config.json")
+    length = config.get("model_max_length")
+    return int(length) if isinstance(length, int | float) and length < 4096 else DEFAULT_TOKENS
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return content
-
-
-def _hash_folder(folder: Path) -> str:
+def _hash(folder: Path, variant: str | None) -> str:
+    """Of the config and of the weights that are loaded; other variants do not count."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        if path.suffix in (".json", ".safetensors"):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
+    for name in sorted(["config.json", *check_weights(folder, variant).names]):
+        digest.update(name.encode())
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
     return digest.hexdigest()

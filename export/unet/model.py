@@ -25,6 +25,9 @@ TORCH_DTYPES = {
 DEFAULT_TOKENS = 77
 """Prompt length where the folder names no tokenizer: that of CLIP."""
 
+SUPPORTED_CLASS = "UNet2DConditionModel"
+"""diffusers' class. One derived from it may compute something else, so it is refused too."""
+
 _STAGE_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 BLOCK_CLASSES = {"transformers": "Transformer2DModel", "resnets": "ResnetBlock2D"}
 """What may be cached, by name: the module class whose residual branch is a block. The paper caches
@@ -110,7 +113,7 @@ def describe(
     if cached not in BLOCK_CLASSES:
         raise ConfigError(f"Expected blocks of {tuple(BLOCK_CLASSES)}, got {cached!r}.")
     config = dict(unet.config)
-    check_supported(config)
+    check_supported({**config, "_class_name": type(unet).__name__})
     unet.eval().requires_grad_(False)
     blocks = find_blocks(unet, BLOCK_CLASSES[cached])
     if not blocks:
@@ -146,7 +149,14 @@ def find_blocks(
 
 
 def check_supported(config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError for features whose results the split would change."""
+    """Raise UnsupportedModelError for models and features that are not exported exactly."""
+    kind = config.get("_class_name", SUPPORTED_CLASS)
+    if kind != SUPPORTED_CLASS:
+        raise UnsupportedModelError(
+            f"Expected a {SUPPORTED_CLASS}, got a {kind}, which blockcache does not support: its "
+            f"forward differs. Supported are the text-conditioned U-Nets of Stable Diffusion 1.x, "
+            f"2.x and XL."
+        )
     refusals = {
         "IP-adapter or image projection (encoder_hid_dim_type)": config.get("encoder_hid_dim_type")
         not in (None, "text_proj"),

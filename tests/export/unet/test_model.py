@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from blockcache.runtime import UnsupportedModelError
@@ -50,9 +48,34 @@ def test_supported_features_pass(config):
 def test_a_u_net_in_memory_is_checked_too(tiny_models):
     unet = tiny_models("sd").unet
 
-    gated = SimpleNamespace(config={**unet.config, "attention_type": "gated"})
+    class UNet2DConditionModel:
+        def __init__(self):
+            self.config = {**unet.config, "attention_type": "gated"}
+
+    gated = UNet2DConditionModel()
     with pytest.raises(UnsupportedModelError, match="GLIGEN"):
         describe(gated, name="gated")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["UNet3DConditionModel", "UNetMotionModel", "UNet2DModel", "AudioLDM2UNet2DConditionModel",
+     "ControlNetModel", "MyUNet2DConditionModel"],
+)  # fmt: skip
+def test_another_class_is_refused_by_name(kind):
+    with pytest.raises(UnsupportedModelError) as caught:
+        check_supported({**PLAIN, "_class_name": kind})
+    assert str(caught.value).startswith(f"Expected a UNet2DConditionModel, got a {kind}, which")
+
+
+def test_a_derived_class_is_refused_in_memory(tiny_models):
+    """It may compute something else in its forward, which the export would take as it is."""
+
+    class Derived(diffusers.UNet2DConditionModel):
+        pass
+
+    with pytest.raises(UnsupportedModelError, match="got a Derived, which"):
+        describe(Derived(**tiny_models("sd").unet.config), name="derived")
 
 
 def test_a_u_net_without_transformers_has_nothing_to_cache():

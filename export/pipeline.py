@@ -59,6 +59,7 @@ from blockcache.runtime.plan import (
     Segment,
     TensorSpec,
 )
+from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.solver import solver_tables
 
 
@@ -248,18 +249,20 @@ def _make_preset(
         residuals=stages.residuals(preset) if preset.policy.weighted else None,
     )
     schedule = preset.policy.schedule(measured)
-    policy: dict[str, object] = {"kind": preset.policy.kind}
-    if preset.policy.value:
-        policy["value"] = preset.policy.value
-    if preset.policy.priced:
-        policy["costs"] = costs.source
-    if profile is not None:
-        policy |= {"images": profile.images, "profile": profile.file}
+    provenance = Provenance(
+        kind=preset.policy.kind,
+        value=preset.policy.value or None,
+        costs=costs.source if preset.policy.priced else None,
+        images=None if profile is None else profile.images,
+        profile=None if profile is None else profile.file,
+    )
     alignment = Alignment.identity(preset.steps, facts.block_channels)
     if preset.alignment != "none" and not schedule.recompute.all():
         fit, report = stages.alignment(preset, schedule, trial=trial)
         alignment = fit.alignment
-        policy |= {"alignment": preset.alignment, "alignment_report": report}
+        provenance = dataclasses.replace(
+            provenance, alignment=preset.alignment, alignment_report=report
+        )
     config = solver_config(stages.model, preset)
     return Preset(
         name=preset.name,
@@ -268,7 +271,7 @@ def _make_preset(
         alignment=alignment.combining(facts.outputs),
         time_tables=time_tables(segments, folder / "segments", solver_tables(config).timesteps),
         guidance_scale=stages.guidance_scale,
-        policy=policy,
+        provenance=provenance,
     )
 
 
@@ -293,15 +296,15 @@ def _make_joint(
     alignment = "none" if best.alignment == "none" else preset.alignment
     winner = dataclasses.replace(best, name=preset.name, alignment=alignment)
     made = _make_preset(stages, folder, winner, costs, segments, facts)
-    policy = {
-        **made.policy,
-        "kind": preset.policy.kind,
-        "value": preset.policy.value,
-        "of_steps": preset.steps,
-        "costs": costs.source,
-        "tried": {str(other.steps): round(distance, 6) for distance, other in tried},
-    }
-    return dataclasses.replace(made, policy=policy)
+    provenance = dataclasses.replace(
+        made.provenance,
+        kind=preset.policy.kind,
+        value=preset.policy.value,
+        replaced_steps=preset.steps,
+        costs=costs.source,
+        tried={other.steps: round(distance, 6) for distance, other in tried},
+    )
+    return dataclasses.replace(made, provenance=provenance)
 
 
 # -- what the manifest says ------------------------------------------------------------------------
@@ -315,7 +318,7 @@ def _preset_entry(file: str, preset: Preset, segments: Sequence[Segment]) -> Pre
         computed_fraction=round(preset.schedule.computed_fraction(flops), 6),
         guidance_scale=preset.guidance_scale,
         solver=preset.solver,
-        policy=preset.policy,
+        provenance=preset.provenance,
     )
 
 

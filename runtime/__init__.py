@@ -27,6 +27,7 @@ from blockcache.runtime.errors import (
     WrongLibraryError,
 )
 from blockcache.runtime.plan import Alignment, Preset, Schedule, Segment, TensorSpec
+from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.record import RunRecord
 from blockcache.runtime.session import Denoised, Progress, Session
 from blockcache.runtime.solver import NoiseSchedule, SolverConfig
@@ -58,6 +59,7 @@ __all__ = [
     "NoiseSchedule",
     "Preset",
     "Progress",
+    "Provenance",
     "RunRecord",
     "Schedule",
     "Segment",

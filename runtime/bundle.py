@@ -51,6 +51,7 @@ from blockcache.runtime.plan import (
     coefficient_names,
     row_specs,
 )
+from blockcache.runtime.provenance import Provenance
 
 FORMAT = "blockcache-bundle"
 VERSION = 1
@@ -83,7 +84,7 @@ class PresetEntry:
     computed_fraction: float  # of the blocks' FLOPs
     guidance_scale: float
     solver: Mapping[str, object]
-    policy: Mapping[str, object]
+    provenance: Provenance
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,11 @@ class Manifest:
             return cls(
                 model=_model_facts(content["model"]),
                 segments=tuple(segment_from_plain(entry) for entry in content["segments"]),
-                presets={k: PresetEntry(**entry) for k, entry in content["presets"].items()},
+                presets={k: _preset_entry(entry) for k, entry in content["presets"].items()},
                 files={k: FileEntry(**entry) for k, entry in content["files"].items()},
                 stages=dict(content["stages"]),
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (ConfigError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise BundleFormatError(
                 f"{where} is malformed: {type(error).__name__}: {error}. Compile the model again."
             ) from error
@@ -324,7 +325,7 @@ def read_preset(path: Path, name: str, entry: PresetEntry) -> Preset:
             alignment=Alignment(tables),
             time_tables={key.removeprefix("time."): table for key, table in tensors.items()},
             guidance_scale=entry.guidance_scale,
-            policy=entry.policy,
+            provenance=entry.provenance,
         )
     except (KeyError, ConfigError) as error:
         raise BundleFormatError(
@@ -346,6 +347,8 @@ def to_plain(value: Any) -> Any:
         return {"name": value.name, "dtype": value.dtype, "dims": dims}
     if isinstance(value, BlockFacts | Sizes):
         return asdict(value)
+    if isinstance(value, Provenance):
+        return value.to_json()
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -366,6 +369,10 @@ def segment_from_plain(entry: Mapping[str, Any]) -> Segment:
         for side in ("inputs", "outputs")
     }
     return Segment(**{**entry, **specs})
+
+
+def _preset_entry(entry: Mapping[str, Any]) -> PresetEntry:
+    return PresetEntry(**{**entry, "provenance": Provenance.from_json(entry["provenance"])})
 
 
 def _model_facts(entry: Mapping[str, Any]) -> ModelFacts:

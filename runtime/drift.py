@@ -220,13 +220,13 @@ def read_profile(bundle: Bundle, preset: Preset) -> tuple[np.ndarray, np.ndarray
         ConfigError: the preset has no profile, or one of a single image.
         BundleFormatError: the profile does not fit the preset.
     """
-    name, images = preset.policy.get("profile"), preset.policy.get("images", 0)
-    if not isinstance(name, str):
+    name, images = preset.provenance.profile, preset.provenance.images or 0
+    if name is None:
         raise ConfigError(
             f"Expected a preset with a measured schedule, {preset.name!r} has no profile to "
             f"compare with. Choose one that was compiled with a delta."
         )
-    if not isinstance(images, int) or images < 2:
+    if images < 2:
         raise ConfigError(
             f"Expected a profile of 2 images or more, that of preset {preset.name!r} has {images} "
             f"and so no spread. Compile again with more calibration prompts."

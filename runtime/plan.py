@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.provenance import Provenance
 
 AXES = ("batch", "height", "width", "tokens")
 """The sizes a tensor may depend on: engine batch, latent height and width, prompt length."""
@@ -193,11 +194,16 @@ class Segment:
             raise ConfigError(f"Segment {self.name!r}: a block, and only a block, has an index.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Schedule:
     """Which block is recomputed at which step (DESIGN: ``recompute[S, K]``, eq. 7).
 
     ``recompute`` is indexed by step number, never by timestep: solver spacings repeat timesteps.
+    Schedules compare and hash by their table.
+
+    Examples:
+        >>> Schedule.uncached(20, 10)
+        Schedule(20 steps, 10 blocks, 100 % computed)
     """
 
     recompute: np.ndarray  # bool [S, K]
@@ -247,15 +253,34 @@ class Schedule:
         weight = np.ones(self.blocks) if cost is None else np.asarray(cost, np.float64)
         return float((self.recompute * weight).sum() / (weight.sum() * self.steps))
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Schedule):
+            return NotImplemented
+        return np.array_equal(self.recompute, other.recompute)
 
-@dataclass(frozen=True)
+    def __hash__(self) -> int:
+        return hash((self.recompute.shape, self.recompute.tobytes()))
+
+    def __repr__(self) -> str:
+        return f"Schedule({self._facts()})"
+
+    def _facts(self) -> str:
+        computed = f"{100 * self.computed_fraction():.0f} % computed"
+        return f"{self.steps} steps, {self.blocks} blocks, {computed}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Alignment:
     """Per block, per step, per channel coefficients of a reused output (section 3.4).
 
     ``tables[k]`` is float32 [S, A, C_k]. A = 2: rows (scale, shift) and
     ``y = x + scale * C_last + shift``. A = 3: rows (scale, before, shift) and
     ``y = x + scale * C_last + before * C_before + shift``, C_before being the output computed
-    before the last one.
+    before the last one. Alignments compare by their tables and have no hash.
+
+    Examples:
+        >>> Alignment.identity(20, (64, 128), outputs=2)
+        Alignment(2 blocks, the last 2 outputs)
     """
 
     tables: tuple[np.ndarray, ...]
@@ -309,6 +334,25 @@ class Alignment:
                     f"the scale is 1 and the rest 0."
                 )
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Alignment):
+            return NotImplemented
+        return _same_arrays(dict(enumerate(self.tables)), dict(enumerate(other.tables)))
+
+    __hash__ = None  # type: ignore[assignment]  # tables are large, and a preset has a name
+
+    def __repr__(self) -> str:
+        used = "the last output" if self.outputs == 1 else "the last 2 outputs"
+        return f"Alignment({len(self.tables)} blocks, {used})"
+
+
+def _same_arrays(ours: Mapping[Any, np.ndarray], theirs: Mapping[Any, np.ndarray]) -> bool:
+    """Whether the same names hold equal arrays of the same dtype."""
+    return ours.keys() == theirs.keys() and all(
+        table.dtype == theirs[name].dtype and np.array_equal(table, theirs[name])
+        for name, table in ours.items()
+    )
+
 
 @dataclass(frozen=True)
 class BlockFacts:
@@ -352,9 +396,12 @@ def row_specs(model: ModelFacts, segments: Iterable[Segment]) -> tuple[TensorSpe
     return tuple(spec for name, spec in inputs.items() if name not in brought)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Preset:
-    """Solver, steps, schedule and alignment: one way to denoise with a bundle."""
+    """Solver, steps, schedule and alignment: one way to denoise with a bundle.
+
+    Presets compare by value, tables included, and have no hash: use the name as a key.
+    """
 
     name: str
     solver: Mapping[str, object]  # SolverConfig.to_json()
@@ -362,12 +409,12 @@ class Preset:
     alignment: Alignment
     time_tables: Mapping[str, np.ndarray]  # tensor name -> float32 [S, ...]: hoisted projections
     guidance_scale: float = 1.0
-    policy: Mapping[str, object] = field(default_factory=dict)  # how the schedule was made
+    provenance: Provenance = field(default_factory=Provenance)  # how it was made
 
     @property
     def replaced_steps(self) -> int:
-        """Steps of the uncached run it takes the place of: its own, or more by a joint policy."""
-        return int(str(self.policy.get("of_steps", self.schedule.steps)))
+        """Step count of the uncached run that this preset replaces; a joint policy takes fewer."""
+        return self.provenance.replaced_steps or self.schedule.steps
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
@@ -391,3 +438,18 @@ class Preset:
                     f"Preset {self.name!r}: time table {name!r} has {table.shape[0]} rows, "
                     f"expected one a step ({self.schedule.steps})."
                 )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Preset):
+            return NotImplemented
+        return self._plain() == other._plain() and _same_arrays(self.time_tables, other.time_tables)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _plain(self) -> tuple[object, ...]:
+        solver = dict(self.solver)
+        plain = (self.name, solver, self.guidance_scale, self.provenance)
+        return (*plain, self.schedule, self.alignment)
+
+    def __repr__(self) -> str:
+        return f"Preset({self.name!r}, {self.schedule._facts()})"

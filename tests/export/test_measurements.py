@@ -30,6 +30,7 @@ from blockcache.export.pipeline import CompileOptions, compile_model  # noqa: E4
 from blockcache.export.unet.cached_unet import CachedUNet, denoise  # noqa: E402
 from blockcache.runtime import Bundle, ConfigError, Session  # noqa: E402
 from blockcache.runtime.bundle import read_tensors  # noqa: E402
+from blockcache.runtime.provenance import Provenance  # noqa: E402
 from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
 
 CALIBRATION = CalibrationOptions(
@@ -130,7 +131,7 @@ def test_a_latency_on_a_gpu_that_is_not_at_hand(made, copy, model, calibration, 
     preset = PresetOptions.parse(f"dpm:4:ms{within:.4f}:history")
     wanted = dataclasses.replace(options(BUDGET), presets=(preset,), processor=gpu("a100"))
     made_for_it = compile_model(model, copy, wanted, calibration).preset(preset.name)
-    assert made_for_it.policy["costs"] == "a100, roofline"
+    assert made_for_it.provenance.costs == "a100, roofline"
     schedule = made_for_it.schedule
     assert 0.9 * within < costs.image(schedule) <= within * 1.001
     assert schedule.computed_fraction(costs.blocks) < 1
@@ -150,7 +151,7 @@ def test_a_budget_preset_with_history_measures_once_and_says_so(made):
     preset = bundle.preset("dpm-4-x1.1-history")
     assert 0 < preset.schedule.computed_fraction() < 1
     assert preset.alignment.outputs == bundle.model.outputs == 2
-    policy = dict(preset.policy)
+    policy = preset.provenance.to_json()
     assert policy.pop("profile") in bundle.manifest.files
     assert policy == {
         "kind": "budget",
@@ -173,7 +174,7 @@ def test_a_budget_preset_with_history_measures_once_and_says_so(made):
 def test_the_report_of_the_alignment_is_a_file_of_the_bundle(made):
     bundle, _, _ = made
     preset = bundle.preset("dpm-4-x1.1-history")
-    name = preset.policy["alignment_report"]
+    name = preset.provenance.alignment_report
     assert name in Bundle.open(bundle.folder).manifest.files, "verified by its hash"
     report = read_tensors(bundle.folder / name)
     reused = ~preset.schedule.recompute
@@ -265,7 +266,7 @@ def test_a_distilled_preset_is_fitted_trained_and_judged(made, model, calibratio
     bundle = compile_model(model, copy, options("dpm:4:every2:history-distil"), calibration)
     assert calls == ["fit_alignment", "distil", "judge_alignment"]
     preset = bundle.preset("dpm-4-every2-history-distil")
-    report = read_tensors(copy / preset.policy["alignment_report"])
+    report = read_tensors(copy / preset.provenance.alignment_report)
     assert (report["before"][1] > 0).all()
     assert all(table[1, 0].any() for table in preset.alignment.tables)
 
@@ -284,7 +285,7 @@ def test_a_fit_is_made_on_weights_as_they_are_exported(model, calibration, calls
 def test_a_preset_that_reuses_nothing_is_not_fitted(made, model, calibration, calls, copy):
     bundle = compile_model(model, copy, options("dpm:4:every1:history"), calibration)
     assert calls == []
-    assert "alignment" not in bundle.preset("dpm-4-every1-history").policy
+    assert bundle.preset("dpm-4-every1-history").provenance.alignment is None
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -314,4 +315,4 @@ def test_a_table_of_ones_own_becomes_the_schedule(model, calls, tmp_path):
     bundle = compile_model(model, tmp_path / "b", options(f"ddim:2:{path}"))
     made = bundle.preset("ddim-2-mine")
     assert made.schedule.recompute.astype(int).tolist() == table
-    assert dict(made.policy) == {"kind": "table"}
+    assert made.provenance == Provenance(kind="table")

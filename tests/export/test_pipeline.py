@@ -97,7 +97,7 @@ def test_a_compile_gives_a_bundle_that_verifies(model, calibration, calls, tmp_p
     assert calls == ["profile", "export"]
     assert Bundle.open(tmp_path / "b").manifest == made.manifest
     assert made.manifest.presets["dpm-3"].computed_fraction == 1.0
-    policy = dict(made.preset("ddim-2-d0.1").policy)
+    policy = made.preset("ddim-2-d0.1").provenance.to_json()
     assert policy.pop("profile") in made.manifest.files
     assert policy == {"kind": "threshold", "value": 0.1, "images": 4}
     stages = [stage for stage, _, _ in heard]

@@ -36,6 +36,7 @@ from blockcache.runtime.bundle import (
     write_tensors,
 )
 from blockcache.runtime.plan import BlockFacts, Dim, ModelFacts, Sizes
+from blockcache.runtime.provenance import Provenance
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "manifest.json"
 
@@ -74,7 +75,7 @@ def small_manifest():
             spec("class_labels", "batch", dtype="int64"),
         ),
     )
-    solver, policy = {"solver": "ddim", "steps": 4}, {"kind": "threshold", "delta": 0.5}
+    solver, policy = {"solver": "ddim", "steps": 4}, Provenance(kind="threshold", value=0.5)
     preset = PresetEntry("presets/ddim-4-d0.5.safetensors", 4, 0.625, 5.0, solver, policy)
     files = {f"segments/{s.file}": FileEntry(100 + i, f"{i:064x}") for i, s in enumerate(segments)}
     files |= {preset.file: FileEntry(77, "cd" * 32)}
@@ -103,17 +104,17 @@ def test_a_preset_survives_a_round_trip(tmp_path):
     tables = Alignment.identity(3, (4, 8)).tables
     tables[0][1] = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
     rows = {"time_row_0": np.arange(15, dtype=np.float32).reshape(3, 5)}
-    policy = {"kind": "threshold", "delta": 0.5}
-    preset = Preset("p", {"solver": "ddim"}, schedule, Alignment(tables), rows, 2.5, policy)
+    made = Provenance(kind="threshold", value=0.5)
+    preset = Preset("p", {"solver": "ddim"}, schedule, Alignment(tables), rows, 2.5, made)
     write_preset(tmp_path / "p.safetensors", preset)
-    entry = PresetEntry("p.safetensors", 3, 0.6, 2.5, {"solver": "ddim"}, policy)
+    entry = PresetEntry("p.safetensors", 3, 0.6, 2.5, {"solver": "ddim"}, made)
     read = read_preset(tmp_path / "p.safetensors", "p", entry)
     assert (read.schedule.recompute == schedule.recompute).all()
     for before, after in zip(tables, read.alignment.tables, strict=True):
         np.testing.assert_array_equal(before, after)
     np.testing.assert_array_equal(read.time_tables["time_row_0"], rows["time_row_0"])
-    assert (read.name, read.solver, read.guidance_scale, read.policy) == (
-        "p", {"solver": "ddim"}, 2.5, policy,
+    assert (read.name, read.solver, read.guidance_scale, read.provenance) == (
+        "p", {"solver": "ddim"}, 2.5, made,
     )  # fmt: skip
 
 

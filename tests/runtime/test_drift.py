@@ -28,6 +28,7 @@ from blockcache.runtime.devices.cuda_kernels import bind_change
 from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.drift import Band
 from blockcache.runtime.engines import ort
+from blockcache.runtime.provenance import Provenance
 
 PROFILE = "profiles/made.safetensors"
 BLOCKS = 7
@@ -118,9 +119,9 @@ def profiled(bundle_copy):
         )
         files = {**bundle.manifest.files, **hash_files(bundle_copy, [PROFILE])}
         bundle = Bundle(bundle_copy, dataclasses.replace(bundle.manifest, files=files))
-        policy = {"profile": PROFILE, "images": 16, **policy}
+        made = Provenance(**{"profile": PROFILE, "images": 16, **policy})
         schedule = Schedule(np.asarray(recompute, bool))
-        return bundle, dataclasses.replace(preset, schedule=schedule, policy=policy)
+        return bundle, dataclasses.replace(preset, schedule=schedule, provenance=made)
 
     return make
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from fractions import Fraction
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import (
@@ -22,6 +24,7 @@ from blockcache.runtime.plan import (
     Sizes,
     TensorSpec,
 )
+from blockcache.runtime.provenance import Provenance
 
 SIZES = Sizes(batch=2, height=24, width=40, tokens=7)
 
@@ -266,3 +269,78 @@ def test_a_preset_whose_parts_disagree_is_refused():
         preset(alignment=Alignment.identity(4, (4, 8)))
     with pytest.raises(ConfigError, match=r"'row' has 2 rows, expected one a step \(3\)"):
         preset(time_tables={"row": np.zeros((2, 5), np.float32)})
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+recomputes = hnp.arrays(np.bool_, st.tuples(st.integers(1, 6), st.integers(1, 4)))
+
+
+@st.composite
+def presets(draw):
+    """Schedule, alignment and time tables that fit together."""
+    table = draw(recomputes)
+    table[0] = True
+    rows = draw(st.sampled_from([2, 3]))
+    alignment = Alignment.identity(len(table), (3,) * table.shape[1], rows - 1)
+    for k, coefficients in enumerate(alignment.tables):
+        coefficients[~table[:, k]] = draw(st.floats(-2, 2, width=32))
+    times = {
+        "time_0": draw(hnp.arrays(np.float32, (len(table), 2), elements=st.floats(0, 1, width=32)))
+    }
+    solver = {"solver": "dpm", "steps": len(table)}
+    scale = draw(st.floats(1, 9))
+    return Preset("p", solver, Schedule(table), alignment, times, scale, Provenance(kind="budget"))
+
+
+@given(presets())
+def test_a_preset_equals_its_copy(made):
+    twin = copy.deepcopy(made)
+    assert twin == made
+    assert twin.schedule == made.schedule
+    assert twin.alignment == made.alignment
+    assert hash(twin.schedule) == hash(made.schedule)
+    assert len({twin.schedule, made.schedule}) == 1
+
+
+@given(presets(), st.data())
+def test_a_preset_differs_where_any_part_does(made, data):
+    steps, blocks = made.schedule.steps, made.schedule.blocks
+    wider = tuple(np.insert(table, 0, 0.5, axis=2) for table in made.alignment.tables)
+    wider = Alignment.identity(steps, tuple(t.shape[2] for t in wider), made.alignment.outputs)
+    changes = {
+        "name": "other",
+        "solver": {"solver": "ddim", "steps": steps},
+        "alignment": wider,
+        "time_tables": {"time_0": made.time_tables["time_0"] + np.float32(1)},
+        "guidance_scale": made.guidance_scale + 1,
+        "provenance": Provenance(kind="latency"),
+    }
+    name = data.draw(st.sampled_from(list(changes)))
+    assert dataclasses.replace(made, **{name: changes[name]}) != made
+    assert made != "a preset"
+    assert made.schedule != Schedule.uncached(steps + 1, blocks)
+    assert made.alignment != made.alignment.tables
+
+
+@given(recomputes, recomputes)
+def test_schedules_are_equal_where_their_tables_are(one, other):
+    one[0], other[0] = True, True
+    assert (Schedule(one) == Schedule(other)) is np.array_equal(one, other)
+
+
+def test_values_print_in_one_line():
+    table = np.array([[True, True], [False, True], [False, False]])
+    schedule, alignment = Schedule(table), Alignment.identity(3, (4, 4))
+    preset = Preset("dpm-3-x2", {}, schedule, alignment, {})
+    assert repr(schedule) == "Schedule(3 steps, 2 blocks, 50 % computed)"
+    assert repr(alignment) == "Alignment(2 blocks, the last output)"
+    assert repr(preset) == "Preset('dpm-3-x2', 3 steps, 2 blocks, 50 % computed)"
+
+
+def test_alignments_and_presets_refuse_to_hash():
+    alignment = Alignment.identity(1, (4,))
+    preset = Preset("p", {}, Schedule.uncached(1, 1), alignment, {})
+    for value, name in ((alignment, "Alignment"), (preset, "Preset")):
+        with pytest.raises(TypeError, match=f"unhashable type: '{name}'"):
+            hash(value)

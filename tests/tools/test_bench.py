@@ -27,6 +27,7 @@ from blockcache.runtime import (
     SolverConfig,
     UnknownPresetError,
 )
+from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.solver import solver_tables
 from blockcache.tools.bench import torch_loop
 from blockcache.tools.bench.contestants import Contestant, Entry, Lineup
@@ -110,7 +111,7 @@ def test_a_preset_is_compared_with_the_next_larger_uncached_run(made):
 def test_a_joint_preset_is_compared_with_the_steps_it_replaces(bundle):
     """5 cached steps in the place of 8; where nothing has 8, with its own 5."""
     joint = preset_of(bundle, "ddim", 5, reuse=True)
-    joint = dataclasses.replace(joint, policy={"kind": "joint", "of_steps": 8})
+    joint = dataclasses.replace(joint, provenance=Provenance(kind="joint", replaced_steps=8))
     full, other = preset_of(bundle, "ddim", 8), preset_of(bundle, "ddim", 5)
     bases = base_presets([other, joint, full])
     assert bases == [full]

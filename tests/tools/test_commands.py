@@ -105,7 +105,7 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
     code, out, _ = blockcache(*again, "--timings", timings, "--json")
     assert code == 0
     (preset,) = json.loads(out)["presets"]
-    counted = Bundle.open(tmp_path / "timed").preset(preset).policy["costs"]
+    counted = Bundle.open(tmp_path / "timed").preset(preset).provenance.costs
     assert counted.endswith(", ort")
     code, _, err = blockcache(*again, "--timings", timings, "--gpu", "a100")
     assert code == 1

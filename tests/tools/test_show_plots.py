@@ -20,6 +20,7 @@ from blockcache.runtime.bundle import (
     write_tensors,
 )
 from blockcache.runtime.files import write_bytes, write_text
+from blockcache.runtime.provenance import Provenance
 from blockcache.tools import cli
 from blockcache.tools.sources.block_outputs import block_outputs
 
@@ -44,10 +45,10 @@ def align(bundle_copy):
     before = np.where(recompute, 0, 0.5).astype(np.float32)
     report = "profiles/a.safetensors"
     write_tensors(bundle_copy / report, {"before": before, "after": before / 5})
-    policy = {"kind": "threshold", "alignment": "history", "alignment_report": report}
+    made = Provenance(kind="threshold", alignment="history", alignment_report=report)
     manifest = dataclasses.replace(
         bundle.manifest,
-        presets={**bundle.manifest.presets, "ddim-4": dataclasses.replace(entry, policy=policy)},
+        presets={**bundle.manifest.presets, "ddim-4": dataclasses.replace(entry, provenance=made)},
         files={
             **bundle.manifest.files,
             **hash_files(bundle_copy, [entry.file, report]),

@@ -25,7 +25,15 @@ import typer
 
 from blockcache.export.graph.to_onnx import ExportOptions
 from blockcache.export.unet.model import SourceModel
-from blockcache.runtime import Alignment, Bundle, Preset, Schedule, Session, SolverConfig
+from blockcache.runtime import (
+    Alignment,
+    Bundle,
+    Preset,
+    Provenance,
+    Schedule,
+    Session,
+    SolverConfig,
+)
 from blockcache.runtime.bundle import (
     MANIFEST,
     FileEntry,
@@ -154,7 +162,7 @@ def made_up(preset: Preset, seed: int = 0) -> Preset:
         name=f"{preset.name}-{MADE_UP}",
         schedule=Schedule(recompute),
         alignment=Alignment(tuple(tables)),
-        policy={"kind": MADE_UP},
+        provenance=Provenance(kind=MADE_UP),
     )
 
 
@@ -169,7 +177,7 @@ def add_preset(bundle: Bundle, preset: Preset) -> Bundle:
         computed_fraction=round(preset.schedule.computed_fraction(flops), 6),
         guidance_scale=preset.guidance_scale,
         solver=preset.solver,
-        policy=preset.policy,
+        provenance=preset.provenance,
     )
     manifest = dataclasses.replace(
         bundle.manifest,

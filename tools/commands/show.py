@@ -67,15 +67,15 @@ def _plot_change(bundle: Bundle, preset: str, file: Path) -> None:
     from blockcache.runtime.bundle import read_tensors
     from blockcache.tools.report import plots
 
-    policy = bundle.manifest.presets[preset].policy
-    if "profile" not in policy:
+    made = bundle.manifest.presets[preset].provenance
+    if made.profile is None:
         raise ConfigError(
             f"Preset {preset!r} was made without measurements, so there is no change to plot. "
             f"Choose another: --preset NAME."
         )
-    tensors = read_tensors(bundle.path(str(policy["profile"])))
+    tensors = read_tensors(bundle.path(made.profile))
     paths = [block.path for block in bundle.model.blocks]
-    title = f"{preset}: mean and standard deviation over {policy['images']} images"
+    title = f"{preset}: mean and standard deviation over {made.images} images"
     plots.plot_change(tensors["mean"], tensors["std"], paths, file, title)
 
 
@@ -88,17 +88,17 @@ def _plot_alignment(bundle: Bundle, preset: str, file: Path) -> None:
     from blockcache.tools.report import plots
 
     chosen = bundle.preset(preset)
-    policy = chosen.policy
-    if "alignment_report" not in policy:
+    made = chosen.provenance
+    if made.alignment_report is None:
         raise ConfigError(
             f"Preset {preset!r} holds no report of an alignment. Choose one that is aligned: "
             f"--preset NAME."
         )
-    tensors = read_tensors(bundle.path(str(policy["alignment_report"])))
+    tensors = read_tensors(bundle.path(made.alignment_report))
     reused = ~chosen.schedule.recompute
     before, after = (np.where(reused, tensors[name], np.nan) for name in ("before", "after"))
     paths = [block.path for block in bundle.model.blocks]
-    title = f"{preset}: error of reused outputs, {policy.get('alignment')}"
+    title = f"{preset}: error of reused outputs, {made.alignment}"
     plots.plot_alignment(before, after, paths, file, title)
 
 
@@ -209,11 +209,12 @@ def _presets_table(bundle: Bundle) -> Table:
         table.add_column(column, justify="right")
     for name, entry in bundle.manifest.presets.items():
         shown = ("value", "alignment", "images", "costs")
-        policy = " ".join(f"{k}={v}" for k, v in entry.policy.items() if k in shown)
+        made = entry.provenance.to_json()
+        policy = " ".join(f"{k}={v}" for k, v in made.items() if k in shown)
         table.add_row(
             name,
             str(entry.solver["solver"]),
-            f"{entry.policy['kind']} {policy}".strip(),
+            f"{entry.provenance.kind} {policy}".strip(),
             str(entry.steps),
             f"{entry.computed_fraction:.1%}",
             f"{entry.guidance_scale:g}",

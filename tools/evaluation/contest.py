@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from blockcache.runtime import Bundle, ConfigError, Preset
+from blockcache.runtime import Bundle, ConfigError, Preset, Provenance
 from blockcache.tools.bench.sessions import uncached
 
 UNCACHED, FEWER = "uncached", "fewer steps"
@@ -165,9 +165,8 @@ def _group(bundle: Bundle, mine: list[Preset], references: list[Preset], steps: 
     reference = of_steps[0]
     name = f"{reference.solver['solver']}-{steps}"
     if not _is_uncached(reference):
-        policy = {"kind": UNCACHED}
         reference = dataclasses.replace(
-            uncached(reference), name=f"{name}-{UNCACHED}", policy=policy
+            uncached(reference), name=f"{name}-{UNCACHED}", provenance=Provenance(kind=UNCACHED)
         )
     return _around(bundle, name, reference, [*fewer, *cached])
 
@@ -219,12 +218,12 @@ def _method(preset: Preset, steps: int) -> str:
 
 
 def _kind(preset: Preset) -> str:
-    name = str(preset.policy.get("kind", "table"))
+    name = preset.provenance.kind
     return KINDS.get(name, name)
 
 
 def _alignment(preset: Preset) -> str:
-    name = str(preset.policy.get("alignment", PLAIN))
+    name = preset.provenance.alignment or PLAIN
     return ALIGNMENTS.get(name, name)
 
 

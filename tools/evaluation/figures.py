@@ -135,4 +135,4 @@ def _has_delta(row: Row, reference: Row) -> bool:
 
 
 def _delta(row: Row) -> float:
-    return float(str(row.policy.get("delta", row.policy.get("value"))))
+    return float(str(row.policy["value"]))

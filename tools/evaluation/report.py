@@ -148,7 +148,7 @@ def _row(
         steps=contestant.preset.schedule.steps,
         alignment=contestant.alignment,
         schedule=contestant.schedule,
-        policy=contestant.preset.policy,
+        policy=contestant.preset.provenance.to_json(),
         flops_fraction=contestant.flops / reference.flops,
         blocks_fraction=contestant.block_flops / reference.block_flops,
         quality={key: Interval.of(value) for key, value in measured.items()},

@@ -156,10 +156,10 @@ def test_the_nearest_candidate_is_kept_and_the_others_are_reported(
         ),
     )
     bundle = compile_model(model, tmp_path / "b", options, calibration)
-    policy = bundle.preset("dpm-4-j1.2-history").policy
-    assert (policy["kind"], policy["value"], policy["of_steps"]) == ("joint", 1.2, 4)
-    assert policy["costs"] == "FLOPs"
-    tried = {int(steps): distance for steps, distance in policy["tried"].items()}
+    made = bundle.preset("dpm-4-j1.2-history").provenance
+    assert (made.kind, made.value, made.replaced_steps) == ("joint", 1.2, 4)
+    assert made.costs == "FLOPs"
+    tried = made.tried
     assert tried, "at least one was within reach"
     kept = bundle.preset("dpm-4-j1.2-history").schedule.steps
     assert tried[kept] == min(tried.values())
@@ -171,4 +171,4 @@ def test_the_nearest_candidate_is_kept_and_the_others_are_reported(
         name.startswith(".stages") or "-steps-" in name for name in bundle.manifest.files
     )
     again = compile_model(model, tmp_path / "b", options, calibration)
-    assert again.preset("dpm-4-j1.2-history").policy == policy
+    assert again.preset("dpm-4-j1.2-history").provenance == made

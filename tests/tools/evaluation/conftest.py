@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from blockcache.runtime import Alignment, Preset, Schedule
+from blockcache.runtime.provenance import Provenance
 from blockcache.tools.evaluation.subject import Subject
 
 
@@ -20,7 +21,7 @@ def make_preset(name, steps, recompute=None, solver="dpm", **policy):
         schedule=Schedule(table),
         alignment=Alignment.identity(steps, (3, 3)),
         time_tables={},
-        policy=policy or {"kind": "uncached"},
+        provenance=Provenance(**(policy or {"kind": "uncached"})),
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from blockcache.runtime import ConfigError, Schedule
+from blockcache.runtime.provenance import Provenance
 from blockcache.tools.evaluation.contest import (
     Contestant,
     Group,
@@ -27,12 +28,12 @@ FIRST = np.array([[True, True], [True, False], [True, False], [True, False]])
 def bundle(preset_of, presets_only):
     return presets_only(
         [
-            preset_of("dpm-4-half", 4, HALF, kind="threshold", delta=0.5),
+            preset_of("dpm-4-half", 4, HALF, kind="threshold", value=0.5),
             preset_of("dpm-3", 3),
             preset_of("dpm-4", 4),
             preset_of("dpm-2", 2),
             preset_of(
-                "dpm-4-half-h", 4, HALF, kind="threshold", delta=0.5, alignment="history"
+                "dpm-4-half-h", 4, HALF, kind="threshold", value=0.5, alignment="history"
             ),
             preset_of("dpm-4-x", 4, FIRST, kind="budget", alignment="history"),
             preset_of("dpm-9", 9),
@@ -67,7 +68,7 @@ def test_a_missing_reference_is_made_from_a_cached_preset(bundle):
     ddim = make_groups(bundle, ["ddim-4-half"])[0]
     assert ddim.reference.name == "ddim-4-uncached"
     assert ddim.reference.preset.schedule.recompute.all()
-    assert ddim.reference.preset.policy == {"kind": "uncached"}
+    assert ddim.reference.preset.provenance == Provenance(kind="uncached")
 
 
 def test_only_named_presets_enter_but_references_are_added(bundle):
@@ -110,7 +111,7 @@ def test_a_threshold_is_one_however_its_delta_was_chosen(bundle):
 @pytest.fixture
 def with_joint(preset_of, presets_only):
     """Presets that take the place of 4 steps with fewer, one of them without any caching."""
-    policy = {"kind": "joint", "value": 1.5, "of_steps": 4}
+    policy = {"kind": "joint", "value": 1.5, "replaced_steps": 4}
     return presets_only(
         [
             preset_of("dpm-4", 4),
@@ -136,7 +137,7 @@ def test_a_joint_preset_competes_where_it_was_asked_to(with_joint):
 
 
 def test_a_joint_preset_alone_has_nothing_to_be_compared_with(preset_of, presets_only):
-    policy = {"kind": "joint", "value": 1.5, "of_steps": 4, "alignment": "history"}
+    policy = {"kind": "joint", "value": 1.5, "replaced_steps": 4, "alignment": "history"}
     bundle = presets_only([preset_of("dpm-4-j1.5-history", 3, THIRD, **policy)])
     with pytest.raises(ConfigError) as caught:
         make_groups(bundle)
@@ -155,7 +156,7 @@ def steps_and_caching(preset_of, presets_only):
 
     By cost alone, ``dpm-3-x`` is nearest to the threshold of four steps.
     """
-    threshold = {"kind": "threshold", "delta": 0.5}
+    threshold = {"kind": "threshold", "value": 0.5}
     return presets_only(
         [
             preset_of("dpm-9", 9),
@@ -209,7 +210,9 @@ def test_a_table_that_looks_alike_at_other_steps_is_no_plain_one():
     longer = np.array([[True, True], [True, False], [False, False]])
 
     def contestant(name, table, **policy):
-        preset = SimpleNamespace(name=name, schedule=Schedule(table), policy=policy)
+        preset = SimpleNamespace(
+            name=name, schedule=Schedule(table), provenance=Provenance(**policy)
+        )
         return Contestant(preset, name, 2.0, 1.0)
 
     aligned = contestant("aligned", longer, kind="budget", alignment="history")

@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 from safetensors.numpy import save_file
 
 from blockcache.runtime import Bundle
+from blockcache.runtime.provenance import Provenance
 from blockcache.tools import cli
 from blockcache.tools.evaluation import features, figures, run
 from blockcache.tools.evaluation.options import DrawOptions, EvaluationOptions, TimingOptions
@@ -32,7 +33,9 @@ def bundle(compiled):
         table = base.schedule.recompute.copy()
         table[rows] = False
         schedule = dataclasses.replace(base.schedule, recompute=table)
-        return dataclasses.replace(base, name=name, schedule=schedule, policy=policy)
+        return dataclasses.replace(
+            base, name=name, schedule=schedule, provenance=Provenance(**policy)
+        )
 
     shorter = dataclasses.replace(
         base,
@@ -45,10 +48,10 @@ def bundle(compiled):
     made = {
         preset.name: preset
         for preset in (
-            dataclasses.replace(base, policy={"kind": "uncached"}),
+            dataclasses.replace(base, provenance=Provenance(kind="uncached")),
             shorter,
-            cached("ddim-4-d0.1", [1], kind="threshold", delta=0.1),
-            cached("ddim-4-d0.9", [1, 3], kind="threshold", delta=0.9),
+            cached("ddim-4-d0.1", [1], kind="threshold", value=0.1),
+            cached("ddim-4-d0.9", [1, 3], kind="threshold", value=0.9),
         )
     }
     return InMemory(opened.folder, opened.manifest, made)

@@ -28,7 +28,7 @@ def report(preset_of, presets_only):
         [
             preset_of("dpm-4", 4),
             preset_of("dpm-3", 3),
-            preset_of("dpm-4-half", 4, HALF, kind="threshold", delta=0.5),
+            preset_of("dpm-4-half", 4, HALF, kind="threshold", value=0.5),
         ]
     )
     (group,) = make_groups(bundle)
@@ -88,7 +88,7 @@ def test_json_holds_every_number(report):
     read = json.loads(report.to_json())
     half = next(row for row in read["groups"][0]["rows"] if row["preset"] == "dpm-4-half")
     assert half["quality"]["distance"]["value"] == 0.3
-    assert half["policy"] == {"kind": "threshold", "delta": 0.5}
+    assert half["policy"] == {"kind": "threshold", "value": 0.5}
     assert half["distance_std"] == 0.06
     assert read["groups"][0]["floor"]["frechet"] == [5.0, 6.0, 7.0]
     assert read["options"]["draw"]["images"] == 256

@@ -97,7 +97,8 @@ BELOW = {
     "kernels": ("kernels",),
 }
 EXPORT_MAY_USE = (
-    ("plan",), ("grid",), ("bundle",), ("errors",), ("files",), ("solver",), ("engines", "files"),
+    ("plan",), ("provenance",), ("grid",), ("bundle",), ("errors",), ("files",), ("solver",),
+    ("engines", "files"),
 )  # fmt: skip
 """Plain data types, errors, and how files are written."""
 

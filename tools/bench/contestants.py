@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
+from blockcache.export.observer import Observer, unobserved
 from blockcache.runtime import BlockCacheError, RunRecord, Session
 
 Kind: TypeAlias = Literal["whole", "split", "cached", "fewer steps", "peer"]
 """The uncut model; its segments, all recomputed; by a schedule; the uncut model in fewer steps;
 another project's cache."""
-
-Observer: TypeAlias = Callable[[str, int, int], None]
 
 
 @dataclass(eq=False)
@@ -97,7 +96,7 @@ class Lineup:
         self,
         rounds: int,
         between: Callable[[], None] = lambda: None,
-        observer: Observer = lambda stage, done, total: None,
+        observer: Observer = unobserved,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Fill in seconds and records of ``rounds`` rounds, after an untimed one if ``tried``.

@@ -22,8 +22,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockcache.runtime.files import write_text
-
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET_S = 590.0
 PACKAGES = (
@@ -217,7 +215,7 @@ def run(wheels: Path, out: Path) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     left = BUDGET_S - (time.monotonic() - begin)
     outcomes = run_parts(parts(out, work, gpu_name(machine)), out, python, left)
-    write_text(out / "summary.md", summary(outcomes, machine or "no GPU", out))
+    (out / "summary.md").write_text(summary(outcomes, machine or "no GPU", out))
     shutil.rmtree(work, ignore_errors=True)  # gigabytes of weights and engines
     return int(any(outcome.result != "done" for outcome in outcomes))
 

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from blockcache.export.costs.timings import Timings
+from blockcache.export.observer import Observer, unobserved
 from blockcache.runtime import Bundle, ConfigError, Preset, RunRecord
 from blockcache.runtime.devices.device import Device
 from blockcache.runtime.engines.choice import make_backend
 from blockcache.runtime.plan import Sizes
-from blockcache.tools.bench.contestants import Contestant, Entry, Lineup, Observer
+from blockcache.tools.bench.contestants import Contestant, Entry, Lineup
 from blockcache.tools.bench.sessions import (
     base_name,
     base_presets,
@@ -122,7 +123,7 @@ def own_timings(report: LatencyReport) -> Timings:
 def measure_latency(
     bundle: Bundle,
     options: BenchOptions,
-    observer: Observer = lambda stage, done, total: None,
+    observer: Observer = unobserved,
     against: Bundle | None = None,
 ) -> LatencyReport:
     """Time a bundle's presets, the uncut model and the peers on random prompts, interleaved.

@@ -11,6 +11,7 @@ from pathlib import Path
 from blockcache.runtime.files import write_text
 from blockcache.tools.bench.latency import LatencyReport, Row
 from blockcache.tools.report.plots import plot_latency
+from blockcache.tools.report.tables import markdown_table
 
 PAPER = {20: 1.65, 50: 1.82}
 """Speed-up of the paper's Table 1 with scale-shift by steps: A100, bf16, LDM-512."""
@@ -33,12 +34,6 @@ def report_text(report: LatencyReport) -> str:
         "\n".join(f"- not run: {who}: {why}" for who, why in report.absent.items()),
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Words to the left, figures (every column but the first) to the right."""
-    rule = ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows))
 
 
 def _table1(rows: Sequence[Row]) -> str:

@@ -97,8 +97,8 @@ def main(
 ) -> None:
     """Compile a U-Net of full size with random weights, and print what it took."""
     from blockcache.tools.bench.published import published_rows
-    from blockcache.tools.bench.report import markdown_table
     from blockcache.tools.report.machine import machine_facts
+    from blockcache.tools.report.tables import markdown_table
 
     meter = StageMeter()
     meter.enter("weights at random")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from blockcache.export.engines.reference import (
     relative_error,
     widened_graph,
 )
+from blockcache.export.observer import Observer, unobserved
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.engines.engine import Backend
 from blockcache.runtime.engines.ort import OrtBackend
@@ -35,7 +36,6 @@ except ImportError as error:
     raise MissingExtraError.of("polygraphy", "tensorrt-rtx", "Checking engines") from error
 
 Layouts = Mapping[str, str]
-Observer = Callable[[str, int, int], None]
 EXACT, ROUNDED, ENGINE = ALL_RUNNERS = ("float32", "rounded", "engine")
 
 
@@ -97,7 +97,7 @@ def check_segments(
     *,
     batch: int = 2,
     save: Path | None = None,
-    observer: Observer = lambda name, done, total: None,
+    observer: Observer = unobserved,
 ) -> list[Comparison]:
     """Every segment on random inputs: the engine and the rounded graph against float32.
 

@@ -85,7 +85,7 @@ def estimate_facts(made: Estimate) -> dict[str, Any]:
 def estimate_text(made: Estimate) -> str:
     """The figures as Markdown."""
     from blockcache.tools.bench.estimate import mean_error
-    from blockcache.tools.bench.report import markdown_table
+    from blockcache.tools.report.tables import markdown_table
 
     processor, share, measured = made.processor, made.processor.efficiency, made.measured
     batch, height, width, tokens = astuple(made.sizes)

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from blockcache.tools.evaluation.contest import FEWER, PLAIN
 from blockcache.tools.evaluation.quality import BY_KEY, Metric
 from blockcache.tools.evaluation.report import GroupReport, Row
+from blockcache.tools.report.tables import markdown_table
 
 SHOWN = ("distance", "frechet")
 
 
 def alignment_tables(group: GroupReport) -> list[str]:
-    """One table a metric, a line a schedule, a column an alignment; [] where nothing is aligned."""
+    """A table for each metric, a row for each schedule, a column for each alignment.
+
+    [] where nothing is aligned.
+    """
     alignments = list(dict.fromkeys(row.alignment for row in _cached(group)))
     if alignments in ([], [PLAIN]):
         return []
-    lines: list[str] = []
-    for key in SHOWN:
-        if key in group.rows[0].quality:
-            lines += ["", *_table(group, BY_KEY[key], sorted(alignments, key=_plain_first))]
-    return lines
+    alignments.sort(key=_plain_first)
+    shown = [BY_KEY[key] for key in SHOWN if key in group.rows[0].quality]
+    return [_table(group, metric, alignments) for metric in shown]
 
 
-def line(cells: Sequence[str]) -> str:
-    """One line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def _table(group: GroupReport, metric: Metric, alignments: list[str]) -> list[str]:
+def _table(group: GroupReport, metric: Metric, alignments: list[str]) -> str:
     head = [f"{metric.title}, schedule of", "FLOPs", "blocks"]
     head += ["plain reuse" if name == PLAIN else name for name in alignments]
-    lines = [line([*head, "fewer steps"]), line(["---"] * (len(head) + 1))]
+    lines = []
     schedules = dict.fromkeys(map(_schedule, sorted(_cached(group), key=_flops)))
     for schedule in schedules:
         rows = [row for row in _cached(group) if _schedule(row) == schedule]
@@ -39,8 +34,8 @@ def _table(group: GroupReport, metric: Metric, alignments: list[str]) -> list[st
         first = min(rows, key=lambda row: len(row.preset))
         cells = [f"`{first.preset}`", f"{first.flops_fraction:.0%}", f"{first.blocks_fraction:.0%}"]
         cells += [found.get(name, "") for name in alignments]
-        lines.append(line([*cells, _fewer_steps(group, first, metric)]))
-    return lines
+        lines.append([*cells, _fewer_steps(group, first, metric)])
+    return markdown_table([*head, "fewer steps"], lines)
 
 
 def _fewer_steps(group: GroupReport, row: Row, metric: Metric) -> str:

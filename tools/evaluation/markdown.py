@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from blockcache.tools.evaluation.alignment_table import alignment_tables, line
+from blockcache.tools.evaluation.alignment_table import alignment_tables
 from blockcache.tools.evaluation.quality import METRICS, Metric
 from blockcache.tools.evaluation.report import Comparison, GroupReport, Report, Row
 from blockcache.tools.evaluation.resampling import Interval
 from blockcache.tools.evaluation.verdict import NO_FINDING, Finding
 from blockcache.tools.report.spread import Spread
+from blockcache.tools.report.tables import markdown_table
 
 FAR = 0.1  # a comparison is called unequal where FLOPs differ by more
 
@@ -18,27 +19,23 @@ def markdown(report: Report) -> str:
     """The whole report."""
     draw, timing = report.options.draw, report.options.timing
     machine = ", ".join(f"{name} {value}" for name, value in report.machine.items())
-    lines = [
+    parts = [
         f"# Evaluation of {report.bundle}",
-        "",
         f"Model {report.model}; {draw.images} images, the same noise for every preset (seed "
         f"{draw.seed}); {report.subject}. Machine: {machine}.",
-        "",
-        *_notes(report),
+        _notes(report),
     ]
     for group in report.groups:
-        lines += ["", f"## {group.name}", "", *_rows(group), "", *_comparisons(group)]
-        lines += alignment_tables(group)
+        parts += [f"## {group.name}", _rows(group), _comparisons(group), *alignment_tables(group)]
     if any(row.images_per_s for group in report.groups for row in group.rows):
-        lines += [
-            "",
+        parts.append(
             f"Images/s and wall-clock speed-up: median (range) of {timing.rounds} rounds in which "
-            f"all presets take turns, {timing.images} images a call, denoising alone.",
-        ]
-    return "\n".join(lines) + "\n"
+            f"all presets take turns, {timing.images} images a call, denoising alone."
+        )
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _notes(report: Report) -> list[str]:
+def _notes(report: Report) -> str:
     lines = []
     if report.reference:
         lines.append(
@@ -58,25 +55,25 @@ def _notes(report: Report) -> list[str]:
         f"preset. A difference is called better or worse where its paired interval leaves out 0; "
         f"the verdict needs more than the Fréchet distance. Fractions are of the uncached run."
     )
-    return ["  \n".join(lines)]
+    return "  \n".join(lines)
 
 
-def _rows(group: GroupReport) -> list[str]:
+def _rows(group: GroupReport) -> str:
     metrics = [m for m in METRICS if any(m.key in row.quality for row in group.rows)]
     timed = any(row.images_per_s for row in group.rows)
     head = ["preset", "method", "FLOPs", "blocks", "speed-up FLOPs"]
     head += ["wall clock", "images/s"] if timed else []
     head += [metric.title for metric in metrics]
-    lines = [line(head), line(["---"] * len(head))]
+    lines = []
     if group.floor:
         cells = ["*real against real*"] + [""] * (6 if timed else 4)
-        lines.append(line(cells + [_floor(group, metric) for metric in metrics]))
+        lines.append(cells + [_floor(group, metric) for metric in metrics])
     for row in group.rows:
         cells = [f"`{row.preset}`", row.method, f"{row.flops_fraction:.0%}"]
         cells += [f"{row.blocks_fraction:.0%}", f"{row.speedup_flops:.2f}x"]
         cells += [_spread(row.speedup_wall, "x"), _spread(row.images_per_s)] if timed else []
-        lines.append(line(cells + [_quality(row, metric, group.rows[0]) for metric in metrics]))
-    return lines
+        lines.append(cells + [_quality(row, metric, group.rows[0]) for metric in metrics])
+    return markdown_table(head, lines, words=2)
 
 
 def _floor(group: GroupReport, metric: Metric) -> str:
@@ -102,16 +99,13 @@ def _quality(row: Row, metric: Metric, reference: Row) -> str:
     return f"{text} {_bracket(found, metric)}"
 
 
-def _comparisons(group: GroupReport) -> list[str]:
+def _comparisons(group: GroupReport) -> str:
     used = [m for m in METRICS if any(m.key in c.findings for c in group.comparisons)]
     if not used:
-        return []
+        return ""
     head = ["preset", "against", "FLOPs ratio", *(metric.title for metric in used), "verdict"]
-    lines = [line(head), line(["---"] * len(head))]
-    for comparison in group.comparisons:
-        if comparison.findings:
-            lines.append(line(_comparison(comparison, used)))
-    return lines
+    lines = [_comparison(found, used) for found in group.comparisons if found.findings]
+    return markdown_table(head, lines, words=2)
 
 
 def _comparison(comparison: Comparison, used: Sequence[Metric]) -> list[str]:

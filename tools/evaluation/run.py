@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from blockcache.export.observer import Observer, unobserved
 from blockcache.runtime import Bundle
 from blockcache.runtime.files import write_text
 from blockcache.tools.evaluation import figures, timing
@@ -22,7 +23,7 @@ from blockcache.tools.evaluation.report import (
     group_report,
     spread_over_images,
 )
-from blockcache.tools.evaluation.stages import Judged, Observer, Stages
+from blockcache.tools.evaluation.stages import Judged, Stages
 from blockcache.tools.evaluation.subject import Subject
 from blockcache.tools.report.machine import machine_facts
 
@@ -35,7 +36,7 @@ def measure_times(
     options: EvaluationOptions,
     work: Path,
     names: Sequence[str] = (),
-    observer: Observer = lambda stage, done, total: None,
+    observer: Observer = unobserved,
     reference: str | None = None,
 ) -> timing.Seconds:
     """The timing alone: a later ``evaluate`` with the same presets and options reads it."""
@@ -50,7 +51,7 @@ def evaluate(
     options: EvaluationOptions,
     out: Path,
     names: Sequence[str] = (),
-    observer: Observer = lambda stage, done, total: None,
+    observer: Observer = unobserved,
     work: Path | None = None,
     reference: str | None = None,
 ) -> Report:

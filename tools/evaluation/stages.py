@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from blockcache.export.observer import Observer, unobserved
 from blockcache.runtime import Bundle
 from blockcache.tools.evaluation import distances, timing
 from blockcache.tools.evaluation.contest import Contestant, Group
@@ -19,13 +19,6 @@ from blockcache.tools.evaluation.quality import Captions, Judge
 from blockcache.tools.evaluation.resampling import Resampled, random_halves
 from blockcache.tools.evaluation.sampling import Drawings
 from blockcache.tools.evaluation.subject import Subject
-
-
-class Observer(Protocol):
-    """Hears how far an evaluation is."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """``done`` of ``total`` units of ``stage`` are finished."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class Stages:
         subject: Subject,
         options: EvaluationOptions,
         work: Path,
-        observer: Observer = lambda stage, done, total: None,
+        observer: Observer = unobserved,
     ) -> None:
         self._bundle = bundle
         self._subject = subject

@@ -24,7 +24,7 @@ from blockcache.export.unet.cached_unet import CachedUNet, denoise
 from blockcache.export.unet.model import SourceModel
 from blockcache.runtime import Alignment, Bundle, ConfigError, Schedule, SolverConfig
 from blockcache.runtime.solver import SolverTables, solver_tables
-from blockcache.tools.bench.report import markdown_table
+from blockcache.tools.report.tables import markdown_table
 from blockcache.tools.sources.models import DEMO, load_source
 from blockcache.tools.sources.prompts import calibration_for
 

@@ -145,7 +145,7 @@ def test_alignments_stand_side_by_side_for_one_schedule(preset_of, presets_only)
         "",
         "| distance, schedule of | FLOPs | blocks | plain reuse | history | scale-shift "
         "| fewer steps |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| `b-ls` | 96% | 92% |  |  | 0.0500 | 0.1000 (3 steps, 75%) |",
         "| `a` | 75% | 50% | 0.4000 | 0.2000 |  | 0.1000 (3 steps, 75%) |",
     ]

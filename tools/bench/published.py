@@ -1,7 +1,7 @@
 """Step times that others published, to hold the roofline against until we measure on a GPU.
 
 One image with guidance (engine batch 2), half precision, compiled: milliseconds of one U-Net
-evaluation. ``full_size`` prints the prediction for the same U-Net beside them.
+evaluation. ``scale`` prints the prediction for the same U-Net beside them.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ PUBLISHED = {
         Published("a10", 314.4, "TensorRT, 40 steps 12576 ms; the same", fitted=False),
     ),
 }
-"""By the model's name in ``full_size``; read November 2026, nothing here was measured by us."""
+"""By the model's name in ``random_unet``; read November 2026, nothing here was measured by us."""
 
 
 def published_rows(bundle: Bundle) -> list[dict[str, str | float]]:
-    """Predicted against published, for a bundle that ``full_size`` made; [] for others.
+    """Predicted against published, for a bundle that ``scale`` made; [] for others.
 
     Those engines are whole U-Nets without hoisting: so is the segment that is predicted here.
     """

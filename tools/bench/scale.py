@@ -41,7 +41,7 @@ from blockcache.runtime.bundle import (
     write_preset,
 )
 from blockcache.runtime.files import write_text
-from blockcache.tools.bench.full_size import random_source
+from blockcache.tools.bench.random_unet import random_source
 
 MADE_UP = "made-up"
 

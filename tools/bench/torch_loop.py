@@ -195,7 +195,7 @@ def open_loop(model: str, precision: str, images: int, threads: int | None) -> T
         images: in one call.
         threads: of PyTorch on the CPU.
     """
-    from blockcache.tools.bench.full_size import CONFIGS, random_source
+    from blockcache.tools.bench.random_unet import CONFIGS, random_source
     from blockcache.tools.sources.models import load_source
 
     if threads:

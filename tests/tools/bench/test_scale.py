@@ -14,7 +14,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("diffusers")
 
 from blockcache.runtime import Bundle
-from blockcache.tools.bench import full_size, scale
+from blockcache.tools.bench import random_unet, scale
 from blockcache.tools.bench.scale import made_up
 
 
@@ -24,7 +24,7 @@ def test_a_scale_run_meters_every_stage_and_agrees_with_torch(
     config = {
         k: v for k, v in tiny_models("one-level").unet.config.items() if not k.startswith("_")
     }
-    monkeypatch.setitem(full_size.CONFIGS, "tiny", config)
+    monkeypatch.setitem(random_unet.CONFIGS, "tiny", config)
     figures = tmp_path / "figures.json"
     scale.main(tmp_path / "bundle", "tiny", "float32", steps=[3], check=True, figures=figures)
     found = json.loads(figures.read_text())

@@ -1,13 +1,15 @@
-"""What the kernels' benchmark times on a CPU: each host kernel beside numpy, float32."""
+"""Each host kernel beside numpy, float32."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from blockcache import kernels
+from blockcache.tools.bench.kernels.medians import Row, Work, medians
 
 LATENTS = [(1, 4, 16, 16), (2, 4, 64, 64), (8, 4, 128, 128)]
 """N, C, H, W of the demo model, of Stable Diffusion, and of SDXL with eight images."""
@@ -104,3 +106,19 @@ def residual(shape: tuple[int, ...]) -> HostCase:
         theirs[...] = x + scale[:, None, None] * last + shift[:, None, None]
 
     return HostCase("scale_shift_residual", shape, fused, in_numpy, ((ours, theirs),))
+
+
+def wall_us(work: Work) -> float:
+    """Microseconds of one call on the CPU."""
+    start = time.perf_counter_ns()
+    work()
+    return (time.perf_counter_ns() - start) / 1000
+
+
+def host_rows(runs: int) -> list[Row]:
+    """Host kernels against numpy."""
+    return [
+        {"kernel": case.kernel, "shape": case.shape}
+        | medians({"ours": case.ours, "unfused": case.unfused}, wall_us, runs)
+        for case in host_cases()
+    ]

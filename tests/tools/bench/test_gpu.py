@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
 
+from blockcache.tools.bench import gpu
 from blockcache.tools.bench.gpu import Outcome, Part, gpu_name, parts, run_parts, summary
 
 PYTHON = sys.executable
@@ -94,3 +96,10 @@ def test_the_summary_holds_every_report(tmp_path):
 )
 def test_a_gpu_is_found_among_the_data_sheets(text, name):
     assert gpu_name(text) == name
+
+
+def test_it_runs_where_nothing_is_installed():
+    """The other machine has Python and PyTorch: blockcache itself is installed by ``run``."""
+    bare = [PYTHON, "-I", "-S", gpu.__file__, "--help"]
+    made = subprocess.run(bare, capture_output=True, text=True, timeout=60)
+    assert (made.returncode, made.stderr) == (0, "")

@@ -1,7 +1,11 @@
-"""What the kernels' benchmark times: each kernel beside the torch operations it replaces.
+"""Each CUDA kernel beside the torch operations that it replaces, and beside a copy.
 
 Both sides of a case work on the same inputs and write to outputs of their own, so that they can be
 compared before they are timed. bfloat16 is the model's type, latents are float32.
+
+Everything is captured in a CUDA graph, so that the device's work is timed and not Python's, and
+every run starts with a cold second-level cache. The copy is of as many bytes within the device,
+half read and half written; "of copy" is the kernel's bandwidth as a share of its.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any
 import torch
 
 from blockcache import kernels
+from blockcache.tools.bench.kernels.medians import Row, Work, medians
 
 LATENTS = [(2, 4, 64, 64), (8, 4, 128, 128), (256, 4, 128, 128)]
 """N, C, H, W of Stable Diffusion, of SDXL, and where only bandwidth counts (403 MB)."""
@@ -178,3 +183,67 @@ def check(case: Case) -> None:
                 f"{case.kernel} {case.shape}: expected torch's result to {case.tolerance:g}, got "
                 f"{error:g} away from it"
             )
+
+
+def captured(work: Work) -> Work:
+    """The work as a CUDA graph; returns its replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is set up on first use must not be captured
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    replay: Work = graph.replay
+    return replay
+
+
+def cold_timer() -> Callable[[Work], float]:
+    """A function that times a replay on the device, the second-level cache being cold."""
+    cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    filler = torch.zeros(cache_bytes, device="cuda")  # float32: four times the cache
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def time_us(replay: Work) -> float:
+        filler.sum()  # reads: dirty lines would be written back during the measurement
+        start.record()
+        replay()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) * 1000
+
+    return time_us
+
+
+def cuda_row(case: Case, time_us: Callable[[Work], float], runs: int) -> Row:
+    """One case against torch and against a copy."""
+    source, target = (
+        torch.empty(case.bytes // 2, dtype=torch.uint8, device="cuda") for _ in range(2)
+    )
+    works = {"ours": case.ours, "unfused": case.unfused, "copy": lambda: target.copy_(source)}
+    replays = {name: captured(work) for name, work in works.items()}
+    facts = {"kernel": case.kernel, "shape": case.shape, "bytes": case.bytes}
+    return facts | medians(replays, time_us, runs)
+
+
+def cuda_rows(runs: int) -> tuple[str, list[Row]]:
+    """The device's name, and the CUDA kernels checked and timed.
+
+    Raises:
+        kernels.KernelError: a device or the CUDA library is missing, or a result is wrong.
+    """
+    if not torch.cuda.is_available():
+        raise kernels.KernelError("expected a CUDA device, found none; --host times the CPU's")
+    library = kernels.cuda_library()
+    if library is None:
+        raise kernels.KernelError(
+            "expected libblockcache_cuda.so, found none; put nvcc on PATH and install again"
+        )
+    maker = Maker(library, "cuda", lambda: torch.cuda.current_stream().cuda_stream)
+    time_us, rows = cold_timer(), []
+    for case in maker.cases():
+        check(case)
+        rows.append(cuda_row(case, time_us, runs))
+    device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    return device, rows

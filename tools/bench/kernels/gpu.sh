@@ -2,12 +2,12 @@
 # Everything about the kernels that needs a GPU, in one command and without a network: build, tests,
 # compute-sanitizer, and the table against torch and a device copy.
 #
-#   bash tools/bench/kernels.sh [OUT]        OUT: a folder for the results, default build/gpu-kernels
+#   bash tools/bench/kernels/gpu.sh [OUT]        OUT: a folder for the results, default build/gpu-kernels
 #
 # Needs nvcc, cmake and a Python (PYTHON=...) with torch, numpy and pytest; blockcache itself need
 # not be installed. Fails at the first thing that is wrong.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 python=${PYTHON:-python3}
 out=${1:-build/gpu-kernels}
 mkdir -p "$out"

@@ -1,0 +1,1 @@
+"""Each kernel timed against the operations that it replaces."""

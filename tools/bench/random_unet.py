@@ -1,0 +1,61 @@
+"""U-Nets of full size with random weights: neither speed nor memory depends on their values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blockcache.export.unet.model import SourceModel
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd15": {  # stable-diffusion-v1-5: 860 M parameters, 512 x 512
+        "sample_size": 64,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    },
+    "sdxl": {  # stable-diffusion-xl-base-1.0: 2.6 B parameters, 1024 x 1024
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "use_linear_projection": True,
+    },
+}
+
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def random_source(model: str, precision: str) -> SourceModel:
+    """The U-Net of a config in ``precision`` from the start: float32 would double the memory."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from blockcache.export.unet.model import TORCH_DTYPES, describe
+
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(TORCH_DTYPES[precision])
+    try:
+        unet = UNet2DConditionModel(**CONFIGS[model])
+    finally:
+        torch.set_default_dtype(default)
+    return describe(unet, name=model, scheduler=SCHEDULER)

@@ -26,10 +26,11 @@ from blockcache.runtime.errors import (
     WrongGpuError,
     WrongLibraryError,
 )
+from blockcache.runtime.loop import Denoised, Progress
 from blockcache.runtime.plan import Alignment, Preset, Schedule, Segment, TensorSpec
 from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.record import RunRecord
-from blockcache.runtime.session import Denoised, Progress, Session
+from blockcache.runtime.session import Session
 from blockcache.runtime.solver import NoiseSchedule, SolverConfig
 
 __all__ = [

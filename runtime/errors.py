@@ -15,7 +15,7 @@
     │   ├── EnginesStaleError       engines built from an earlier compile of the bundle
     │   ├── WrongGpuError           engines built for another compute capability
     │   └── WrongLibraryError       engines built by another TensorRT, or another version of it
-    ├── InputError              a tensor given to the runtime has the wrong shape, dtype or values
+    ├── InputError              an argument of a request has the wrong type, shape, dtype or values
     ├── EngineError             the engine library failed; carries its message and the segment
     ├── ExportError             a graph the passes do not understand; names the node
     └── Cancelled               the caller cancelled a running denoise
@@ -91,7 +91,7 @@ class WrongLibraryError(BundleError):
 
 
 class InputError(BlockCacheError, ValueError):
-    """A tensor given to the runtime has the wrong shape, dtype or values."""
+    """An argument of a request has the wrong type, shape, dtype or values."""
 
 
 class EngineError(BlockCacheError):

@@ -1,108 +1,124 @@
-"""The checked inputs of one request: shapes, dtypes, the two halves of guidance."""
+"""One request, checked as a whole before anything runs: shapes, dtypes, the halves of guidance."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.arguments import finite_number, whole_number
+from blockcache.runtime.devices.device import Guidance
+from blockcache.runtime.devices.interop import host_array
 from blockcache.runtime.errors import InputError
-from blockcache.runtime.plan import TensorSpec
+from blockcache.runtime.plan import ModelFacts, Sizes, TensorSpec
+
+PROMPT = "encoder_hidden_states"
+"""The condition that every model has."""
 
 SHARED_CONDITIONS = ("time_ids", "class_labels")
 """Conditions whose negative (unconditional) value is the positive one unless given."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """The checked inputs of one call of ``denoise``."""
+    """What one call of ``Session.denoise`` asks for; ``checked_request`` makes it."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        noise: np.ndarray,
-        guided: bool,
-        first: int,
-        steps: int,
-        check_finite: bool,
-    ) -> None:
-        model = bundle.model
-        self.check_finite = check_finite
-        self._specs = model.conditions
-        shape = np.shape(noise)
-        if len(shape) != 4 or shape[1] != model.channels or shape[0] < 1:
-            raise InputError(
-                f"noise: expected [N, {model.channels}, height, width], got {list(shape)}. "
-                f"session.noise(seeds) makes it."
-            )
-        if any(size < 1 or size % model.downsampling for size in shape[2:]):
-            raise InputError(
-                f"noise: expected a latent height and width divisible by {model.downsampling}, "
-                f"got {shape[2]} x {shape[3]}. Choose the next multiples."
-            )
-        if not 0 <= first < steps:
-            raise InputError(f"start_step: expected 0 to {steps - 1}, got {first}.")
-        self.images, self.guided, self.first = shape[0], guided, first
-        sizes = model.sizes.for_images(self.images, guided=guided)
-        self.sizes = replace(sizes, height=shape[2], width=shape[3])
-        self.noise = self.check("noise", noise, shape)
+    sizes: Sizes
+    images: int  # N
+    steps: range  # those to execute
+    guidance: Guidance | None
+    noise: np.ndarray  # float32 [N, C, H, W]
+    image_latents: np.ndarray | None  # float32 [N, C, H, W], where an image is continued
+    conditions: Mapping[str, np.ndarray]  # by name [batch, ...], the unconditional half first
+    check_finite: bool
 
-    def conditions(
-        self, positive: Mapping[str, np.ndarray], negative: Mapping[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """Engine inputs [batch, ...]: with guidance the unconditional half comes first."""
-        known = [spec.name for spec in self._specs]
-        for name in (*positive, *negative):
-            if name not in known:
-                raise InputError(
-                    f"{name}: this model takes the conditions {known} and no other. ControlNet "
-                    f"residuals and adapters are not supported."
-                )
-        tokens = np.shape(positive["encoder_hidden_states"])
-        if len(tokens) == 3:
-            self.sizes = replace(self.sizes, tokens=tokens[1])
-        inputs = {}
-        for spec in self._specs:
-            halves = [self._condition(spec, positive, "")]
-            if self.guided:
-                defaults = positive if spec.name in SHARED_CONDITIONS else {}
-                halves.insert(0, self._condition(spec, {**defaults, **negative}, "negative "))
-            inputs[spec.name] = np.concatenate(halves)
-        return inputs
+    @property
+    def first(self) -> int:
+        """The first step to execute."""
+        return self.steps.start
 
-    def _condition(
-        self, spec: TensorSpec, given: Mapping[str, np.ndarray], side: str
-    ) -> np.ndarray:
-        if spec.name not in given:
-            raise InputError(
-                f"{side}{spec.name}: expected a tensor, got none. Give it, or set "
-                f"guidance_scale=1 to run without guidance."
-                if side
-                else f"{spec.name}: this model needs it in conditions={{...}}, got none."
-            )
-        shape = spec.shape(replace(self.sizes, batch=self.images))
-        values = given[spec.name]
-        if np.shape(values) == (1, *shape[1:]):
-            values = np.broadcast_to(values, shape)
-        return self.check(side + spec.name, values, shape, spec.dtype)
 
-    def check(
-        self, name: str, values: np.ndarray, shape: Sequence[int], dtype: str = "float32"
-    ) -> np.ndarray:
-        """The values, or InputError where shape, dtype or (if asked for) contents are wrong."""
-        wanted = np.dtype(np.int64 if dtype == "int64" else np.float32)
-        if not isinstance(values, np.ndarray) or values.dtype != wanted:
-            got = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
-            raise InputError(
-                f"{name}: expected a numpy array of {wanted}, got {got}. "
-                f"Convert it with .astype(np.{wanted})."
+def checked_request(
+    model: ModelFacts,
+    steps: int,
+    *,
+    noise: Any,
+    positive: Mapping[str, Any],
+    negative: Mapping[str, Any],
+    guidance: Guidance | None,
+    image_latents: Any = None,
+    start_step: int = 0,
+    check_finite: bool = False,
+) -> Request:
+    """The request that these arguments make; they are those of ``Session.denoise``.
+
+    Args:
+        model: what the bundle was compiled from.
+        steps: S of the preset.
+        noise: float32 [N, C, H, W].
+        positive: the conditions by name, the prompt among them.
+        negative: the same for the unconditional half; not read without guidance.
+        guidance: of ``guidance_of``.
+        image_latents: float32 [N, C, H, W]; None starts from noise alone.
+        start_step: the first step to execute.
+        check_finite: refuse NaN and infinity in every tensor.
+
+    Raises:
+        InputError: the first argument that does not fit, by name.
+    """
+    first = whole_number("start_step", start_step, 0, steps - 1)
+    check = _Check(check_finite)
+    noise, image_latents = host_array(noise), host_array(image_latents)
+    shape = _noise_shape(model, check.numbers("noise", noise))
+    if image_latents is not None:
+        check.tensor("image_latents", image_latents, shape)
+    elif first:
+        raise InputError(
+            f"start_step={first} continues from an image: expected image_latents, got none. Give "
+            f"them, or start at step 0."
+        )
+    positive = {name: host_array(values) for name, values in positive.items()}
+    negative = {name: host_array(values) for name, values in negative.items()}
+    _refuse_unknown(model, (*positive, *negative))
+    sizes = replace(
+        model.sizes.for_images(shape[0], guided=guidance is not None),
+        height=shape[2],
+        width=shape[3],
+        tokens=_tokens(model, positive[PROMPT]),
+    )
+    conditions = {}
+    for spec in model.conditions:
+        halves = [_half(check, spec, sizes, shape[0], positive, "")]
+        if guidance is not None:
+            shared = positive if spec.name in SHARED_CONDITIONS else {}
+            halves.insert(
+                0, _half(check, spec, sizes, shape[0], {**shared, **negative}, "negative ")
             )
-        if values.shape != tuple(shape):
-            raise InputError(f"{name}: expected shape {list(shape)}, got {list(values.shape)}.")
-        if self.check_finite:
-            check_finite_values(name, values)
-        return values
+        conditions[spec.name] = np.concatenate(halves)
+    return Request(
+        sizes=sizes,
+        images=shape[0],
+        steps=range(first, steps),
+        guidance=guidance,
+        noise=noise,
+        image_latents=image_latents,
+        conditions=conditions,
+        check_finite=check_finite,
+    )
+
+
+def guidance_of(scale: object, rescale: object) -> Guidance | None:
+    """Classifier-free guidance, or None where it is off: at a scale of 1 or less, as in diffusers.
+
+    Raises:
+        InputError: one of them is no finite number, or the rescale is not within 0 and 1.
+    """
+    guidance = Guidance(
+        finite_number("guidance_scale", scale), finite_number("guidance_rescale", rescale)
+    )
+    return guidance if guidance.scale > 1 else None
 
 
 def check_finite_values(name: str, values: np.ndarray) -> None:
@@ -112,3 +128,92 @@ def check_finite_values(name: str, values: np.ndarray) -> None:
         raise InputError(
             f"{name}: expected finite numbers, got NaN or infinity in {bad} of {values.size}."
         )
+
+
+@dataclass(frozen=True)
+class _Check:
+    finite: bool
+
+    def tensor(
+        self, name: str, values: Any, shape: Sequence[int], dtype: str = "float32"
+    ) -> np.ndarray:
+        """The values, or InputError where shape, dtype or (if asked for) contents are wrong."""
+        array = self.numbers(name, values, dtype)
+        if array.shape != tuple(shape):
+            raise InputError(f"{name}: expected shape {list(shape)}, got {list(array.shape)}.")
+        return array
+
+    def numbers(self, name: str, values: Any, dtype: str = "float32") -> np.ndarray:
+        """The values, or InputError where dtype or (if asked for) contents are wrong."""
+        wanted = np.dtype(np.int64 if dtype == "int64" else np.float32)
+        if not isinstance(values, np.ndarray) or values.dtype != wanted:
+            got = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
+            raise InputError(
+                f"{name}: expected a numpy array of {wanted}, got {got}. "
+                f"Convert it with .astype(np.{wanted})."
+            )
+        if self.finite:
+            check_finite_values(name, values)
+        return values
+
+
+def _noise_shape(model: ModelFacts, noise: np.ndarray) -> tuple[int, int, int, int]:
+    """[N, C, H, W] of the noise, where the model can draw it."""
+    shape = noise.shape
+    if len(shape) != 4 or shape[1] != model.channels or 0 in shape:
+        raise InputError(
+            f"noise: expected [N, {model.channels}, height, width], got {list(shape)}. "
+            f"session.noise(seeds) makes it."
+        )
+    factor, (height, width) = model.downsampling, shape[2:]
+    if height % factor or width % factor:
+        raise InputError(
+            f"noise: expected a latent height and width divisible by {factor}, got {height} x "
+            f"{width}. The bundle's graphs halve and double sizes exactly, where diffusers rounds "
+            f"up. Take {_next(height, factor)} x {_next(width, factor)} and crop the picture."
+        )
+    return shape[0], shape[1], height, width
+
+
+def _next(size: int, factor: int) -> int:
+    """The smallest multiple of ``factor`` that holds ``size``."""
+    return -(-size // factor) * factor
+
+
+def _refuse_unknown(model: ModelFacts, names: Sequence[str]) -> None:
+    known = [spec.name for spec in model.conditions]
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"{name}: this model takes the conditions {known} and no other. ControlNet "
+                f"residuals and adapters are not supported."
+            )
+
+
+def _tokens(model: ModelFacts, prompt: Any) -> int:
+    """The prompt's length; the model's own where the prompt has a shape that is refused later."""
+    fits = isinstance(prompt, np.ndarray) and prompt.ndim == 3 and prompt.shape[1]
+    return int(prompt.shape[1]) if fits else model.sizes.tokens
+
+
+def _half(
+    check: _Check,
+    spec: TensorSpec,
+    sizes: Sizes,
+    images: int,
+    given: Mapping[str, Any],
+    side: str,
+) -> np.ndarray:
+    """One half of a condition, [N, ...]; a single image's value serves all."""
+    if spec.name not in given:
+        raise InputError(
+            f"{side}{spec.name}: expected a tensor, got none. Give it, or set "
+            f"guidance_scale=1 to run without guidance."
+            if side
+            else f"{spec.name}: this model needs it in conditions={{...}}, got none."
+        )
+    shape = spec.shape(replace(sizes, batch=images))
+    values = given[spec.name]
+    if isinstance(values, np.ndarray) and values.shape == (1, *shape[1:]):
+        values = np.broadcast_to(values, shape)
+    return check.tensor(side + spec.name, values, shape, spec.dtype)

@@ -14,53 +14,30 @@ reset by construction: the first executed step recomputes every block.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
-from time import perf_counter_ns
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from blockcache.runtime.arguments import whole_number
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.devices.device import Guidance, StepFunction, modes_of
-from blockcache.runtime.devices.device_view import DeviceView
+from blockcache.runtime.devices.device import modes_of
 from blockcache.runtime.devices.graphs import GraphPlayer, LoopGraphs
-from blockcache.runtime.devices.interop import host_array, host_arrays
-from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.drift import DriftMonitor
-from blockcache.runtime.engines.choice import make_backend
+from blockcache.runtime.engines.choice import make_backend, refuse_options
 from blockcache.runtime.engines.engine import Backend, Launch
 from blockcache.runtime.engines.loading import load_engines
-from blockcache.runtime.errors import BundleFormatError, Cancelled, ConfigError, InputError
-from blockcache.runtime.plan import LOOP_ROLES, Preset, Sizes
+from blockcache.runtime.errors import BundleFormatError, ConfigError, InputError
+from blockcache.runtime.loop import Denoised, Progress, denoise
+from blockcache.runtime.plan import LOOP_ROLES, MOST_SIZE, Preset, Sizes
 from blockcache.runtime.program import MemoryReport, Program
-from blockcache.runtime.record import RunRecord
-from blockcache.runtime.request import Request, check_finite_values
+from blockcache.runtime.request import PROMPT, Request, checked_request, guidance_of
 from blockcache.runtime.solver import SolverConfig, solver_tables
 
 SHAPES = 4
 """How many shapes a session keeps memory for; the one unused for longest is let go."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a callback sees after each step."""
-
-    step: int  # that has just finished, 0..S-1
-    steps: int  # S
-    timestep: float  # the scheduler's number for this step
-    latents: np.ndarray  # float32 [N, C, H, W]: a view, copy it to keep it
-
-
-@dataclass(frozen=True)
-class Denoised:
-    """The result of one request."""
-
-    latents: np.ndarray  # float32 [N, C, H, W]
-    record: RunRecord
-    device_latents: DeviceView | None = None
-    """On a GPU the same, in place: valid until the session's next request of this shape."""
 
 
 class Session:
@@ -93,7 +70,7 @@ class Session:
         self._tables = solver_tables(SolverConfig.from_json(preset.solver))
         self._programs: dict[tuple[int, ...], Program] = {}
         self._lock = backend.device.session_lock()
-        self._running = False
+        self._running = self._closed = False
         self._graphs = (
             None
             if backend.graphs is None
@@ -109,7 +86,7 @@ class Session:
         backend: str | Backend = "auto",
         threads: int | None = None,
         stream: Any = None,
-        graphs: str = "auto",
+        graphs: str | None = None,
         verify: bool = True,
         drift: DriftMonitor | None = None,
     ) -> Session:
@@ -119,15 +96,16 @@ class Session:
             bundle: A folder that ``blockcache compile`` wrote, or an opened Bundle.
             preset: One of the bundle's presets; default its first.
             backend: "auto", "trt", "ort", "ort-cuda", "empty", or a Backend.
-            threads: CPU threads of the engine library; default one a physical core.
+            threads: CPU threads of ONNX Runtime; default one a physical core.
             stream: The caller's CUDA stream: a number or an object with ``__cuda_stream__``. It
                 belongs to one thread at a time, as CUDA has it.
-            graphs: With TensorRT: "auto" captures the loop in CUDA graphs and replays them, "off"
-                launches one by one, "check" also compares addresses before each replay.
+            graphs: With TensorRT: "auto" (the default) captures the loop in CUDA graphs and replays
+                them, "off" launches one by one, "check" also compares addresses before each replay.
             verify: Check the sha256 of every file first.
             drift: Compare live traffic with the preset's profile; None costs nothing.
 
         Raises:
+            ConfigError: an option that the engine library would ignore.
             BundleError: see ``Bundle.open`` and ``Bundle.preset``.
             MissingExtraError: the engine library is not installed.
             EngineError: the library refuses a segment.
@@ -135,7 +113,9 @@ class Session:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
         name = opened.preset_names[0] if preset is None and opened.preset_names else preset
         chosen = opened.preset(name or "")
-        if isinstance(backend, str):
+        if not isinstance(backend, str):
+            refuse_options(type(backend).__name__, threads=threads, stream=stream, graphs=graphs)
+        else:
             backend = make_backend(
                 backend,
                 threads=threads,
@@ -157,25 +137,40 @@ class Session:
         """Standard normal noise float32 [N, C, H, W], one generator a seed.
 
         An image is the same alone and in a batch. Height and width are latent sizes.
+
+        Raises:
+            InputError: no seeds, or a number that is not whole or too small.
         """
+        if isinstance(seeds, str) or not isinstance(seeds, Iterable):
+            raise InputError(f"seeds: expected a list of whole numbers, got {seeds!r}.")
         sizes = self.bundle.model.sizes
-        shape = (self.bundle.model.channels, height or sizes.height, width or sizes.width)
+        shape = (
+            self.bundle.model.channels,
+            sizes.height if height is None else whole_number("height", height, 1, MOST_SIZE),
+            sizes.width if width is None else whole_number("width", width, 1, MOST_SIZE),
+        )
         images = [
-            np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, np.float32)
+            np.random.Generator(np.random.PCG64(whole_number("seeds", seed, 0))).standard_normal(
+                shape, np.float32
+            )
             for seed in seeds
         ]
+        if not images:
+            raise InputError("seeds: expected one for each image, got an empty list.")
         return np.stack(images)
 
     def memory(self, images: int = 1, guided: bool = True) -> MemoryReport:
         """Bytes held for the model's default sizes and ``images`` images."""
         sizes = self.bundle.model.sizes.for_images(images, guided=guided)
         with self._lock:
+            self._require_open()
             return self._program(sizes, images).memory
 
     def launches(self, images: int = 1, guided: bool = True) -> dict[str, Launch]:
         """Every segment of a request by name, bound, to be timed one by one."""
         sizes = self.bundle.model.sizes.for_images(images, guided=guided)
         with self._lock:
+            self._require_open()
             program = self._program(sizes, images)
             step = program.run_from(0).launches[0]
         bound = {program.loop[index].name: launch for index, launch in step}
@@ -211,11 +206,12 @@ class Session:
             conditions: further inputs by name (SDXL: text_embeds, time_ids), [N or 1, ...].
             negative_conditions: the same for the unconditional half; ``time_ids`` and
                 ``class_labels`` default to the positive ones.
-            guidance_scale: classifier-free guidance; default the preset's. 1 turns it off.
+            guidance_scale: classifier-free guidance; default the preset's. 1 or less turns it off,
+                as in diffusers.
             guidance_rescale: 0 (off) to 1, as in diffusers (arXiv 2305.08891, section 3.4).
             image_latents: float32 [N, C, H, W] to start from, noised to ``start_step``'s level.
             start_step: the first step to execute; it recomputes every block.
-            callback: called after each step with a Progress.
+            callback: called after each step with a Progress; it may edit the latents in place.
             cancelled: asked before each step; True raises Cancelled.
             check_finite: raise InputError for NaN or infinity in inputs or result.
 
@@ -224,29 +220,100 @@ class Session:
             Cancelled: ``cancelled()`` was true.
             EngineError: the engine library failed.
         """
-        scale = self.preset.guidance_scale if guidance_scale is None else float(guidance_scale)
-        guidance = Guidance(scale, float(guidance_rescale)) if scale != 1.0 else None
-        noise, guided = host_array(noise), guidance is not None
-        request = Request(self.bundle, noise, guided, start_step, self.steps, check_finite)
-        positive = {"encoder_hidden_states": prompt_embeds, **(conditions or {})}
+        scale = self.preset.guidance_scale if guidance_scale is None else guidance_scale
         negative = dict(negative_conditions or {})
         if negative_prompt_embeds is not None:
-            negative["encoder_hidden_states"] = negative_prompt_embeds
-        inputs = request.conditions(host_arrays(positive), host_arrays(negative))
-        start = self._start(request, host_array(image_latents))
-        with self._exclusive():
-            program = self._program(request.sizes, request.images)
-            for name, values in inputs.items():
-                self.backend.device.upload(program.tensors[name], values)
-            result = self._run(program, request, start, guidance, callback, cancelled)
+            negative[PROMPT] = negative_prompt_embeds
+        request = checked_request(
+            self.bundle.model,
+            self.steps,
+            noise=noise,
+            positive={PROMPT: prompt_embeds, **(conditions or {})},
+            negative=negative,
+            guidance=guidance_of(scale, guidance_rescale),
+            image_latents=image_latents,
+            start_step=start_step,
+            check_finite=check_finite,
+        )
+        result = self._run(request, callback, cancelled)
         if self.drift is not None and result.record.change is not None:
             self.drift.add(result.record.change)
         return result
+
+    def warm_up(
+        self,
+        images: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        guided: bool | None = None,
+    ) -> None:
+        """Denoise once with empty prompts, so that the first real request of this shape is quick.
+
+        It allocates memory, lets the engine library compile what it compiles late, and captures
+        CUDA graphs. It takes as long as one request. A drift monitor does not hear of it.
+
+        Args:
+            images: N of the requests to come.
+            height: latent height; default the model's.
+            width: latent width; default the model's.
+            guided: with or without guidance; default as the preset has it.
+        """
+        model, images = self.bundle.model, whole_number("images", images, 1)
+        guided = self.preset.guidance_scale > 1 if guided is None else guided
+        dtypes = {"int64": np.int64}
+        empty = {
+            spec.name: np.zeros(
+                spec.shape(replace(model.sizes, batch=1)), dtypes.get(spec.dtype, np.float32)
+            )
+            for spec in model.conditions
+        }
+        request = checked_request(
+            model,
+            self.steps,
+            noise=self.noise(range(images), height, width),
+            positive=empty,
+            negative=empty,
+            guidance=guidance_of(max(self.preset.guidance_scale, 2.0), 0.0) if guided else None,
+        )
+        self._run(request)
+
+    def close(self) -> None:
+        """Free engines and memory; a closed session refuses every request. Closing twice is fine.
+
+        Engines that another session of the process uses stay loaded.
+
+        Raises:
+            ConfigError: a callback of this session's own request closes it.
+        """
+        with self._lock:
+            if self._running:
+                raise ConfigError(
+                    "close was called from a callback of the same session, whose engines are in "
+                    "use. Close the session after denoise has returned."
+                )
+            self._closed = True
+            self._programs.clear()
+            self._engines.clear()
+            self._graphs = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "A session cannot be pickled or copied: it holds engines and memory of this process. "
+            "Hand over the bundle's folder and the preset's name, and call Session.open there."
+        )
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One request at a time; a callback cannot start another on the same buffers."""
         with self._lock:
+            self._require_open()
             if self._running:
                 raise ConfigError(
                     "denoise was called from a callback of the same session, whose buffers are in "
@@ -258,86 +325,31 @@ class Session:
             finally:
                 self._running = False
 
-    # -- the loop ------------------------------------------------------------------------------
-
     def _run(
         self,
-        program: Program,
         request: Request,
-        start: np.ndarray,
-        guidance: Guidance | None,
-        callback: Callable[[Progress], None] | None,
-        cancelled: Callable[[], bool] | None,
+        callback: Callable[[Progress], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> Denoised:
-        """Run the prompt segment once, then for each step, each segment: run it or reuse it."""
-        run = program.run_from(request.first)
-        record = RunRecord(program.loop, range(request.first, self.steps))
-        latents = program.tensors["latents"]
-        solver = self._solver(program, request, guidance)
-        if run.meter is not None:
-            solver = run.meter.after(solver)
-        begin = perf_counter_ns()
-        for launch in program.prompt:
-            launch()
-        record.prompt_ns = perf_counter_ns() - begin
-        self._set_latents(program, request, start)
-        graphs = self._loop_graphs(program, request, guidance)
-        begin = perf_counter_ns()
+        with self._exclusive():
+            program = self._program(request.sizes, request.images)
+            graphs = self._loop_graphs(program, request)
+            device, tables = self.backend.device, self._tables
+            return denoise(device, program, request, tables, graphs, callback, cancelled)
 
-        def do_step(step: int) -> None:
-            self._step(run.load_row, run.launches[step], solver, step, record)
-
-        if graphs is not None and callback is None and cancelled is None:
-            graphs.play_loop(record.steps, do_step)
-        else:
-            for step in record.steps:
-                if cancelled is not None and cancelled():
-                    raise Cancelled(f"Cancelled before step {step} of {self.steps}.")
-                (graphs.play_step if graphs is not None else _call)(step, do_step)
-                if callback is not None:
-                    self._report(callback, step, latents)
-        result = self.backend.device.download(latents)
-        record.total_ns = perf_counter_ns() - begin
-        if run.meter is not None:
-            record.change = run.meter.read()
-        if graphs is not None:
-            record.launched(run.launches)
-        if request.check_finite:
-            check_finite_values("the denoised latents", result)
-        return Denoised(result, record, self.backend.device.view(latents))
-
-    @staticmethod
-    def _step(
-        load_row: StepFunction,
-        launches: Sequence[tuple[int, Callable[[], None]]],
-        solver: StepFunction,
-        step: int,
-        record: RunRecord,
-    ) -> None:
-        """One denoising step: a reused block is simply not among the launches."""
-        load_row(step)
-        ran, durations = record.ran[step], record.segment_ns[step]
-        for index, launch in launches:
-            begin = perf_counter_ns()
-            launch()
-            durations[index] = perf_counter_ns() - begin
-            ran[index] = True
-        solver(step)
-
-    def _report(self, callback: Callable[[Progress], None], step: int, latents: Tensor) -> None:
-        view = latents.array if latents.array is not None else self.backend.device.download(latents)
-        callback(Progress(step, self.steps, float(self._tables.timesteps[step]), view))
-
-    # -- preparation ---------------------------------------------------------------------------
-
-    def _loop_graphs(
-        self, program: Program, request: Request, guidance: Guidance | None
-    ) -> LoopGraphs | None:
+    def _loop_graphs(self, program: Program, request: Request) -> LoopGraphs | None:
         """CUDA graphs of this request's shape and first step; None where launches stay single."""
         if self._graphs is None:
             return None
-        shape = (*astuple(request.sizes), request.images, request.first, *modes_of(guidance))
+        modes = modes_of(request.guidance)
+        shape = (*astuple(request.sizes), request.images, request.first, *modes)
         return LoopGraphs(self._graphs, shape, program.tensors)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConfigError(
+                "Expected an open session, this one is closed. Open another: Session.open."
+            )
 
     def _program(self, sizes: Sizes, images: int) -> Program:
         """The program of these sizes; bound on first use, kept while among the last ``SHAPES``."""
@@ -359,44 +371,3 @@ class Session:
             measured=self.drift is not None,
         )
         return self._programs[key]
-
-    def _start(self, request: Request, image_latents: np.ndarray | None) -> np.ndarray:
-        """The sample that the first executed step sees, in the solver's own space."""
-        if image_latents is None:
-            if request.first:
-                raise InputError(
-                    f"start_step={request.first} continues from an image: expected image_latents, "
-                    f"got none. Give them, or start at step 0."
-                )
-            scaled: np.ndarray = request.noise * np.float32(self._tables.initial_scale)
-            return scaled
-        request.check("image_latents", image_latents, request.noise.shape)
-        signal, noise = self._tables.noising[request.first]
-        start: np.ndarray = signal * image_latents + noise * request.noise
-        return start
-
-    def _set_latents(self, program: Program, request: Request, start: np.ndarray) -> None:
-        device = self.backend.device
-        device.upload(program.tensors["latents"], start)
-        device.upload(program.tensors["history"], np.zeros_like(start))
-        halves = [start * self._tables.input_scale[request.first]] * (2 if request.guided else 1)
-        device.upload(program.tensors["sample"], np.concatenate(halves))
-
-    def _solver(
-        self, program: Program, request: Request, guidance: Guidance | None
-    ) -> StepFunction:
-        coefficients = self._tables.coefficients.copy()
-        coefficients[request.first] = self._tables.first[request.first]
-        tensors = program.tensors
-        return self.backend.device.solver(
-            coefficients,
-            guidance,
-            tensors["latents"],
-            tensors["history"],
-            tensors["model_output"],
-            tensors["sample"],
-        )
-
-
-def _call(step: int, do_step: StepFunction) -> None:
-    do_step(step)

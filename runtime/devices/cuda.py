@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from blockcache.runtime.devices.cuda_kernels import SolverKernels, bind_change
+from blockcache.runtime.devices.cuda_kernels import SolverKernels, bind_change, bind_model_input
 from blockcache.runtime.devices.device import Guidance, StepFunction
 from blockcache.runtime.devices.device_view import DeviceView
 from blockcache.runtime.devices.tensor import Tensor, decode, encode
@@ -203,7 +203,8 @@ class CudaDevice:
         return decode(host, source.dtype).reshape(source.shape)
 
     def view(self, tensor: Tensor) -> DeviceView:
-        """The tensor as other libraries read it, without a copy."""
+        """The tensor as other libraries read it, without a copy, after what is pending."""
+        self.synchronize()
         return DeviceView(tensor, self.stream, self.index)
 
     def session_lock(self) -> AbstractContextManager[object]:
@@ -236,6 +237,16 @@ class CudaDevice:
         """The fused CUDA kernel; tables keep their address from request to request."""
         tensors = (latents, history, model_output, model_input)
         return self._solvers.bind(self, self.stream, coefficients, guidance, *tensors)
+
+    def model_input(self, scales: np.ndarray, latents: Tensor, model_input: Tensor) -> StepFunction:
+        """The solver's kernel with rows that change nothing, after all streams of the device."""
+        write = bind_model_input(self, self.stream, scales, latents, model_input)
+
+        def scale(step: int) -> None:
+            call("cudaDeviceSynchronize")  # the edit may still be pending on another stream
+            write(step)
+
+        return scale
 
     def change(self, target: Tensor, now: Tensor, before: Tensor) -> Callable[[], None]:
         """The CUDA kernel."""

@@ -16,13 +16,17 @@ import numpy as np
 
 from blockcache import kernels
 from blockcache.runtime.devices.device import Device, Guidance, StepFunction, modes_of
+from blockcache.runtime.devices.kernel_errors import kernel_errors
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.errors import EngineError
+
+_C_SAMPLE, _NEXT_INPUT_SCALE = 0, 6  # columns of a row, see blockcache_kernels.h
 
 
 def cuda_library() -> ctypes.CDLL:
     """The CUDA library, or EngineError where it was not built."""
-    library = kernels.cuda_library()
+    with kernel_errors():
+        library = kernels.cuda_library()
     if library is None:
         raise EngineError(
             "Expected blockcache's CUDA kernels, they were not built. Install blockcache where "
@@ -114,10 +118,48 @@ class SolverKernel:
         if self._rescale is not None:
             code = self._library.bc_cuda_guidance_rescale_factors(*self._rescale, self._stream)
             if code:
-                kernels.check(self._library, "bc_cuda_guidance_rescale_factors", code)
+                _fail(self._library, "bc_cuda_guidance_rescale_factors", code)
         code = self._library.bc_cuda_guided_solver_step(self._arguments, step, self._stream)
         if code:
-            kernels.check(self._library, "bc_cuda_guided_solver_step", code)
+            _fail(self._library, "bc_cuda_guided_solver_step", code)
+
+
+def bind_model_input(
+    device: Device, stream: int, scales: np.ndarray, latents: Tensor, model_input: Tensor
+) -> StepFunction:
+    """The solver's kernel with rows that leave the sample as it is and write the model input.
+
+    Their coefficients of model output and history are 0: the kernel reads neither.
+    """
+    library, images = cuda_library(), latents.shape[0]
+    rows = np.zeros((len(scales), kernels.ROW), np.float32)
+    rows[:, _C_SAMPLE], rows[:, _NEXT_INPUT_SCALE] = 1.0, scales
+    table = _floats(device, *rows.shape)
+    device.upload(table, rows)
+    doubled = model_input.shape[0] != images
+    guidance = _floats(device, images) if doubled else None  # only says that there are two halves
+    arguments = kernels.GuidedSolverStepArgs(
+        next_sample=latents.pointer,
+        history_out=None,
+        next_input=model_input.pointer,
+        sample=latents.pointer,
+        model_out=None,
+        history0=None,
+        table=table.pointer,
+        guidance=None if guidance is None else guidance.pointer,
+        rescale=None,
+        N=images,
+        M=math.prod(latents.shape[1:]),
+        S=len(rows),
+        dtype=kernels.DTYPES[model_input.dtype],
+    )
+
+    def write(step: int, _keep_alive: object = (latents, model_input, table, guidance)) -> None:
+        code = library.bc_cuda_guided_solver_step(arguments, step, stream)
+        if code:
+            _fail(library, "bc_cuda_guided_solver_step", code)
+
+    return write
 
 
 def bind_change(
@@ -134,9 +176,14 @@ def bind_change(
     def measure(_keep_alive: object = (*tensors, workspace)) -> None:
         code = library.bc_cuda_relative_change(*arguments)
         if code:
-            kernels.check(library, "bc_cuda_relative_change", code)
+            _fail(library, "bc_cuda_relative_change", code)
 
     return measure
+
+
+def _fail(library: ctypes.CDLL, kernel: str, code: int) -> None:
+    with kernel_errors():
+        kernels.check(library, kernel, code)
 
 
 def _floats(device: Device, *shape: int) -> Tensor:

@@ -75,6 +75,13 @@ class Device(Protocol):
         [N, C, H, W], model output and input [2N, C, H, W], or [N, ...] without guidance.
         """
 
+    def model_input(self, scales: np.ndarray, latents: Tensor, model_input: Tensor) -> StepFunction:
+        """A function that makes the model input after ``step`` anew: ``scales[step] * latents``.
+
+        It is for latents that a caller has edited, also on a stream of its own. ``scales`` is
+        float32 [S]; the shapes are those of ``solver``.
+        """
+
     def change(self, target: Tensor, now: Tensor, before: Tensor) -> Callable[[], None]:
         """A function that puts eq. 6 per image into ``target``, float32 [images].
 

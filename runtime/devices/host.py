@@ -13,6 +13,7 @@ import numpy as np
 from blockcache import kernels
 from blockcache.runtime.devices.device import Guidance, StepFunction, modes_of
 from blockcache.runtime.devices.device_view import DeviceView
+from blockcache.runtime.devices.kernel_errors import kernel_errors
 from blockcache.runtime.devices.tensor import NUMPY_DTYPES, Tensor, item_bytes
 from blockcache.runtime.solver import solver_step_numpy
 
@@ -66,7 +67,25 @@ class HostDevice:
         sample, past = (_view(t).reshape(images, -1) for t in (latents, history))
         output, following = (_view(t).reshape(t.shape[0], -1) for t in (model_output, model_input))
         bind = _bind_kernels if kernels.host_available() else _bind_numpy
-        return bind(coefficients, guidance, sample, past, output, following)
+        with kernel_errors():
+            solver_step = bind(coefficients, guidance, sample, past, output, following)
+
+        def step_with_our_errors(step: int) -> None:
+            with kernel_errors():
+                solver_step(step)
+
+        return step_with_our_errors
+
+    def model_input(self, scales: np.ndarray, latents: Tensor, model_input: Tensor) -> StepFunction:
+        """In numpy."""
+        sample = _view(latents)
+        halves = _view(model_input).reshape(-1, *sample.shape)
+
+        def scale(step: int) -> None:
+            np.multiply(sample, scales[step], out=halves[0])
+            halves[1:] = halves[0]
+
+        return scale
 
     def change(self, target: Tensor, now: Tensor, before: Tensor) -> Callable[[], None]:
         """The compiled kernel."""
@@ -74,7 +93,8 @@ class HostDevice:
 
         def measure() -> None:
             images, dtype = len(result), now.dtype
-            result[:], _ = kernels.relative_change(fresh, previous, images=images, dtype=dtype)
+            with kernel_errors():
+                result[:], _ = kernels.relative_change(fresh, previous, images=images, dtype=dtype)
 
         return measure
 

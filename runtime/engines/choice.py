@@ -9,6 +9,15 @@ from blockcache.runtime.engines.empty import EmptyBackend
 from blockcache.runtime.engines.engine import Backend
 from blockcache.runtime.errors import ConfigError
 
+_READS = {
+    "empty": (),
+    "ort": ("threads",),
+    "ort-cuda": ("stream",),
+    "ort-tensorrt": ("stream",),
+    "trt": ("stream", "graphs"),
+}
+"""The engine libraries by name, and the options that each reads."""
+
 
 def make_backend(
     name: str = "auto",
@@ -16,7 +25,7 @@ def make_backend(
     threads: int | None = None,
     bundle: Bundle | None = None,
     stream: Any = None,
-    graphs: str = "auto",
+    graphs: str | None = None,
     verify: bool = True,
 ) -> Backend:
     """The engine library called ``name``.
@@ -25,19 +34,24 @@ def make_backend(
         name: ``trt`` (TensorRT engines that ``blockcache build`` made), ``ort`` (ONNX Runtime on
             the CPU), ``ort-cuda`` and ``ort-tensorrt`` (ONNX Runtime on the GPU), ``empty``, or
             ``auto``: TensorRT where the bundle has engines and there is a GPU, else the CPU.
-        threads: of ONNX Runtime on the CPU.
+            ``auto`` hands on the options that the library it takes can read.
+        threads: of ONNX Runtime on the CPU; default one a physical core.
         bundle: what it will run, for ``auto``.
         stream: the caller's CUDA stream.
-        graphs: CUDA graphs of ``trt``: auto, off, or check (compare addresses at each replay).
+        graphs: CUDA graphs of ``trt``: auto (the default), off, or check (compare addresses at
+            each replay).
         verify: check the sha256 of engines.
 
     Raises:
-        ConfigError: unknown name.
+        ConfigError: unknown name, or an option that the library would ignore.
         MissingExtraError: the library is not installed; the message holds the pip command.
         EngineError: there is no GPU for a library that needs one.
     """
     if name == "auto":
         name = _best(bundle)
+    elif name in _READS:
+        given = {"threads": threads, "stream": stream, "graphs": graphs}
+        refuse_options(repr(name), **{k: v for k, v in given.items() if k not in _READS[name]})
     if name == "empty":
         return EmptyBackend()
     if name == "ort":
@@ -47,15 +61,22 @@ def make_backend(
     if name == "trt":
         from blockcache.runtime.engines.trt import TrtBackend
 
-        return TrtBackend(stream=stream, graphs=graphs, verify=verify)
+        return TrtBackend(stream=stream, graphs=graphs or "auto", verify=verify)
     if name in ("ort-cuda", "ort-tensorrt"):
         from blockcache.runtime.engines.ort_cuda import OrtCudaBackend
 
         return OrtCudaBackend(tensorrt=name == "ort-tensorrt", stream=stream)
-    raise ConfigError(
-        f"Expected a backend of 'auto', 'trt', 'ort', 'ort-cuda', 'ort-tensorrt' or 'empty', got "
-        f"{name!r}."
-    )
+    raise ConfigError(f"Expected a backend of {['auto', *_READS]}, got {name!r}.")
+
+
+def refuse_options(backend: str, **options: object) -> None:
+    """Raise ConfigError where an option was given that ``backend`` would ignore."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ConfigError(
+            f"Expected no {' and no '.join(given)} with the backend {backend}, which would ignore "
+            f"it. Leave it out, or choose the backend by a name that reads it."
+        )
 
 
 def _best(bundle: Bundle | None) -> str:

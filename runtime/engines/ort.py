@@ -14,11 +14,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from blockcache.runtime.arguments import whole_number
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.engine import Launch
-from blockcache.runtime.errors import EngineError, MissingExtraError
+from blockcache.runtime.errors import ConfigError, EngineError, MissingExtraError
 from blockcache.runtime.plan import Segment
 
 try:
@@ -38,6 +39,8 @@ class OrtBackend:
     def __init__(self, *, threads: int | None = None) -> None:
         if ort is None:
             raise MissingExtraError.of("onnxruntime", "cpu", "Running a bundle on the CPU")
+        if threads is not None:
+            threads = whole_number("threads", threads, 1, error=ConfigError)
         self.name = f"ort-cpu-{threads or 0}"
         self.device = HostDevice()
         # ONNX Runtime (1.32) optimises a graph without Python's global lock: others can load
@@ -98,12 +101,19 @@ class OrtEngine:
     def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
         """IO binding of every input and output to its host buffer."""
         binding = self._session.io_binding()
-        for spec in self._segment.inputs:
-            value = ort.OrtValue.ortvalue_from_numpy(tensors[spec.name].array)
-            binding.bind_ortvalue_input(spec.name, value)
-        for spec in self._segment.outputs:
-            value = ort.OrtValue.ortvalue_from_numpy(tensors[spec.name].array)
-            binding.bind_ortvalue_output(spec.name, value)
+        sides = (
+            (binding.bind_ortvalue_input, self._segment.inputs),
+            (binding.bind_ortvalue_output, self._segment.outputs),
+        )
+        for bind, specs in sides:
+            for spec in specs:
+                try:
+                    bind(spec.name, ort.OrtValue.ortvalue_from_numpy(tensors[spec.name].array))
+                except Exception as error:  # onnxruntime's exceptions share no public base class
+                    raise EngineError(
+                        f"ONNX Runtime cannot bind {spec.name!r} of segment "
+                        f"{self._segment.name!r}: {error}. Compile the bundle again."
+                    ) from error
         return functools.partial(self._launch, binding)
 
     def _launch(self, binding: Any) -> None:

@@ -138,7 +138,13 @@ class OrtCudaEngine:
             for spec in specs:
                 tensor = tensors[spec.name]
                 element = _ELEMENT_TYPES[tensor.dtype]
-                bind(spec.name, *self._place, element, tensor.shape, tensor.pointer)
+                try:
+                    bind(spec.name, *self._place, element, tensor.shape, tensor.pointer)
+                except Exception as error:  # onnxruntime's exceptions share no public base class
+                    raise EngineError(
+                        f"ONNX Runtime cannot bind {spec.name!r} of segment "
+                        f"{self._segment.name!r}: {error}. Compile the bundle again."
+                    ) from error
         return functools.partial(self._launch, binding, tensors)
 
     def _launch(self, binding: Any, _keep: Mapping[str, Tensor]) -> None:

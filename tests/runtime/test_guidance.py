@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockcache.runtime import InputError
+from blockcache.runtime import EngineError, InputError
 from blockcache.runtime.devices import cuda_kernels
 from blockcache.runtime.devices import host as host_module
 from blockcache.runtime.devices.cuda_kernels import SolverKernel, SolverKernels
@@ -144,3 +144,49 @@ def test_modes_tell_which_kernels_run():
     assert modes_of(None) == (False, False)
     assert modes_of(Guidance(5.0)) == (True, False)
     assert modes_of(Guidance(5.0, 0.7)) == (True, True)
+
+
+# -- the model input anew, from latents that a caller has edited -----------------------------------
+
+
+def renew_on_host(_twin, device, *arguments):
+    return device.model_input(*arguments)
+
+
+def renew_by_kernel(twin, device, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_kernels.kernels, "cuda_library", lambda: twin)
+        return cuda_kernels.bind_model_input(device, 0, *arguments)
+
+
+@pytest.mark.parametrize("renew", [renew_on_host, renew_by_kernel])
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("images", [1, 3])
+def test_the_model_input_is_the_scaled_latents_in_every_half(twin_library, renew, halves, images):
+    device, rng = HostDevice(), np.random.default_rng(images)
+    latents = floats(device, rng.standard_normal((images, 4, 3, 5)).astype(np.float32))
+    model_input = floats(device, np.full((halves * images, 4, 3, 5), np.nan, np.float32))
+    scales = np.array([0.7, 1.3], np.float32)
+    write = renew(twin_library, device, scales, latents, model_input)
+    kept = latents.array.copy()
+    for step in (1, 0):
+        write(step)
+        wanted = np.tile(kept * scales[step], (halves, 1, 1, 1))
+        np.testing.assert_array_equal(model_input.array, wanted)
+    np.testing.assert_array_equal(latents.array, kept)
+
+
+# -- errors of the kernels -------------------------------------------------------------------------
+
+
+def test_a_kernel_that_fails_is_our_error(twin_library):
+    device = HostDevice()
+    tensors = [floats(device, np.zeros((1, 4, 3, 3), np.float32)) for _ in range(4)]
+    table = np.array([DPM_ROW], np.float32)
+    steps = [
+        device.solver(table, None, *tensors),
+        renew_by_kernel(twin_library, device, table[:, 6], tensors[0], tensors[3]),
+    ]
+    for step in steps:
+        with pytest.raises(EngineError, match=r"^blockcache's kernels failed: .*step.* Install "):
+            step(5)

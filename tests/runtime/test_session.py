@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ from blockcache.runtime import (
     Session,
     SolverConfig,
 )
+from blockcache.runtime.devices.device_view import DeviceView
 from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.engines import ort
 from blockcache.runtime.session import SHAPES
@@ -116,11 +119,12 @@ def test_noise_of_a_wrong_dtype_is_refused(session):
     assert "got list" in refusal(session, noise=np.zeros((1, 4, 16, 16), np.float32).tolist())
 
 
-@pytest.mark.parametrize(("height", "width"), [(14, 16), (16, 18)])
-def test_noise_of_an_indivisible_size_is_refused(session, height, width):
+@pytest.mark.parametrize(("height", "width", "nearest"), [(14, 16, "16 x 16"), (16, 18, "16 x 20")])
+def test_noise_of_an_indivisible_size_is_refused(session, height, width, nearest):
     assert refusal(session, noise=session.noise([0], height, width)) == (
-        f"noise: expected a latent height and width divisible by 4, got {height} x {width}. "
-        f"Choose the next multiples."
+        f"noise: expected a latent height and width divisible by 4, got {height} x {width}. The "
+        f"bundle's graphs halve and double sizes exactly, where diffusers rounds up. Take "
+        f"{nearest} and crop the picture."
     )
 
 
@@ -199,7 +203,7 @@ def test_added_conditions_of_the_negative_side_default_only_where_they_may(sdxl)
 def test_a_start_step_out_of_range_is_refused(session, start):
     image = session.noise([1])
     text = refusal(session, start_step=start, image_latents=image)
-    assert text == f"start_step: expected 0 to {STEPS - 1}, got {start}."
+    assert text == f"start_step: expected a whole number of 0 to {STEPS - 1}, got {start}."
 
 
 def test_a_late_start_without_an_image_is_refused(session):
@@ -227,6 +231,75 @@ def test_a_result_that_is_not_finite_is_refused_where_asked(session):
     huge = np.full((1, 7, 32), 3e38, np.float32)
     text = refusal(session, prompt_embeds=huge, check_finite=True)
     assert text.startswith("the denoised latents: expected finite numbers")
+
+
+# -- arguments that are no numbers, or too small ---------------------------------------------------
+
+NUMBERS = [float("nan"), float("inf"), -float("inf"), True, "7.5", [3.0, 5.0], np.ones(2), 1 + 0j]
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "guidance_rescale"])
+@pytest.mark.parametrize("value", NUMBERS, ids=repr)
+def test_guidance_that_is_no_finite_number_is_refused(session, name, value):
+    got = repr(value) if isinstance(value, bool | float | str) else type(value).__name__
+    assert refusal(session, **{name: value}) == (
+        f"{name}: expected one finite number, got {got}. Pass a float."
+    )
+
+
+@pytest.mark.parametrize("scale", [1, 1.0, 0.5, 0, -3, np.float32(1), np.int64(0)])
+def test_a_guidance_scale_of_one_or_less_is_off_as_in_diffusers(session, scale):
+    """0 used to draw the negative prompt alone."""
+    plain = session.denoise(**request(session), guidance_scale=1.0).latents
+    alone = request(session, negative_prompt_embeds=None)
+    np.testing.assert_array_equal(session.denoise(**alone, guidance_scale=scale).latents, plain)
+
+
+@pytest.mark.parametrize("start", [3.0, True, "2", None, [1], np.float32(2)], ids=repr)
+def test_a_start_step_that_is_no_whole_number_is_refused(session, start):
+    text = refusal(session, start_step=start, image_latents=session.noise([1]))
+    assert text == (
+        f"start_step: expected a whole number of 0 to {STEPS - 1}, got {start!r}. Pass an int."
+    )
+
+
+def test_numpy_integers_are_whole_numbers(session):
+    late = {"image_latents": session.noise([9]), "start_step": np.int64(2)}
+    assert session.denoise(**request(session), **late).record.steps == range(2, STEPS)
+    np.testing.assert_array_equal(session.noise(np.arange(2)), session.noise([0, 1]))
+
+
+@pytest.mark.parametrize("seed", [1.5, 2.0, True, "7", None, -1], ids=repr)
+def test_a_seed_that_is_no_whole_number_is_refused(session, seed):
+    advice = "" if seed == -1 else " Pass an int."
+    with pytest.raises(InputError) as caught:
+        session.noise([0, seed])
+    assert str(caught.value) == (
+        f"seeds: expected a whole number of 0 or more, got {seed!r}.{advice}"
+    )
+
+
+def test_seeds_are_a_list_with_one_for_each_image(session):
+    with pytest.raises(InputError) as caught:
+        session.noise([])
+    assert str(caught.value) == "seeds: expected one for each image, got an empty list."
+    for seeds in (5, "12", None):
+        with pytest.raises(InputError) as caught:
+            session.noise(seeds)
+        assert str(caught.value) == f"seeds: expected a list of whole numbers, got {seeds!r}."
+
+
+@pytest.mark.parametrize("name", ["height", "width"])
+@pytest.mark.parametrize("size", [0, -8, 16.0, True, "16", 10**9], ids=repr)
+def test_a_size_that_is_no_whole_number_is_refused(session, name, size):
+    with pytest.raises(InputError, match=rf"^{name}: expected a whole number of 1 to 65536, got "):
+        session.noise([0], **{name: size})
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"], ids=repr)
+def test_threads_that_are_no_whole_number_are_refused(bundle, threads):
+    with pytest.raises(ConfigError, match=r"^threads: expected a whole number of 1 or more, got "):
+        Session.open(bundle, preset="ddim-4", backend="ort", threads=threads)
 
 
 # -- state -----------------------------------------------------------------------------------------
@@ -376,6 +449,184 @@ def test_guidance_of_the_preset_is_the_default(session):
     default = session.denoise(**request(session)).latents
     given = session.denoise(**request(session), guidance_scale=session.preset.guidance_scale)
     np.testing.assert_array_equal(default, given.latents)
+
+
+# -- callbacks that edit ---------------------------------------------------------------------------
+
+
+def test_a_callback_that_only_looks_changes_no_bit(session):
+    plain = session.denoise(**request(session)).latents
+    looked = session.denoise(**request(session), callback=lambda at: at.latents.sum()).latents
+    np.testing.assert_array_equal(looked, plain)
+
+
+def test_an_edit_after_the_last_step_is_in_the_result(session):
+    def blacken(at):
+        if at.step == STEPS - 1:
+            at.latents[...] = 0
+
+    result = session.denoise(**request(session), callback=blacken)
+    assert not result.latents.any()
+
+
+class FarDevice(HostDevice):
+    """Memory that the host does not see, as on a GPU; only this device can find it."""
+
+    def __init__(self):
+        self.near = {}
+
+    def tensor(self, memory, offset, shape, dtype):
+        near = super().tensor(memory, offset, shape, dtype)
+        self.near[near.pointer, near.shape, near.dtype] = near
+        return replace(near, array=None)
+
+    def of(self, tensor):
+        return self.near[tensor.pointer, tensor.shape, tensor.dtype]
+
+    def upload(self, target, values):
+        super().upload(self.of(target), values)
+
+    def download(self, source):
+        return super().download(self.of(source))
+
+    def row_loader(self, row, table):
+        return super().row_loader(self.of(row), self.of(table))
+
+    def solver(self, coefficients, guidance, *tensors):
+        return super().solver(coefficients, guidance, *map(self.of, tensors))
+
+    def model_input(self, scales, *tensors):
+        return super().model_input(scales, *map(self.of, tensors))
+
+    def view(self, tensor):
+        return DeviceView(tensor, 0, 0)
+
+
+class FarBackend(EmptyBackend):
+    name = "far"
+
+    def __init__(self):
+        self.device = FarDevice()
+
+
+def latents_after(opened, edit):
+    """Final latents of a run whose callback may edit after each step."""
+    return opened.denoise(**request(opened), guidance_scale=3.0, callback=edit).latents
+
+
+def test_edits_count_alike_on_the_host_and_on_a_device(bundle):
+    """Empty engines: the latents go by the solver alone, which is linear in what a callback left.
+
+    The model output is empty too, so that a run of which step 3's latents are doubled ends at twice
+    the latents.
+    """
+    host = Session.open(bundle, preset="ddim-4", backend="empty")
+    device = Session.open(bundle, preset="ddim-4", backend=FarBackend())
+
+    def edit_on_host(at):
+        if at.step == 2:
+            at.latents *= 2
+
+    def edit_on_device(at):
+        if at.step == 2:
+            interface = at.device_latents.__cuda_array_interface__
+            where = (interface["data"][0], interface["shape"], "float32")
+            device.backend.device.near[where].array[...] *= 2
+
+    plain = latents_after(host, None)
+    np.testing.assert_allclose(latents_after(host, edit_on_host), 2 * plain, rtol=1e-6)
+    np.testing.assert_array_equal(latents_after(device, None), plain)
+    np.testing.assert_allclose(latents_after(device, edit_on_device), 2 * plain, rtol=1e-6)
+
+
+def test_a_host_copy_of_device_latents_cannot_be_edited_in_vain(bundle):
+    device = Session.open(bundle, preset="ddim-4", backend=FarBackend())
+    with pytest.raises(ValueError, match="read-only"):
+        latents_after(device, lambda at: np.multiply(at.latents, 2, out=at.latents))
+
+
+@pytest.mark.parametrize("backend", [EmptyBackend, FarBackend])
+def test_latents_can_be_replaced_on_every_device(bundle, backend):
+    opened = Session.open(bundle, preset="ddim-4", backend=backend())
+
+    def replace_last(at):
+        if at.step == 3:
+            at.latents = 5 * np.ones((1, 4, 16, 16))
+
+    assert (latents_after(opened, replace_last) == 5).all()
+    with pytest.raises(InputError) as caught:
+        latents_after(opened, lambda at: setattr(at, "latents", np.ones(3)))
+    assert str(caught.value) == ("progress.latents: expected shape [1, 4, 16, 16], got [3].")
+
+
+# -- the life of a session -------------------------------------------------------------------------
+
+
+def test_a_closed_session_has_let_go_of_engines_and_memory(bundle):
+    backend = CountingBackend("closing")
+    opened = Session.open(bundle, preset="ddim-4", backend=backend)
+    opened.denoise(**request(opened))
+    engines = [weakref.ref(engine) for engine in opened._engines.values()]
+    opened.close()
+    opened.close()
+    assert [engine() for engine in engines] == [None] * len(engines)
+    assert not opened._programs
+
+
+def test_a_closed_session_refuses_to_work(bundle):
+    with Session.open(bundle, preset="ddim-4", backend="empty") as opened:
+        values = request(opened)
+        opened.denoise(**values)
+    calls = [lambda: opened.denoise(**values), opened.memory, opened.launches, opened.warm_up]
+    for call in calls:
+        with pytest.raises(ConfigError) as caught:
+            call()
+        assert str(caught.value) == (
+            "Expected an open session, this one is closed. Open another: Session.open."
+        )
+
+
+def test_another_session_on_the_same_engines_goes_on(session):
+    other = fresh(session)
+    expected = session.denoise(**request(session)).latents
+    other.close()
+    np.testing.assert_array_equal(session.denoise(**request(session)).latents, expected)
+
+
+def test_a_callback_cannot_close_its_session(session):
+    with pytest.raises(ConfigError, match="close was called from a callback of the same session"):
+        session.denoise(**request(session), callback=lambda at: session.close())
+    session.denoise(**request(session))
+
+
+@pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_session_says_what_to_do_instead_of_copying_it(session, duplicate):
+    with pytest.raises(ConfigError) as caught:
+        duplicate(session)
+    assert str(caught.value) == (
+        "A session cannot be pickled or copied: it holds engines and memory of this process. Hand "
+        "over the bundle's folder and the preset's name, and call Session.open there."
+    )
+
+
+def test_a_warm_session_allocates_nothing_for_its_first_request(bundle):
+    backend = MeteredBackend()
+    opened = Session.open(bundle, preset="ddim-4", backend=backend)
+    opened.warm_up(2, 24, 16)
+    before = backend.device.allocations
+    opened.denoise(**request(opened, seeds=[0, 1], noise=opened.noise([0, 1], 24, 16)))
+    assert backend.device.allocations == before > 0
+    opened.warm_up(2, 24, 16, guided=False)
+    assert backend.device.allocations > before
+
+
+def test_warming_up_leaves_results_as_they_are(session):
+    expected = session.denoise(**request(session)).latents
+    warmed = fresh(session)
+    warmed.warm_up()
+    np.testing.assert_array_equal(warmed.denoise(**request(warmed)).latents, expected)
+    with pytest.raises(InputError, match=r"^images: expected a whole number of 1 or more, got 0\."):
+        session.warm_up(0)
 
 
 def test_two_sessions_in_two_threads_work_as_alone(session):
@@ -668,6 +919,28 @@ def test_launches_are_those_of_a_request(session):
     assert output.shape == expected.shape
 
 
+# -- options that nobody would read ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", [{"threads": 2}, {"stream": 7}, {"graphs": "off"}])
+def test_a_backend_object_takes_no_options(bundle, option):
+    with pytest.raises(ConfigError) as caught:
+        Session.open(bundle, preset="ddim-4", backend=EmptyBackend(), **option)
+    assert str(caught.value) == (
+        f"Expected no {next(iter(option))} with the backend EmptyBackend, which would ignore it. "
+        f"Leave it out, or choose the backend by a name that reads it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "option"),
+    [("ort", {"stream": 7}), ("ort", {"graphs": "off"}), ("empty", {"threads": 2})],
+)
+def test_a_named_backend_refuses_what_it_does_not_read(bundle, backend, option):
+    with pytest.raises(ConfigError, match=f"^Expected no {next(iter(option))} with the backend '"):
+        Session.open(bundle, preset="ddim-4", backend=backend, **option)
+
+
 # -- backends --------------------------------------------------------------------------------------
 
 
@@ -707,6 +980,19 @@ def test_a_broken_graph_is_refused_by_its_segment(bundle_copy):
     path.write_bytes(b"\xff" * size)
     with pytest.raises(EngineError, match="cannot load segment 'trunk_00': "):
         Session.open(bundle_copy, preset="ddim-4", backend="ort", verify=False)
+
+
+def test_a_tensor_that_the_graph_does_not_know_is_our_error(bundle):
+    """Where a manifest and its ONNX files disagree."""
+    segment = next(s for s in bundle.segments if s.role == "trunk")
+    renamed = replace(segment, inputs=tuple(replace(t, name="other") for t in segment.inputs[:1]))
+    engine = ort.OrtBackend(threads=1).open_model(renamed, str(bundle.segment_path(segment)))
+    device = HostDevice()
+    spec = renamed.inputs[0]
+    shape = spec.shape(bundle.model.sizes)
+    memory = device.allocate(spec.bytes(bundle.model.sizes))
+    with pytest.raises(EngineError, match=f"cannot bind 'other' of segment {segment.name!r}: "):
+        engine.bind({"other": device.tensor(memory, 0, shape, spec.dtype)})
 
 
 def test_an_engine_that_fails_in_the_loop_names_its_segment(bundle):

@@ -23,7 +23,7 @@ from blockcache.export.align.fit import (
     judge_alignment,
 )
 from blockcache.export.choose.joint import TrialOptions, mean_distance, measured_for, trial_latents
-from blockcache.export.choose.peers import read_table
+from blockcache.export.choose.policies import Joint, Needs
 from blockcache.export.choose.preset import HISTORY, PresetOptions
 from blockcache.export.measure.calibration import Calibration
 from blockcache.export.measure.change import Profile, ProfileOptions, measure_change
@@ -38,7 +38,7 @@ from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solver import SolverConfig, solver_tables
 
 MOST_PAIRS = 1 << 28
-"""Numbers in a residual table with history, at most: 1 GiB, and as much again twice in use."""
+"""At most 2^28 entries of a residual table with history: 1 GiB stored, about 3 GiB at peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +80,14 @@ class CalibratedStages:
 
     def check(self, preset: PresetOptions) -> None:
         """Raise ConfigError where a preset's own table does not fit, or prompts are missing."""
-        if preset.policy.file is not None:
-            read_table(preset.policy.file, preset.steps, len(self.model.blocks))
+        preset.policy.check_blocks(preset.steps, len(self.model.blocks))
         if preset.calibrated and self._calibration is None:
             raise ConfigError(
                 f"Preset {preset.name!r} is made from measurements and needs prompts to measure "
                 f"with: give a calibration (--calibration FILE), or leave out policy and alignment."
             )
         pairs = len(self.model.blocks) * preset.steps**3
-        if preset.policy.budgeted and preset.reuse == HISTORY and pairs > MOST_PAIRS:
+        if Needs.LOSSES in preset.policy.needs and preset.reuse == HISTORY and pairs > MOST_PAIRS:
             raise ConfigError(
                 f"Preset {preset.name!r}: a budget with history looks at all pairs of earlier "
                 f"steps, {pairs:.2g} numbers for {preset.steps} steps. Take fewer steps, "
@@ -97,14 +96,14 @@ class CalibratedStages:
 
     def measure(self, preset: PresetOptions) -> None:
         """What the preset's schedule needs, measured and stored."""
-        if preset.policy.joint:
+        if isinstance(preset.policy, Joint):
             for other in measured_for(preset):
                 self.sensitivity(other)
                 self.residuals(other)
             return
-        if preset.policy.measured:
+        if Needs.CHANGE in preset.policy.needs:
             self.profile(preset)
-        if preset.policy.weighted:
+        if Needs.LOSSES in preset.policy.needs:
             self.sensitivity(preset)
             self.residuals(preset)
 

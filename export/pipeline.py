@@ -17,7 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from blockcache.export.choose.joint import candidates
-from blockcache.export.choose.policies import Measured
+from blockcache.export.choose.policies import Evidence, Joint, Needs
 from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.costs.costs import Costs, counted
 from blockcache.export.costs.roofline import Processor, predict
@@ -82,7 +82,8 @@ class CompileOptions:
         names = [preset.name for preset in self.presets]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"Expected presets with different names, got {names}.")
-        if not (self.timings or self.processor) and any(p.policy.timed for p in self.presets):
+        timed = any(Needs.MILLISECONDS in preset.policy.needs for preset in self.presets)
+        if timed and not (self.timings or self.processor):
             raise ConfigError(
                 "A preset of so many milliseconds needs times. Give measured ones (blockcache "
                 "bench BUNDLE --timings FILE, then --timings FILE here), or a GPU to predict them "
@@ -215,7 +216,7 @@ def _costs(
     sizes = facts.sizes.for_images(1, guided=guided)
     if options.processor is not None:
         timings = predict(segments, folder / "segments", options.processor, sizes)
-    timed = [preset.name for preset in options.presets if preset.policy.timed]
+    timed = [p.name for p in options.presets if Needs.MILLISECONDS in p.policy.needs]
     if timed and timings is not None and timings.sizes != sizes:
         raise ConfigError(
             f"Preset {timed[0]!r} needs times of one image, at {sizes}; got some at "
@@ -237,22 +238,23 @@ def _make_preset(
     trial: bool = False,
 ) -> Preset:
     """Schedule, alignment and time tables of a preset; a trial's reports are not kept."""
-    if preset.policy.joint:
+    if isinstance(preset.policy, Joint):
         return _make_joint(stages, folder, preset, costs, segments, facts)
-    profile = stages.profile(preset) if preset.policy.measured and not trial else None
-    measured = Measured(
+    needs = preset.policy.needs
+    profile = stages.profile(preset) if Needs.CHANGE in needs and not trial else None
+    evidence = Evidence(
         steps=preset.steps,
         paths=[block.path for block in facts.blocks],
         costs=costs,
         change=None if profile is None else profile.mean,
-        sensitivity=stages.sensitivity(preset) if preset.policy.weighted else None,
-        residuals=stages.residuals(preset) if preset.policy.weighted else None,
+        sensitivity=stages.sensitivity(preset) if Needs.LOSSES in needs else None,
+        residuals=stages.residuals(preset) if Needs.LOSSES in needs else None,
     )
-    schedule = preset.policy.schedule(measured)
+    schedule = preset.policy.schedule(evidence)
     provenance = Provenance(
         kind=preset.policy.kind,
-        value=preset.policy.value or None,
-        costs=costs.source if preset.policy.priced else None,
+        value=preset.policy.value,
+        costs=costs.source if Needs.COSTS in needs else None,
         images=None if profile is None else profile.images,
         profile=None if profile is None else profile.file,
     )

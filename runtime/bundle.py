@@ -49,6 +49,7 @@ from blockcache.runtime.plan import (
     Sizes,
     TensorSpec,
     coefficient_names,
+    preset_name,
     row_specs,
 )
 from blockcache.runtime.provenance import Provenance
@@ -198,14 +199,18 @@ class Bundle:
         return self.path(f"segments/{segment.file}")
 
     def preset(self, name: str) -> Preset:
-        """Load a preset's tables; UnknownPresetError lists the names there are."""
-        entry = self.manifest.presets.get(name)
+        """Load a preset's tables; UnknownPresetError lists the names there are.
+
+        ``dpm:20:x1.5`` is taken for ``dpm-20-x1.5``.
+        """
+        known = name if name in self.manifest.presets else preset_name(name)
+        entry = self.manifest.presets.get(known)
         if entry is None:
             raise UnknownPresetError(
                 f"Expected a preset of {list(self.preset_names)}, got {name!r}. Add one with "
                 f"blockcache compile --preset."
             )
-        preset = read_preset(self.path(entry.file), name, entry)
+        preset = read_preset(self.path(entry.file), known, entry)
         self._check_fit(preset)
         return preset
 

@@ -396,6 +396,24 @@ def row_specs(model: ModelFacts, segments: Iterable[Segment]) -> tuple[TensorSpe
     return tuple(spec for name, spec in inputs.items() if name not in brought)
 
 
+def preset_name(text: str) -> str:
+    """The name of a preset that is written as one asks the compiler for it, or a name as it is.
+
+    Examples:
+        >>> preset_name("dpm:20:0.5"), preset_name("dpm-20-0.5"), preset_name("dpm-20-d0.5")
+        ('dpm-20-d0.5', 'dpm-20-d0.5', 'dpm-20-d0.5')
+        >>> preset_name("dpm:20:x:max:history")
+        'dpm-20-xmax-history'
+    """
+    match = re.fullmatch(r"([a-z]+)[:-]([0-9]+)[:-](.+)", text)
+    if match is None:
+        return text.replace(":", "-")
+    solver, steps, rest = match.groups()
+    rest = re.sub(r"^([a-z]):max(?=:|$)", r"\1max", rest).replace(":", "-").removesuffix("-none")
+    delta = "d" if rest[:1] in "0123456789." else ""
+    return f"{solver}-{steps}-{delta}{rest}"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Preset:
     """Solver, steps, schedule and alignment: one way to denoise with a bundle.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from blockcache.export.choose.policies import UNCACHED, Policy
+from blockcache.export.choose.policies import UNCACHED, Budget, Joint
 from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.costs.costs import Costs
 from blockcache.export.measure.calibration import Calibration, calibration_inputs
@@ -57,15 +57,13 @@ def candidate(preset: PresetOptions, steps: int, speedup: float) -> PresetOption
     if speedup <= 1 + NEGLIGIBLE:
         return replace(preset, name=name, steps=steps, policy=UNCACHED, alignment="none")
     alignment = UNTRAINED.get(preset.alignment, preset.alignment)
-    return replace(
-        preset, name=name, steps=steps, policy=Policy("budget", speedup), alignment=alignment
-    )
+    return replace(preset, name=name, steps=steps, policy=Budget(speedup), alignment=alignment)
 
 
 def measured_for(preset: PresetOptions) -> list[PresetOptions]:
     """Presets whose measurements the candidates need; their speed-ups are not known yet."""
-    counts = step_counts(preset.steps, preset.policy.value)
-    return [candidate(preset, steps, preset.policy.value + 1) for steps in counts]
+    speedup = _speedup(preset)
+    return [candidate(preset, steps, speedup + 1) for steps in step_counts(preset.steps, speedup)]
 
 
 def candidates(preset: PresetOptions, costs: Costs) -> list[PresetOptions]:
@@ -74,20 +72,29 @@ def candidates(preset: PresetOptions, costs: Costs) -> list[PresetOptions]:
     Raises:
         ConfigError: none can be as fast.
     """
-    counts = step_counts(preset.steps, preset.policy.value)
+    speedup = _speedup(preset)
+    counts = step_counts(preset.steps, speedup)
     uncached = {steps: costs.uncached(steps) for steps in counts}
-    aim = uncached[preset.steps] / preset.policy.value
+    aim = uncached[preset.steps] / speedup
     found = [
         candidate(preset, steps, cost / aim)
         for steps, cost in uncached.items()
         if cost <= aim * (1 + NEGLIGIBLE) or costs.least(steps) <= aim
     ]
     if not found:
+        most = uncached[preset.steps] / min(costs.least(steps) for steps in counts)
         raise ConfigError(
-            f"A speed-up of {preset.policy.value:g} is out of reach with {counts[0]} steps or "
-            f"more. Ask for less, or for more steps."
+            f"Preset {preset.name!r}: a speed-up of {speedup:g} is out of reach with "
+            f"{counts[0]} steps or more. Expected at most {math.floor(1000 * most) / 1000:g}, or "
+            f"more steps."
         )
     return found
+
+
+def _speedup(preset: PresetOptions) -> float:
+    """What a joint preset asks for."""
+    assert isinstance(preset.policy, Joint)
+    return preset.policy.speedup
 
 
 def trial_latents(

@@ -1,27 +1,34 @@
-"""Policies: what a preset's schedule is derived from, as people write it.
+"""Policies: what a preset's schedule is derived from, one class a kind, and how people write it.
 
 | text | policy |
 |---|---|
-| (none) | uncached: every block at every step |
-| ``0.5`` or ``d0.5`` | threshold: delta of eq. 7 |
-| ``t1.5`` | threshold, with the smallest delta that is 1.5 times as fast as uncached |
-| ``x1.5`` | budget: 1.5 times as fast as uncached, with the least predicted loss |
-| ``ms250`` | budget: one image in 250 milliseconds, with the least predicted loss |
-| ``j1.5`` | as fast with fewer steps and a budget together, whatever lands nearest (joint.py) |
-| ``c1.5`` | budget by accumulated change alone |
-| ``every3`` | every block at every third step |
-| ``deepcache3`` | DeepCache: deep blocks at every third step |
-| ``smooth0.1`` | SmoothCache: one decision for all blocks, error threshold 0.1 |
-| ``FILE.json`` | a table of one's own |
+| (none) | ``Uncached``: every block at every step |
+| ``0.5`` or ``d0.5`` | ``Threshold``: delta of eq. 7 |
+| ``t1.5`` | ``ThresholdSpeedup``: the smallest delta that is 1.5 times as fast as uncached |
+| ``x1.5`` | ``Budget``: 1.5 times as fast as uncached, with the least predicted loss |
+| ``ms250`` | ``Latency``: one image in 250 milliseconds, with the least predicted loss |
+| ``j1.5`` | ``Joint``: as fast with fewer steps and a budget, whatever lands nearest (joint.py) |
+| ``c1.5`` | ``ChangeBudget``: as fast, with the least accumulated change |
+| ``every3`` | ``Interval``: every block at every third step |
+| ``deepcache3`` | ``DeepCache``: deep blocks at every third step |
+| ``smooth0.1`` | ``SmoothCache``: one decision for all blocks, error threshold 0.1 |
+| ``FILE.json`` | ``Table``: a table of one's own |
+
+In place of a speed-up, ``tmax``, ``xmax`` and ``cmax`` (or ``x:max``) ask for the most that block
+caching can give: every block runs once.
 """
 
 from __future__ import annotations
 
+import abc
+import dataclasses
+import enum
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -31,161 +38,348 @@ from blockcache.export.costs.costs import Costs
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Schedule
 
-_PREFIXES = {
-    "": "threshold",
-    "d": "threshold",
-    "t": "threshold-speedup",
-    "x": "budget",
-    "ms": "latency",
-    "j": "joint",
-    "c": "change-budget",
-    "every": "interval",
-    "deepcache": "deepcache",
-    "smooth": "smoothcache",
-}
-KINDS = ("uncached", *dict.fromkeys(_PREFIXES.values()), "table")
-_SPEEDUPS = ("threshold-speedup", "budget", "joint", "change-budget")
-_WHOLE = ("interval", "deepcache")
-_WEIGHTED = ("budget", "latency")
-_MEASURED = ("threshold", "smoothcache", "latency", *_SPEEDUPS)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a policy may draw on."""
-
-    steps: int
-    paths: Sequence[str]  # of the blocks
-    costs: Costs
-    change: np.ndarray | None = None  # float [S, K], eq. 6
-    sensitivity: np.ndarray | None = None  # float [S, K], see sensitivity.py
-    residuals: np.ndarray | None = None  # float [K, S, S] or [K, S, S, S], see residuals.py
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How a schedule is made."""
-
-    kind: str = "uncached"
-    value: float = 0.0  # delta, speed-up, milliseconds, interval or alpha, by kind
-    file: Path | None = None  # of a table
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"Expected a policy of {KINDS}, got {self.kind!r}.")
-        if (self.kind == "table") != (self.file is not None):
-            raise ConfigError(f"A table, and only a table, is read from a file; got {self}.")
-        least = 1 if self.kind in (*_SPEEDUPS, *_WHOLE) else 0
-        if self.timed and not 0 < self.value < math.inf:
-            raise ConfigError(f"Expected a number of milliseconds above 0, got {self.value:g}.")
-        if not least <= self.value < math.inf or (self.kind in _WHOLE and self.value % 1):
-            raise ConfigError(
-                f"Expected a {'whole ' * (self.kind in _WHOLE)}number of {least} or more for the "
-                f"policy {self.kind!r}, got {self.value:g}."
-            )
-
-    @classmethod
-    def parse(cls, text: str) -> Policy:
-        """Read one of the texts in this module's table."""
-        if text.endswith(".json"):
-            return cls("table", file=Path(text))
-        match = re.fullmatch(r"([a-z]*)((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", text, re.ASCII)
-        if match is None or match.group(1) not in _PREFIXES:
-            raise ConfigError(
-                f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), ms250 (latency), "
-                f"every3, deepcache3, smooth0.1 or FILE.json, got {text!r}."
-            )
-        return cls(_PREFIXES[match.group(1)], float(match.group(2)))
-
-    @property
-    def text(self) -> str:
-        """A short name, part of the preset's; "" for uncached."""
-        if self.kind == "uncached":
-            return ""
-        if self.file is not None:
-            return re.sub(r"[^A-Za-z0-9._-]", "-", self.file.stem)
-        prefix = {kind: prefix for prefix, kind in _PREFIXES.items()}[self.kind]
-        return f"{prefix}{self.value:g}".replace("+", "")
-
-    @property
-    def measured(self) -> bool:
-        """Whether a profile is needed."""
-        return self.kind in _MEASURED
-
-    @property
-    def joint(self) -> bool:
-        """Whether the number of steps is chosen too."""
-        return self.kind == "joint"
-
-    @property
-    def budgeted(self) -> bool:
-        """Whether it predicts losses, or its candidates do."""
-        return self.weighted or self.joint
-
-    @property
-    def weighted(self) -> bool:
-        """Whether sensitivity and residuals are needed."""
-        return self.kind in _WEIGHTED
-
-    @property
-    def priced(self) -> bool:
-        """Whether it depends on what blocks cost."""
-        return self.kind in ("latency", *_SPEEDUPS)
-
-    @property
-    def timed(self) -> bool:
-        """Whether costs in milliseconds are needed."""
-        return self.kind == "latency"
-
-    def schedule(self, facts: Measured) -> Schedule:
-        """The table of this policy; ``facts`` holds what ``measured`` and ``weighted`` ask for.
-
-        Not of a joint one, which is the table of one of its candidates.
-        """
-        steps, blocks = facts.steps, len(facts.paths)
-        if self.kind == "uncached":
-            return Schedule.uncached(steps, blocks)
-        if self.kind == "interval":
-            return peers.fixed_interval(steps, blocks, int(self.value))
-        if self.kind == "deepcache":
-            return peers.deepcache(steps, facts.paths, int(self.value))
-        if self.file is not None:
-            return peers.read_table(self.file, steps, blocks)
-        if self.weighted:
-            assert facts.sensitivity is not None
-            assert facts.residuals is not None
-            afford = affordable_within if self.timed else affordable
-            spend = afford(facts.costs, steps, self.value)
-            loss = predicted_loss(facts.sensitivity, facts.residuals)
-            return least_loss(loss, facts.costs.blocks, spend)
-        assert facts.change is not None
-        if self.kind == "threshold":
-            return threshold(facts.change, self.value)
-        if self.kind == "smoothcache":
-            return peers.smoothcache(facts.change, self.value)
-        spend = affordable(facts.costs, steps, self.value)
-        if self.kind == "threshold-speedup":
-            return threshold_within(facts.change, facts.costs.blocks, spend)
-        assert self.kind == "change-budget"
-        return budget(facts.change, facts.costs.blocks, spend)
-
-
-UNCACHED = Policy()
-"""Every block at every step."""
-
+MOST = math.inf
+"""In place of a speed-up: the most that block caching can give."""
 
 ROUNDING = 1e-9
 """A share of the whole that sums of the same costs in another order may differ by."""
 
 
+class Needs(enum.Flag):
+    """What a schedule is made from, besides steps and blocks. Nothing else is measured."""
+
+    NOTHING = 0
+    CHANGE = enum.auto()  # the profile, eq. 6: of a budget it serves the drift monitor alone
+    LOSSES = enum.auto()  # sensitivity and residuals
+    COSTS = enum.auto()  # in proportion
+    MILLISECONDS = enum.auto()  # costs of one image in this unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a policy may draw on; its ``needs`` say what must be there."""
+
+    steps: int
+    paths: Sequence[str]  # of the blocks, "down_blocks.0.attentions.1"
+    costs: Costs | None = None
+    change: np.ndarray | None = None  # float [S, K], eq. 6
+    sensitivity: np.ndarray | None = None  # float [S, K], see sensitivity.py
+    residuals: np.ndarray | None = None  # float [K, S, S] or [K, S, S, S], see residuals.py
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Predicted loss of every reuse: float64, of the residuals' shape."""
+        assert self.sensitivity is not None
+        assert self.residuals is not None
+        return predicted_loss(self.sensitivity, self.residuals)
+
+
+class Policy(abc.ABC):
+    """How a schedule is made."""
+
+    kind: ClassVar[str]  # as a preset's provenance calls it
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    @property
+    @abc.abstractmethod
+    def text(self) -> str:
+        """A short name, part of the preset's, that ``parse`` reads; "" for uncached."""
+
+    @property
+    def value(self) -> float | None:
+        """The number in its text, where there is one."""
+        return None
+
+    def check_blocks(self, steps: int, blocks: int) -> None:  # noqa: B027
+        """Raise ConfigError where it cannot serve so many steps and blocks."""
+
+    def check_costs(self, steps: int, costs: Costs) -> None:  # noqa: B027
+        """Raise ConfigError where it asks for more than block caching can give."""
+
+    @abc.abstractmethod
+    def schedule(self, evidence: Evidence) -> Schedule:
+        """The table of this policy."""
+
+    @staticmethod
+    def parse(text: str) -> Policy:
+        """Read one of the texts in this module's table; ConfigError where it is none."""
+        if text.endswith(".json"):
+            return Table(Path(text))
+        number = r"(?P<number>(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)"
+        match = re.fullmatch(rf"(?P<prefix>[a-z]*?)(?:{number}|[:-]?max)", text, re.ASCII)
+        kind = _BY_PREFIX.get(match["prefix"]) if match else None
+        value = float(match["number"] or MOST) if match else MOST
+        most = match is not None and match["number"] is None
+        if kind is None or (not kind.takes_most if most else value == MOST):
+            raise ConfigError(
+                f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), xmax (the most "
+                f"there is), ms250 (latency), every3, deepcache3, smooth0.1 or FILE.json, got "
+                f"{text!r}."
+            )
+        return kind(int(value) if kind.whole and value.is_integer() else value)
+
+
+@dataclass(frozen=True)
+class Uncached(Policy):
+    """Every block at every step."""
+
+    kind = "uncached"
+    text = ""
+
+    def schedule(self, evidence: Evidence) -> Schedule:
+        """No reuse at all."""
+        return Schedule.uncached(evidence.steps, len(evidence.paths))
+
+
+UNCACHED = Uncached()
+
+
+@dataclass(frozen=True)
+class Table(Policy):
+    """A table of one's own, see ``peers.read_table``."""
+
+    file: Path
+
+    kind = "table"
+
+    @property
+    def text(self) -> str:
+        """The file's name, in the letters that names may have."""
+        return re.sub(r"[^A-Za-z0-9._-]", "-", self.file.stem)
+
+    def check_blocks(self, steps: int, blocks: int) -> None:
+        """The file is there and fits."""
+        peers.read_table(self.file, steps, blocks)
+
+    def schedule(self, evidence: Evidence) -> Schedule:
+        """As the file says."""
+        return peers.read_table(self.file, evidence.steps, len(evidence.paths))
+
+
+class Numbered(Policy):
+    """A policy with one number: a dataclass with one field."""
+
+    prefix: ClassVar[str]  # of its text
+    least: ClassVar[float] = 0
+    whole: ClassVar[bool] = False
+    takes_most: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def __init__(self, number: float) -> None: ...
+
+    def __post_init__(self) -> None:
+        number = self._number
+        if self.takes_most and number == MOST:
+            return
+        if not self.least <= number < math.inf or (self.whole and number % 1):
+            raise ConfigError(
+                f"Expected a {'whole ' * self.whole}number of {self.least} or more for the "
+                f"policy {self.kind!r}, got {number:g}."
+            )
+
+    @property
+    def _number(self) -> float:
+        (field,) = dataclasses.fields(self)  # type: ignore[arg-type]  # all below are dataclasses
+        number: float = getattr(self, field.name)
+        return number
+
+    @property
+    def value(self) -> float | None:
+        """Its number; None for the most there is."""
+        return None if self._number == MOST else self._number
+
+    @property
+    def text(self) -> str:
+        """Prefix and number, with six digits."""
+        number = "max" if self._number == MOST else f"{self._number:g}".replace("+", "")
+        return f"{self.prefix}{number}"
+
+
+@dataclass(frozen=True)
+class Threshold(Numbered):
+    """Eq. 7: a block is reused while its accumulated change stays within ``delta``."""
+
+    delta: float
+
+    kind = "threshold"
+    prefix = "d"
+    needs = Needs.CHANGE
+
+    def schedule(self, evidence: Evidence) -> Schedule:
+        """See ``schedule.threshold``."""
+        assert evidence.change is not None
+        return threshold(evidence.change, self.delta)
+
+
+@dataclass(frozen=True)
+class SmoothCache(Numbered):
+    """SmoothCache (Liu et al., 2024): one decision for all blocks, error threshold ``alpha``."""
+
+    alpha: float
+
+    kind = "smoothcache"
+    prefix = "smooth"
+    needs = Needs.CHANGE
+
+    def schedule(self, evidence: Evidence) -> Schedule:
+        """See ``peers.smoothcache``."""
+        assert evidence.change is not None
+        return peers.smoothcache(evidence.change, self.alpha)
+
+
+@dataclass(frozen=True)
+class Interval(Numbered):
+    """Every block at every ``interval``-th step."""
+
+    interval: int
+
+    kind = "interval"
+    prefix = "every"
+    least = 1
+    whole = True
+
+    def schedule(self, evidence: Evidence) -> Schedule:
+        """See ``peers.fixed_interval``."""
+        return peers.fixed_interval(evidence.steps, len(evidence.paths), self.interval)
+
+
+@dataclass(frozen=True)
+class DeepCache(Numbered):
+    """DeepCache (Ma et al., CVPR 2024): deep blocks at every ``interval``-th step."""
+
+    interval: int
+
+    kind = "deepcache"
+    prefix = "deepcache"
+    least = 1
+    whole = True
+
+    def schedule(self, evidence: Evidence) -> Schedule:
+        """See ``peers.deepcache``."""
+        return peers.deepcache(evidence.steps, evidence.paths, self.interval)
+
+
+@dataclass(frozen=True)
+class _AsFast(Numbered):
+    """A policy that is told to be ``speedup`` times as fast as uncached, or ``MOST``."""
+
+    speedup: float
+
+    least = 1
+    takes_most = True
+
+    def check_costs(self, steps: int, costs: Costs) -> None:
+        """The speed-up is within reach."""
+        affordable(costs, steps, self.speedup)
+
+    def _spend(self, evidence: Evidence) -> tuple[np.ndarray, float]:
+        """Costs of the blocks, and what all their runs may cost together."""
+        assert evidence.costs is not None
+        return evidence.costs.blocks, affordable(evidence.costs, evidence.steps, self.speedup)
+
+
+@dataclass(frozen=True)
+class ThresholdSpeedup(_AsFast):
+    """Eq. 7 with the smallest delta that is fast enough."""
+
+    kind = "threshold-speedup"
+    prefix = "t"
+    needs = Needs.CHANGE | Needs.COSTS
+
+    def schedule(self, evidence: Evidence) -> Schedule:
+        """See ``schedule.threshold_within``."""
+        assert evidence.change is not None
+        return threshold_within(evidence.change, *self._spend(evidence))
+
+
+@dataclass(frozen=True)
+class ChangeBudget(_AsFast):
+    """The least accumulated change that is fast enough."""
+
+    kind = "change-budget"
+    prefix = "c"
+    needs = Needs.CHANGE | Needs.COSTS
+
+    def schedule(self, evidence: Evidence) -> Schedule:
+        """See ``schedule.budget``."""
+        assert evidence.change is not None
+        return budget(evidence.change, *self._spend(evidence))
+
+
+@dataclass(frozen=True)
+class Budget(_AsFast):
+    """The least predicted loss that is fast enough."""
+
+    kind = "budget"
+    prefix = "x"
+    needs = Needs.CHANGE | Needs.LOSSES | Needs.COSTS
+
+    def schedule(self, evidence: Evidence) -> Schedule:
+        """See ``schedule.least_loss``."""
+        return least_loss(evidence.losses, *self._spend(evidence))
+
+
+@dataclass(frozen=True)
+class Latency(Numbered):
+    """The least predicted loss of one image in ``milliseconds``."""
+
+    milliseconds: float
+
+    kind = "latency"
+    prefix = "ms"
+    needs = Needs.CHANGE | Needs.LOSSES | Needs.COSTS | Needs.MILLISECONDS
+
+    def __post_init__(self) -> None:
+        if not 0 < self.milliseconds < math.inf:
+            raise ConfigError(
+                f"Expected a number of milliseconds above 0, got {self.milliseconds:g}."
+            )
+
+    def check_costs(self, steps: int, costs: Costs) -> None:
+        """The time is within reach."""
+        affordable_within(costs, steps, self.milliseconds)
+
+    def schedule(self, evidence: Evidence) -> Schedule:
+        """See ``schedule.least_loss``."""
+        assert evidence.costs is not None
+        spend = affordable_within(evidence.costs, evidence.steps, self.milliseconds)
+        return least_loss(evidence.losses, evidence.costs.blocks, spend)
+
+
+@dataclass(frozen=True)
+class Joint(Numbered):
+    """As fast with fewer steps and a budget together: one of the candidates of ``joint.py``."""
+
+    speedup: float
+
+    kind = "joint"
+    prefix = "j"
+    least = 1
+    needs = Needs.CHANGE | Needs.LOSSES | Needs.COSTS
+
+    def schedule(self, evidence: Evidence) -> Schedule:
+        """Refused: only a trial tells which candidate's schedule it is."""
+        raise TypeError("A joint policy has candidates, each with a schedule of its own.")
+
+
+_NUMBERED: tuple[type[Numbered], ...] = (
+    Threshold, ThresholdSpeedup, Budget, Latency, Joint, ChangeBudget, Interval, DeepCache,
+    SmoothCache,
+)  # fmt: skip
+KINDS: tuple[type[Policy], ...] = (Uncached, *_NUMBERED, Table)
+_BY_PREFIX: dict[str, type[Numbered]] = {"": Threshold, **{kind.prefix: kind for kind in _NUMBERED}}
+
+
 def affordable(costs: Costs, steps: int, speedup: float) -> float:
     """What all runs of all blocks may cost, for an image ``speedup`` times as fast as uncached."""
+    if speedup == MOST:
+        return costs.every_block
     spend = steps * costs.every_block - costs.uncached(steps) * (1 - 1 / speedup)
     if not spend >= costs.every_block * (1 - ROUNDING):
         most = math.floor(1000 * costs.largest_speedup(steps)) / 1000
         raise ConfigError(
-            f"A speed-up of {speedup:g} is out of reach: the trunk always runs, and every block at "
-            f"step 0. Expected at most {most}."
+            f"A speed-up of {speedup:g} is out of reach with {steps} steps: the trunk always runs, "
+            f"and every block at step 0. Expected at most {most:g}, or max for the most there is."
         )
     return max(spend, costs.every_block)
 
@@ -197,8 +391,8 @@ def affordable_within(costs: Costs, steps: int, latency_ms: float) -> float:
     if not spend >= costs.every_block:
         least = math.ceil(1000 * costs.least(steps)) / 1000
         raise ConfigError(
-            f"{latency_ms:g} ms an image are out of reach: the trunk always runs, and every block "
-            f"at step 0. Expected {least} ms or more, or fewer steps."
+            f"{latency_ms:g} ms an image are out of reach with {steps} steps: the trunk always "
+            f"runs, and every block at step 0. Expected {least} ms or more, or fewer steps."
         )
     return min(spend, steps * costs.every_block)
 

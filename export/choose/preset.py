@@ -1,10 +1,11 @@
-"""What a preset is asked to be: ``dpm:20:x1.5:history`` and what that means."""
+"""What a preset is asked to be: ``dpm:20:x1.5:history``, or its name, and what that means."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from blockcache.export.choose.policies import UNCACHED, Policy
+from blockcache.export.choose.policies import UNCACHED, Needs, Policy
 from blockcache.runtime.errors import ConfigError
 
 SOLVERS = ("dpm", "ddim", "euler")
@@ -14,15 +15,21 @@ ALIGNMENTS = {"none": 1, "least-squares": 1, "distil": 1, "history": 2, "history
 REUSES = PLAIN, SCALE_SHIFT, HISTORY = "plain", "scale-shift", "history"
 """What takes an output's place: the last one, that scaled and shifted, or the last two combined."""
 
+MOST_STEPS = 1000
+"""A model is trained on this many timesteps; no solver here visits more."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PresetOptions:
     """One preset to make.
 
+    Raises:
+        ConfigError: an unknown solver or alignment, steps out of range, or an alignment of nothing.
+
     Examples:
         >>> PresetOptions.parse("dpm:20:0.5").name
         'dpm-20-d0.5'
-        >>> PresetOptions.parse("ddim:50:x1.6:history").outputs
+        >>> PresetOptions.parse("ddim-50-x1.6-history").outputs
         2
     """
 
@@ -35,13 +42,13 @@ class PresetOptions:
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise ConfigError(f"Expected a solver of {SOLVERS}, got {self.solver!r}.")
-        if self.steps < 1:
-            raise ConfigError(f"Expected steps of 1 or more, got {self.steps}.")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise ConfigError(f"Expected 1 to {MOST_STEPS} steps, got {self.steps}.")
         if self.alignment not in ALIGNMENTS:
             raise ConfigError(
                 f"Expected an alignment of {', '.join(ALIGNMENTS)}, got {self.alignment!r}."
             )
-        if self.alignment != "none" and self.policy.kind == "uncached":
+        if self.alignment != "none" and self.policy == UNCACHED:
             raise ConfigError("An uncached preset reuses nothing that could be aligned.")
         if not self.name:
             ending = "" if self.alignment == "none" else self.alignment
@@ -50,17 +57,16 @@ class PresetOptions:
 
     @classmethod
     def parse(cls, text: str) -> PresetOptions:
-        """Read ``SOLVER:STEPS[:POLICY[:ALIGNMENT]]``."""
-        solver, _, rest = text.partition(":")
-        steps, *more = rest.split(":")
-        if not steps.isdecimal() or len(more) > 2:
-            raise ConfigError(
-                f"Expected a preset SOLVER:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5 or "
-                f"dpm:20:x1.5:history, got {text!r}."
-            )
-        policy = Policy.parse(more[0]) if more else UNCACHED
-        alignment = more[1] if len(more) == 2 else "none"
-        return cls(solver=solver, steps=int(steps), policy=policy, alignment=alignment)
+        """Read ``SOLVER:STEPS[:POLICY[:ALIGNMENT]]``, or the same with dashes: a preset's name."""
+        solver, steps, policy, alignment = _parts(text)
+        if not re.fullmatch("[0-9]{1,10}", steps):
+            raise _unreadable(text)
+        return cls(
+            solver=solver,
+            steps=int(steps),
+            policy=UNCACHED if policy is None else Policy.parse(policy),
+            alignment=alignment or "none",
+        )
 
     @property
     def outputs(self) -> int:
@@ -77,4 +83,37 @@ class PresetOptions:
     @property
     def calibrated(self) -> bool:
         """Whether prompts are needed to make it."""
-        return self.policy.measured or self.alignment != "none"
+        return bool(self.policy.needs & (Needs.CHANGE | Needs.LOSSES)) or self.alignment != "none"
+
+
+def _parts(text: str) -> tuple[str, str, str | None, str | None]:
+    """Solver, steps, policy and alignment, the last two None where left out."""
+    if ":" not in text:
+        return _dashed(text)
+    text = re.sub(r"(:[a-z]):max(?=:|$)", r"\1max", text)  # x:max is one part
+    solver, steps, *more = text.split(":")
+    if len(more) > 2:
+        raise _unreadable(text)
+    policy, alignment = [*more, None, None][:2]
+    return solver, steps, policy, alignment
+
+
+def _dashed(text: str) -> tuple[str, str, str | None, str | None]:
+    """The parts of a name; the longest alignment that ends it is one, the rest is the policy."""
+    match = re.fullmatch(r"([a-z]*)-([^-]*)(?:-(.*))?", text, re.DOTALL)
+    if match is None:
+        raise _unreadable(text)
+    solver, steps, rest = match.groups()
+    if rest is None:
+        return solver, steps, None, None
+    for alignment in sorted(ALIGNMENTS, key=len, reverse=True):
+        if rest.endswith(f"-{alignment}"):
+            return solver, steps, rest.removesuffix(f"-{alignment}"), alignment
+    return solver, steps, rest, None
+
+
+def _unreadable(text: str) -> ConfigError:
+    return ConfigError(
+        f"Expected a preset SOLVER:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5 or "
+        f"dpm:20:x1.5:history, got {text!r}."
+    )

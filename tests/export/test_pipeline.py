@@ -17,7 +17,7 @@ pytest.importorskip("diffusers")
 from filelock import FileLock
 
 from blockcache.export import measurements, pipeline
-from blockcache.export.choose.policies import Policy
+from blockcache.export.choose.policies import Threshold
 from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.graph.to_onnx import ExportOptions
 from blockcache.export.measure import change
@@ -241,9 +241,7 @@ def test_an_interrupted_preset_leaves_no_old_manifest(
     """The same preset name with other content: the old manifest promises the old file."""
     folder = tmp_path / "b"
     compile_model(model, folder, options("ddim:2:0.1"), calibration)
-    named = PresetOptions(
-        solver="ddim", steps=2, policy=Policy("threshold", 9.0), name="ddim-2-d0.1"
-    )
+    named = PresetOptions(solver="ddim", steps=2, policy=Threshold(9.0), name="ddim-2-d0.1")
     monkeypatch.setattr(pipeline, "write_preset", interrupted(pipeline.write_preset))
     with pytest.raises(SystemExit):
         compile_model(model, folder, dataclasses.replace(options(), presets=(named,)), calibration)

@@ -387,6 +387,12 @@ def test_a_file_entry_is_size_and_sha256(tmp_path):
 # -- presets ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("spelling", ["dpm-20", "dpm:20"])
+def test_a_preset_is_found_by_both_spellings(compiled, spelling):
+    _, bundle = compiled("sd")
+    assert bundle.preset(spelling).name == "dpm-20"
+
+
 def test_an_unknown_preset_lists_the_known_ones(compiled):
     _, bundle = compiled("sd")
     with pytest.raises(UnknownPresetError) as caught:

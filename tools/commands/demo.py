@@ -89,7 +89,7 @@ def compile_demo(
 ) -> tuple[Bundle, list[str]]:
     """The demo bundle and the names of its presets, in the order of the docstring above."""
     from blockcache.export.align.fit import AlignmentOptions
-    from blockcache.export.choose.policies import Policy
+    from blockcache.export.choose.policies import Budget, Threshold
     from blockcache.export.choose.preset import PresetOptions
     from blockcache.export.measure.change import ProfileOptions
     from blockcache.export.measure.sensitivity import SensitivityOptions
@@ -101,7 +101,7 @@ def compile_demo(
     progress("load", 0, 1)
     source, calibration = load_source(DEMO), calibration_for(DEMO, None, None)
     progress("load", 1, 1)
-    paper, budget = Policy("threshold", delta), Policy("budget", speedup)
+    paper, budget = Threshold(delta), Budget(speedup)
     made = (
         PresetOptions(solver="dpm", steps=steps),
         PresetOptions(solver="dpm", steps=steps, policy=paper),

@@ -24,7 +24,7 @@ from blockcache.export.choose.joint import (
     measured_for,
     step_counts,
 )
-from blockcache.export.choose.policies import affordable
+from blockcache.export.choose.policies import UNCACHED, affordable
 from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.costs.costs import Costs
 from blockcache.export.graph.to_onnx import ExportOptions
@@ -77,7 +77,7 @@ def test_every_candidate_costs_what_was_asked_for(steps, speedup):
     assert len({made.name for made in found}) == len(found)
     assert {made.steps for made in found} <= {made.steps for made in measured_for(asked)}
     for made in found:
-        if made.policy.kind == "uncached":
+        if made.policy == UNCACHED:
             assert made.alignment == "none"
             assert uncached_cost(made.steps) <= aim * (1 + NEGLIGIBLE) * (1 + 1e-9)
         else:
@@ -92,7 +92,8 @@ def test_a_speed_up_out_of_reach_says_so():
     with pytest.raises(ConfigError) as caught:
         candidates(preset(11, 2), costs)
     assert str(caught.value) == (
-        "A speed-up of 2 is out of reach with 6 steps or more. Ask for less, or for more steps."
+        "Preset 'dpm-11-j2-history': a speed-up of 2 is out of reach with 6 steps or more. "
+        "Expected at most 1.833, or more steps."
     )
 
 

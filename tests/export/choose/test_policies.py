@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,28 +15,44 @@ from hypothesis.extra import numpy as hnp
 from blockcache.export.choose import policies
 from blockcache.export.choose.policies import (
     KINDS,
+    MOST,
     UNCACHED,
-    Measured,
+    Budget,
+    ChangeBudget,
+    DeepCache,
+    Evidence,
+    Interval,
+    Joint,
+    Latency,
+    Needs,
     Policy,
+    SmoothCache,
+    Table,
+    Threshold,
+    ThresholdSpeedup,
     affordable,
     predicted_loss,
 )
 from blockcache.export.choose.schedule import budget, least_loss, threshold
 from blockcache.export.costs.costs import Costs
-from blockcache.runtime import ConfigError
+from blockcache.runtime import ConfigError, Provenance
 
 TABLE = {
-    "0.5": Policy("threshold", 0.5),
-    "d0.5": Policy("threshold", 0.5),
-    "t1.5": Policy("threshold-speedup", 1.5),
-    "x1.5": Policy("budget", 1.5),
-    "ms250": Policy("latency", 250),
-    "j1.5": Policy("joint", 1.5),
-    "c1.5": Policy("change-budget", 1.5),
-    "every3": Policy("interval", 3),
-    "deepcache3": Policy("deepcache", 3),
-    "smooth0.1": Policy("smoothcache", 0.1),
-    "FILE.json": Policy("table", file=Path("FILE.json")),
+    "0.5": Threshold(0.5),
+    "d0.5": Threshold(0.5),
+    "t1.5": ThresholdSpeedup(1.5),
+    "x1.5": Budget(1.5),
+    "ms250": Latency(250),
+    "j1.5": Joint(1.5),
+    "c1.5": ChangeBudget(1.5),
+    "every3": Interval(3),
+    "deepcache3": DeepCache(3),
+    "smooth0.1": SmoothCache(0.1),
+    "FILE.json": Table(Path("FILE.json")),
+    "tmax": ThresholdSpeedup(MOST),
+    "xmax": Budget(MOST),
+    "cmax": ChangeBudget(MOST),
+    "x:max": Budget(MOST),
 }
 
 
@@ -45,8 +62,9 @@ def test_the_texts_are_read(text, policy):
     assert f"``{text}``" in (policies.__doc__ or ""), "and documented"
 
 
-def test_every_kind_has_a_text():
-    assert {policy.kind for policy in TABLE.values()} | {"uncached"} == set(KINDS)
+def test_every_kind_has_a_text_and_a_name_of_its_own():
+    assert {type(policy) for policy in TABLE.values()} | {type(UNCACHED)} == set(KINDS)
+    assert len({kind.kind for kind in KINDS}) == len(KINDS)
 
 
 NUMBERS = ["1", "1.", "10.25", "1e2", "1e+2", "1.5e0", "100e-2"]
@@ -57,18 +75,29 @@ def test_a_number_is_read_as_python_reads_it(number):
     assert Policy.parse(number).value == float(number)
 
 
-SPEEDUPS = ("threshold-speedup", "budget", "change-budget")
-numbers = st.floats(1, 1e12).map(lambda value: float(f"{value:g}"))
+SPEEDUPS = (ThresholdSpeedup, Budget, ChangeBudget)
+
+
+def six_digits(value):
+    return float(f"{value:g}")
+
+
+numbers = st.floats(1, 1e12).map(six_digits)
+small = numbers.map(lambda value: six_digits(1 / value))
 named = st.one_of(
     st.builds(
-        Policy,
-        st.sampled_from(["threshold", "smoothcache", "joint", "latency", *SPEEDUPS]),
+        lambda kind, value: kind(value),
+        st.sampled_from([Threshold, SmoothCache, Joint, Latency, *SPEEDUPS]),
         numbers,
     ),
-    st.builds(Policy, st.sampled_from(["threshold", "smoothcache"]), numbers.map(lambda v: 1 / v))
-    .map(lambda policy: Policy(policy.kind, float(f"{policy.value:g}"))),
-    st.builds(Policy, st.sampled_from(["interval", "deepcache"]), st.integers(1, 999)),
-)  # fmt: skip
+    st.builds(lambda kind, value: kind(value), st.sampled_from([Threshold, SmoothCache]), small),
+    st.builds(lambda kind, value: kind(value), st.sampled_from(SPEEDUPS), st.just(MOST)),
+    st.builds(
+        lambda kind, value: kind(value),
+        st.sampled_from([Interval, DeepCache]),
+        st.integers(1, 999),
+    ),
+)
 
 
 @given(named)
@@ -77,9 +106,18 @@ def test_the_short_name_reads_back_as_the_policy(policy):
     assert Policy.parse(policy.text) == policy
 
 
+@given(named)
+def test_a_policy_is_a_value_that_provenance_holds(policy):
+    assert hash(policy) == hash(Policy.parse(policy.text))
+    made = Provenance(kind=policy.kind, value=policy.value)
+    assert Provenance.from_json(json.loads(json.dumps(made.to_json()))) == made
+    assert (policy.value is None) is policy.text.endswith("max")
+
+
 def test_different_kinds_with_the_same_value_have_different_names():
-    made = [Policy(kind, 2) for kind in KINDS if kind not in ("uncached", "table")]
-    assert len({policy.text for policy in [*made, UNCACHED]}) == len(made) + 1
+    kinds = [kind for kind in KINDS if kind not in (type(UNCACHED), Table)]
+    made = [kind(2) for kind in kinds]
+    assert len({policy.text for policy in [*made, UNCACHED]}) == len(kinds) + 1
 
 
 def test_a_table_is_named_after_its_file():
@@ -99,6 +137,15 @@ UNREADABLE = [
     "0.5 ",
     "nan",
     "inf",
+    "xinf",
+    "max",
+    "jmax",
+    "dmax",
+    "msmax",
+    "everymax",
+    "xmax2",
+    "1e999",
+    "x1e999",
     "٣",
 ]
 
@@ -108,8 +155,8 @@ def test_a_text_that_is_no_policy_shows_examples(text):
     with pytest.raises(ConfigError) as caught:
         Policy.parse(text)
     assert str(caught.value) == (
-        f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), ms250 (latency), "
-        f"every3, deepcache3, smooth0.1 or FILE.json, got {text!r}."
+        f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), xmax (the most there "
+        f"is), ms250 (latency), every3, deepcache3, smooth0.1 or FILE.json, got {text!r}."
     )
 
 
@@ -119,7 +166,6 @@ OUT_OF_RANGE = {
     "every0": "whole number of 1 or more for the policy 'interval', got 0",
     "every2.5": "whole number of 1 or more for the policy 'interval', got 2.5",
     "deepcache1.2": "whole number of 1 or more for the policy 'deepcache', got 1.2",
-    "1e999": "number of 0 or more for the policy 'threshold', got inf",
 }
 
 
@@ -133,19 +179,13 @@ def test_a_value_out_of_range_is_refused(text, expected):
 @pytest.mark.parametrize("value", [-0.1, float("nan")])
 def test_a_threshold_that_is_negative_or_no_number_is_refused(value):
     with pytest.raises(ConfigError, match="Expected a number of 0 or more"):
-        Policy("threshold", value)
+        Threshold(value)
 
 
-def test_a_kind_that_is_none_is_refused():
-    with pytest.raises(ConfigError) as caught:
-        Policy("random", 1)
-    assert str(caught.value) == f"Expected a policy of {KINDS}, got 'random'."
-
-
-@pytest.mark.parametrize("policy", [("table", 0.0, None), ("threshold", 0.5, Path("t.json"))])
-def test_a_table_and_only_a_table_has_a_file(policy):
-    with pytest.raises(ConfigError, match="A table, and only a table, is read from a file; got"):
-        Policy(*policy)
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_a_latency_is_a_time(value):
+    with pytest.raises(ConfigError, match="Expected a number of milliseconds above 0, got"):
+        Latency(value)
 
 
 # -- schedules -------------------------------------------------------------------------------------
@@ -164,7 +204,14 @@ RESIDUALS = np.array(
 )  # fmt: skip
 COSTS = Costs(np.array([1.5, 4.0, 2.0]), trunk=3.0, prompt=1.0)
 PATHS = ["down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0"]
-FACTS = Measured(6, PATHS, COSTS, CHANGE, SENSITIVITY, RESIDUALS)
+FACTS = Evidence(
+    steps=6,
+    paths=PATHS,
+    costs=COSTS,
+    change=CHANGE,
+    sensitivity=SENSITIVITY,
+    residuals=RESIDUALS,
+)
 
 
 def recompute(text, facts=FACTS):
@@ -172,7 +219,7 @@ def recompute(text, facts=FACTS):
 
 
 def test_the_policies_that_need_no_measurement_make_their_tables_without_one(tmp_path):
-    bare = Measured(6, PATHS, COSTS)
+    bare = Evidence(steps=6, paths=PATHS)
     assert UNCACHED.schedule(bare).recompute.shape == (6, 3)
     assert UNCACHED.schedule(bare).recompute.all()
     assert recompute("every4", bare).astype(int).T.tolist() == [[1, 0, 0, 0, 1, 0]] * 3
@@ -181,13 +228,12 @@ def test_the_policies_that_need_no_measurement_make_their_tables_without_one(tmp
     file.write_text(json.dumps([[1, 1, 1]] + [[0, 1, 0]] * 5))
     assert recompute(str(file), bare).astype(int).sum(axis=0).tolist() == [1, 6, 1]
     texts = ["every4", "deepcache4", str(file)]
-    assert not any(Policy.parse(text).measured for text in texts)
+    assert {Policy.parse(text).needs for text in texts} == {Needs.NOTHING}
 
 
 def test_a_threshold_is_eq_7():
     np.testing.assert_array_equal(recompute("0.4"), threshold(CHANGE, 0.4).recompute)
-    assert Policy.parse("0.4").measured
-    assert not Policy.parse("0.4").weighted
+    assert Policy.parse("0.4").needs == Needs.CHANGE
 
 
 def test_smoothcache_reuses_where_the_mean_change_is_small():
@@ -202,8 +248,8 @@ def test_a_budget_is_the_least_predicted_loss_and_a_change_budget_the_least_chan
         recompute("x1.4"), least_loss(loss, COSTS.blocks, spend).recompute
     )
     assert (recompute("x1.4") != recompute("c1.4")).any()
-    assert Policy.parse("x1.4").weighted
-    assert not Policy.parse("c1.4").weighted
+    assert Needs.LOSSES in Policy.parse("x1.4").needs
+    assert Needs.LOSSES not in Policy.parse("c1.4").needs
 
 
 def test_the_predicted_loss_is_the_sensitivity_where_the_step_before_is_reused():
@@ -237,7 +283,8 @@ def measured(draw):
         draw(st.floats(0, 100)), draw(st.floats(0, 100)),
     )  # fmt: skip
     speedup = 1 + draw(st.floats(0, 0.999)) * (costs.largest_speedup(steps) - 1)
-    return Measured(steps, PATHS[:1] * blocks, costs, change), costs.uncached(steps), speedup
+    facts = Evidence(steps=steps, paths=PATHS[:1] * blocks, costs=costs, change=change)
+    return facts, costs.uncached(steps), speedup
 
 
 @given(measured(), st.sampled_from(SPEEDUPS), st.data())
@@ -247,12 +294,12 @@ def test_a_budget_is_as_fast_as_was_asked_for(made, kind, data):
     steps, blocks = facts.change.shape
     shape = (blocks, *[steps] * data.draw(st.integers(2, 3)))
     residuals = data.draw(hnp.arrays(np.float64, shape, elements=st.floats(0, 10)))
-    facts = Measured(steps, facts.paths, facts.costs, facts.change, sensitivity, residuals)
-    schedule = Policy(kind, speedup).schedule(facts)
+    facts = dataclasses.replace(facts, sensitivity=sensitivity, residuals=residuals)
+    schedule = kind(speedup).schedule(facts)
     # Sums in another order: some units in the last place.
     assert facts.costs.image(schedule) <= uncached / speedup * (1 + 1e-9)
-    if kind == "budget":
-        latency = Policy("latency", uncached / speedup * (1 + 1e-12)).schedule(facts)
+    if kind is Budget:
+        latency = Latency(uncached / speedup * (1 + 1e-12)).schedule(facts)
         assert facts.costs.image(latency) <= uncached / speedup * (1 + 1e-9)
 
 
@@ -262,8 +309,8 @@ def test_a_speed_up_of_1_affords_everything(made):
     everything = facts.steps * facts.costs.blocks.sum()
     assert affordable(facts.costs, facts.steps, 1) == pytest.approx(everything, rel=1e-9)
     changing = np.ones((facts.steps, len(facts.paths)))
-    alike = Measured(facts.steps, facts.paths, facts.costs, changing)
-    assert Policy("change-budget", 1).schedule(alike).recompute.all()
+    alike = dataclasses.replace(facts, change=changing)
+    assert ChangeBudget(1).schedule(alike).recompute.all()
 
 
 def test_a_speed_up_out_of_reach_says_what_is_within():
@@ -271,20 +318,34 @@ def test_a_speed_up_out_of_reach_says_what_is_within():
     with pytest.raises(ConfigError) as caught:
         recompute("x2.416")
     assert str(caught.value) == (
-        "A speed-up of 2.416 is out of reach: the trunk always runs, and every block at step 0. "
-        "Expected at most 2.415."
+        "A speed-up of 2.416 is out of reach with 6 steps: the trunk always runs, and every block "
+        "at step 0. Expected at most 2.415, or max for the most there is."
     )
     assert recompute("x2.415").sum() == 3
+
+
+@pytest.mark.parametrize("text", ["xmax", "tmax", "cmax"])
+def test_the_most_there_is_runs_every_block_once(text):
+    assert recompute(text).sum(axis=0).tolist() == [1, 1, 1]
+    assert recompute(text)[0].all()
+
+
+@given(measured())
+def test_the_most_there_is_is_the_largest_speed_up(made):
+    facts, _, speedup = made
+    schedule = ChangeBudget(MOST).schedule(facts)
+    largest = facts.costs.largest_speedup(facts.steps)
+    assert facts.costs.speedup(schedule) == pytest.approx(largest, rel=1e-12)
+    assert largest >= speedup * (1 - 1e-12)
+    ChangeBudget(largest).check_costs(facts.steps, facts.costs)
+    with pytest.raises(ConfigError, match="Expected at most"):
+        ChangeBudget(largest * 1.001).check_costs(facts.steps, facts.costs)
 
 
 def test_a_latency_is_a_budget_in_milliseconds():
     """uncached 1 + 6 * (3 + 7.5) = 64 ms."""
     np.testing.assert_array_equal(recompute("ms40"), recompute("x1.6"))
-    policy = Policy.parse("ms40")
-    assert policy.measured
-    assert policy.weighted
-    assert policy.timed
-    assert not Policy.parse("x1.6").timed
+    assert Policy.parse("ms40").needs == Policy.parse("x1.6").needs | Needs.MILLISECONDS
     loss = predicted_loss(SENSITIVITY, RESIDUALS)
     everything = least_loss(loss, COSTS.blocks, 6 * COSTS.blocks.sum())
     np.testing.assert_array_equal(recompute("ms1000"), everything.recompute)
@@ -295,7 +356,12 @@ def test_a_latency_out_of_reach_says_what_is_within():
     with pytest.raises(ConfigError) as caught:
         recompute("ms26.4")
     assert str(caught.value) == (
-        "26.4 ms an image are out of reach: the trunk always runs, and every block at step 0. "
-        "Expected 26.5 ms or more, or fewer steps."
+        "26.4 ms an image are out of reach with 6 steps: the trunk always runs, and every block at "
+        "step 0. Expected 26.5 ms or more, or fewer steps."
     )
     assert recompute("ms26.5").sum() == 3
+
+
+def test_a_joint_policy_has_no_schedule_of_its_own():
+    with pytest.raises(TypeError, match="candidates, each with a schedule of its own"):
+        Joint(1.5).schedule(FACTS)

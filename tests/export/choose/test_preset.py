@@ -8,10 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockcache.export.choose.policies import Policy
+from blockcache.export.choose.policies import (
+    MOST,
+    Budget,
+    ChangeBudget,
+    DeepCache,
+    Interval,
+    Policy,
+    SmoothCache,
+    Table,
+    Threshold,
+)
 from blockcache.export.choose.preset import ALIGNMENTS, SOLVERS, PresetOptions
 from blockcache.runtime import Alignment, ConfigError, Schedule
-from blockcache.runtime.plan import Preset
+from blockcache.runtime.plan import Preset, preset_name
 
 pytest.importorskip("torch")
 pytest.importorskip("onnx_ir")
@@ -22,25 +32,40 @@ from blockcache.export.pipeline import CompileOptions
 
 READ = {
     "ddim:4": PresetOptions(solver="ddim", steps=4, name="ddim-4"),
-    "dpm:20:0.5": PresetOptions(
-        solver="dpm", steps=20, policy=Policy("threshold", 0.5), name="dpm-20-d0.5"
-    ),
+    "dpm:20:0.5": PresetOptions(solver="dpm", steps=20, policy=Threshold(0.5), name="dpm-20-d0.5"),
     "euler:30:x1.5:history": PresetOptions(
         solver="euler",
         steps=30,
-        policy=Policy("budget", 1.5),
+        policy=Budget(1.5),
         alignment="history",
         name="euler-30-x1.5-history",
     ),
     "dpm:20:every3:none": PresetOptions(
-        solver="dpm", steps=20, policy=Policy("interval", 3), name="dpm-20-every3"
+        solver="dpm", steps=20, policy=Interval(3), name="dpm-20-every3"
     ),
     "dpm:2:my table.json:distil": PresetOptions(
         solver="dpm",
         steps=2,
-        policy=Policy("table", file=Path("my table.json")),
+        policy=Table(Path("my table.json")),
         alignment="distil",
         name="dpm-2-my-table-distil",
+    ),
+}
+
+
+READ |= {
+    "dpm:20:x:max:history": PresetOptions(
+        solver="dpm", steps=20, policy=Budget(MOST), alignment="history", name="dpm-20-xmax-history"
+    ),
+    "dpm-20-0.5": READ["dpm:20:0.5"],
+    "dpm-20-every3-none": READ["dpm:20:every3:none"],
+    "dpm-2-my table.json-distil": READ["dpm:2:my table.json:distil"],
+    "dpm-20-a-history.json-history-distil": PresetOptions(
+        solver="dpm",
+        steps=20,
+        policy=Table(Path("a-history.json")),
+        alignment="history-distil",
+        name="dpm-20-a-history-history-distil",
     ),
 }
 
@@ -51,7 +76,24 @@ def test_a_preset_is_read_from_the_command_line(text, preset):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "dpm", "dpm:x", "dpm:2.5", "dpm:-3", "dpm:²", "dpm:20:0.5:history:1"]
+    "text",
+    [
+        "",
+        "dpm",
+        "dpm:x",
+        "dpm:2.5",
+        "dpm:-3",
+        "dpm:²",
+        "dpm:20:0.5:history:1",
+        "dpm:٣",
+        "dpm:" + "9" * 5000,
+        "dpm-",
+        "dpm-x",
+        "dpm--3",
+        "-20x",
+        "dpm 20",
+        "my-preset",
+    ],
 )
 def test_a_preset_that_cannot_be_read_shows_the_form(text):
     with pytest.raises(ConfigError) as caught:
@@ -64,12 +106,17 @@ def test_a_preset_that_cannot_be_read_shows_the_form(text):
 
 REFUSED = {
     "heun:20": "Expected a solver of ('dpm', 'ddim', 'euler'), got 'heun'.",
-    "dpm:0": "Expected steps of 1 or more, got 0.",
+    "dpm:0": "Expected 1 to 1000 steps, got 0.",
+    "dpm:1001": "Expected 1 to 1000 steps, got 1001.",
+    "dpm-1000000000": "Expected 1 to 1000 steps, got 1000000000.",
     "dpm:20:0.5:1": "Expected an alignment of none, least-squares, distil, history, "
     "history-distil, got '1'.",
     "dpm:20:ms0": "Expected a number of milliseconds above 0, got 0.",
-    "dpm:20::history": "Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), ms250 "
-    "(latency), every3, deepcache3, smooth0.1 or FILE.json, got ''.",
+    "dpm:20::history": "Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), xmax "
+    "(the most there is), ms250 (latency), every3, deepcache3, smooth0.1 or FILE.json, got ''.",
+    "dpm-20-xmax-fit": "Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), xmax "
+    "(the most there is), ms250 (latency), every3, deepcache3, smooth0.1 or FILE.json, got "
+    "'xmax-fit'.",
 }
 
 
@@ -105,15 +152,32 @@ def test_prompts_are_needed_to_measure_or_to_align(text, calibrated):
 
 
 policies = st.one_of(
-    st.builds(Policy, st.just("threshold"), st.floats(0, 1e9)),
-    st.builds(Policy, st.sampled_from(["budget", "change-budget"]), st.floats(1, 1e9)),
-    st.builds(Policy, st.sampled_from(["interval", "deepcache"]), st.integers(1, 50)),
-    st.builds(Policy, st.just("smoothcache"), st.floats(0, 1e-9)),
-    st.text(min_size=1).map(lambda name: Policy("table", file=Path(f"{name}.json"))),
+    st.builds(Threshold, st.floats(0, 1e9)),
+    st.builds(Budget, st.floats(1, 1e9) | st.just(MOST)),
+    st.builds(ChangeBudget, st.floats(1, 1e9)),
+    st.builds(Interval, st.integers(1, 50)),
+    st.builds(DeepCache, st.integers(1, 50)),
+    st.builds(SmoothCache, st.floats(0, 1e-9)),
 )
+tables = st.text(min_size=1).map(lambda name: Table(Path(f"{name}.json")))
 
 
-@given(st.sampled_from(SOLVERS), policies, st.sampled_from(list(ALIGNMENTS)))
+@given(st.sampled_from(SOLVERS), st.integers(1, 1000), policies, st.sampled_from(list(ALIGNMENTS)))
+def test_both_spellings_of_a_preset_are_read_as_the_same(solver, steps, policy, alignment):
+    """Numbers of six digits: a name has no more."""
+    made = PresetOptions(
+        solver=solver, steps=steps, policy=Policy.parse(policy.text), alignment=alignment
+    )
+    assert PresetOptions.parse(made.name) == made
+    assert PresetOptions.parse(f"{solver}:{steps}:{policy.text}:{alignment}") == made
+
+
+@pytest.mark.parametrize("text", [text for text in READ if ".json" not in text])
+def test_the_runtime_knows_a_preset_by_both_spellings(text):
+    assert preset_name(text) == READ[text].name
+
+
+@given(st.sampled_from(SOLVERS), policies | tables, st.sampled_from(list(ALIGNMENTS)))
 def test_the_name_made_for_a_preset_is_a_name_that_presets_may_have(solver, policy, alignment):
     made = PresetOptions(solver=solver, steps=1, policy=policy, alignment=alignment)
     Preset(made.name, {}, Schedule.uncached(1, 1), Alignment.identity(1, (4,)), {})

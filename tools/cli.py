@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Any
 
 from blockcache.runtime.errors import BlockCacheError, MissingExtraError
+from blockcache.tools.interrupts import Interrupted, interruptible
+
+RESUMED = ("build", "compile", "demo", "evaluate")
+"""Commands that keep what they have finished, and go on from it."""
+
+DISK_ERRORS = {
+    errno.ENOSPC: "Free some space and run the same command again.",
+    errno.EDQUOT: "Free some space and run the same command again.",
+    errno.EROFS: "Choose a folder that can be written.",
+    errno.EACCES: "Choose a folder that can be written, or change its permissions.",
+    errno.EPERM: "Choose a folder that can be written, or change its permissions.",
+}
+"""What to do about an error of the disk; all others are faults of ours and keep their traceback."""
 
 
 def main() -> None:
     """Entry point of the ``blockcache`` script."""
     try:
-        _app()()
+        with interruptible():
+            _app()(prog_name="blockcache")
+    except Interrupted as stop:
+        resumes = "; the same command resumes" if set(RESUMED) & set(sys.argv[1:]) else ""
+        print(f"interrupted{resumes}", file=sys.stderr)
+        sys.exit(stop.exit_code)
     except BlockCacheError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error))
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        place = f" at {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror}{place}. {DISK_ERRORS[error.errno]}")
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _app() -> Any:
@@ -24,7 +52,7 @@ def _app() -> Any:
     try:
         import typer
     except ImportError as error:
-        raise MissingExtraError.of("typer", "export", "The command line") from error
+        raise MissingExtraError.of("typer", "cli", "The command line") from error
     from blockcache.tools.commands import (
         bench,
         build,
@@ -36,23 +64,30 @@ def _app() -> Any:
         run,
         show,
     )
+    from blockcache.tools.commands.options import Command, Group, every_command
 
     app = typer.Typer(
         name="blockcache",
         help="Block Caching for diffusion U-Nets: compile a bundle, denoise by schedule.",
+        cls=Group,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.command("demo")(demo.demo)
-    app.command("compile")(compile.compile_bundle)
-    app.command("run")(run.run)
-    app.command("show")(show.show)
-    app.command("build")(build.build)
-    app.command("check")(check.check)
-    app.command("bench")(bench.bench)
-    app.command("estimate")(estimate.estimate)
-    app.command("evaluate")(evaluate.evaluate)
+    app.callback()(every_command)
+    commands = {
+        "demo": demo.demo,
+        "compile": compile.compile_bundle,
+        "run": run.run,
+        "show": show.show,
+        "build": build.build,
+        "check": check.check,
+        "bench": bench.bench,
+        "estimate": estimate.estimate,
+        "evaluate": evaluate.evaluate,
+    }
+    for name, function in commands.items():
+        app.command(name, cls=Command)(function)
     return app
 
 

@@ -1,12 +1,16 @@
 """Build engines in processes of their own, side by side within a memory budget.
 
 The library has one logger a process, and a crash of its builder (TensorRT-RTX 1.7 has some) or an
-out-of-memory kill then costs one engine and names it, instead of ending everything.
+out-of-memory kill then costs one engine and names it, instead of ending everything. No process
+outlives the build: whatever ends the parent, an exception or SIGKILL, ends its workers too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +19,9 @@ from pathlib import Path
 
 from blockcache.export.engines.engine import BuiltEngine, Recipe, build_engine
 from blockcache.runtime.errors import EngineError
+
+PR_SET_PDEATHSIG = 1
+"""From Linux' ``sys/prctl.h``."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,28 @@ def run_jobs(jobs: Sequence[Job], count: int, budget: int, finished: Finished) -
             finished(job, build_engine(job.recipe, job.plan))
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=count, mp_context=context) as pool:
-        _run_side_by_side(pool, list(jobs), count, budget, finished)
+    with ProcessPoolExecutor(
+        max_workers=count, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
+    ) as pool:
+        try:
+            _run_side_by_side(pool, list(jobs), count, budget, finished)
+        except BaseException:  # leaving the pool would wait until its workers end: minutes
+            for worker in list((pool._processes or {}).values()):  # public from Python 3.14 on
+                worker.kill()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _end_with(parent: int) -> None:
+    """In a worker: leave signals of the terminal to the parent, and end when the parent ends.
+
+    Linux sends SIGKILL to a process whose parent is gone (PR_SET_PDEATHSIG); the parent may have
+    gone before this was asked for.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _run_side_by_side(
@@ -88,5 +115,3 @@ def _run_side_by_side(
             f"with one engine, that one crashes the builder. Try another --level or precision, or "
             f"narrow it down with 'polygraphy debug reduce'."
         ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

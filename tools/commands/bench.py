@@ -82,7 +82,7 @@ def bench(
         cpu_time=cpu_time,
     )
     other = Bundle.open(against) if against is not None else None
-    with StageProgress(quiet=as_json) as progress:
+    with StageProgress() as progress:
         report = measure_latency(Bundle.open(bundle), options, progress, other)
     print(report_json(report) if as_json else report_text(report))
     _write(report, out, timings, history)

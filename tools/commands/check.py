@@ -48,10 +48,10 @@ def check(
     engines, layouts = _engines(opened, backend, target)
     if save is not None:
         save.mkdir(parents=True, exist_ok=True)
-    with StageProgress(quiet=as_json) as progress:
+    with StageProgress() as progress:
 
-        def observe(name: str, done: int, total: int) -> None:
-            progress("check", done, total, name)
+        def observe(_: str, done: int, total: int) -> None:
+            progress("check", done, total)
 
         found = check_segments(opened, engines, layouts, batch=batch, save=save, observer=observe)
         if loop:

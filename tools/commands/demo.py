@@ -69,7 +69,7 @@ def demo(
     from blockcache.tools.sources.codecs import DemoCodec
 
     prompts = list(prompt or PROMPTS)
-    with StageProgress(quiet=as_json) as progress:
+    with StageProgress() as progress:
         bundle, names = compile_demo(out / "bundle", steps, delta, speedup, guidance, progress)
         rows, latents = run_presets(bundle, names, prompts, seed, repeats, progress)
     pictures = {name: DemoCodec().decode(latents[name]) for name in names}

@@ -93,7 +93,7 @@ def evaluate(
     opened = Bundle.open(bundle)
     subject = _subject(opened.model.name, model, images, seed, reference_work, prompts, embeddings)
     names = tuple(preset or ())
-    with StageProgress(quiet=as_json) as progress:
+    with StageProgress() as progress:
         if only_timing:
             kept = work or out / run.WORK
             run.measure_times(opened, subject, options, kept, names, progress, reference)

@@ -63,7 +63,7 @@ def run(
     positive, negative = _conditions(codec, embeddings, prompt)
     session = Session.open(opened, preset=name, backend=backend, threads=threads, verify=False)
     images = max(len(values) for values in positive.values())
-    with StageProgress(quiet=as_json) as progress:
+    with StageProgress() as progress:
         result = session.denoise(
             session.noise(range(seed, seed + images), height, width),
             positive.pop("encoder_hidden_states"),

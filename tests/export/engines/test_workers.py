@@ -1,0 +1,78 @@
+"""Workers of a build end with it, whatever ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("onnx_ir")
+
+SLOW = """
+import os, time
+from pathlib import Path
+def build(recipe, plan):
+    (Path(plan) / str(os.getpid())).touch()
+    time.sleep(120)
+"""
+PARENT = """
+import sys
+from pathlib import Path
+import slow
+from blockcache.export.engines import workers
+from blockcache.tools.interrupts import Interrupted, interruptible
+workers.build_engine = slow.build
+if __name__ == "__main__":
+    jobs = [workers.Job(None, Path(sys.argv[1]), str(i), 1) for i in range(3)]
+    try:
+        with interruptible():
+            workers.run_jobs(jobs, 2, 10**12, lambda job, built: None)
+    except Interrupted as stop:
+        sys.exit(stop.exit_code)
+"""
+
+
+def alive(pid):
+    """Whether a process runs; one that ended and was not collected does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux'")
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
+)
+def test_no_worker_outlives_a_build(tmp_path, number, code):
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "parent.py").write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py", pids], env=environment, cwd=tmp_path,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    until(lambda: len(list(pids.iterdir())) == 2 or parent.poll() is not None)
+    workers = [int(path.name) for path in pids.iterdir()]
+    assert len(workers) == 2
+    assert all(alive(pid) for pid in workers)
+    parent.send_signal(number)
+    assert parent.wait(30) == code
+    until(lambda: not any(alive(pid) for pid in workers), seconds=10)
+    assert "Traceback" not in parent.stderr.read()

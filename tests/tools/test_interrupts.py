@@ -1,0 +1,52 @@
+"""Signals end a command in one line."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from blockcache.tools.interrupts import Interrupted, interruptible
+
+COMMAND = """
+import os, signal, sys
+from blockcache.tools import cli
+def app():
+    def run(prog_name):
+        try:
+            os.kill(os.getpid(), signal.{name})
+            import time
+            time.sleep(60)
+        except Exception:  # a library on the way that catches too much
+            pass
+    return run
+cli._app = app
+sys.argv = ["blockcache", "{command}"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "code", "message"),
+    [
+        ("SIGINT", "compile", 130, "interrupted; the same command resumes\n"),
+        ("SIGTERM", "build", 143, "interrupted; the same command resumes\n"),
+        ("SIGTERM", "run", 143, "interrupted\n"),
+    ],
+)
+def test_a_signal_is_one_line_and_an_exit_code(tmp_path, name, command, code, message):
+    made = subprocess.run(
+        [sys.executable, "-c", COMMAND.format(name=name, command=command)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (made.returncode, made.stdout, made.stderr) == (code, "", message)
+
+
+def test_handlers_are_given_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted) as stop, interruptible():
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.value.exit_code == 143
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

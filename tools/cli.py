@@ -75,7 +75,7 @@ def _app() -> Any:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(every_command)
-    commands = {
+    commands: dict[str, Any] = {
         "demo": demo.demo,
         "compile": compile.compile_bundle,
         "run": run.run,

@@ -91,7 +91,7 @@ def plant(root, file, text):
 # -- direction: tools -> export -> runtime -> kernels ----------------------------------------------
 
 BELOW = {
-    "tools": ("tools", "export", "runtime", "kernels"),
+    "tools": ("tools", "export", "runtime", "kernels", "__version__"),
     "export": ("export", "runtime"),
     "runtime": ("runtime", "kernels"),
     "kernels": ("kernels",),

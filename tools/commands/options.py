@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-import blockcache
+from blockcache import __version__
 
 
 def _flags_without_value(params: list[Any]) -> list[Any]:
@@ -37,7 +37,7 @@ class Group(TyperGroup):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"blockcache {blockcache.__version__}")
+        print(f"blockcache {__version__}")
         raise typer.Exit
 
 

@@ -246,6 +246,71 @@ def test_a_circle_is_seen(tmp_path, files):
     assert circle(graph) or circle(by_folder(graph))
 
 
+# -- folders of tools: none imports one above it ---------------------------------------------------
+
+TOOLS_MAY_USE = {
+    "report": (),
+    "demo": (),
+    "sources": ("demo",),
+    "check": (),
+    "bench": ("sources", "report"),
+    "evaluation": ("sources", "demo", "report"),
+    "research": ("evaluation", "bench", "sources", "demo", "report"),
+    "commands": ("evaluation", "bench", "check", "sources", "demo", "report"),
+    "dev": (),
+}
+"""Each folder of ``tools`` and those below it. The files beside them are the command line's frame:
+they may use every folder, and of the folders ``commands`` alone may use them."""
+
+DEMO_ROOMS = ("autoencoder", "concepts", "contexts", "data", "model", "prompts")
+"""What others may use of the demo: its model and its data, and nothing of the training."""
+
+
+def wrong_tools_arrows(root):
+    """Imports between the folders of ``tools`` that go up, or into the demo's training."""
+    found = []
+    for item in all_imports(root, "tools"):
+        folder = item.file.split("/")[1]
+        for reached in item.blockcache_modules:
+            if folder.endswith(".py") or reached[0] != "tools" or reached[1:2] in ((), (folder,)):
+                continue
+            to_frame = reached[1] not in TOOLS_MAY_USE and folder == "commands"
+            trained = reached[1] == "demo" and reached[2:3] and reached[2] not in DEMO_ROOMS
+            if (reached[1] not in TOOLS_MAY_USE[folder] and not to_frame) or trained:
+                found.append(f"{item.file}: {'.'.join(reached)}")
+    return found
+
+
+def test_folders_of_tools_import_one_way():
+    assert wrong_tools_arrows(ROOT) == []
+    for place, folder in enumerate(TOOLS_MAY_USE):  # each stands behind those that it may use
+        assert set(TOOLS_MAY_USE[folder]) <= set(list(TOOLS_MAY_USE)[:place]), folder
+
+
+def test_every_folder_of_tools_has_its_arrows():
+    folders = {path.name for path in (ROOT / "tools").iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(TOOLS_MAY_USE)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        (
+            "tools/report/a.py",
+            "if TYPE_CHECKING:\n    from blockcache.tools.bench.latency import Row",
+        ),
+        ("tools/demo/a.py", "from blockcache.tools.evaluation import features"),
+        ("tools/evaluation/a.py", "def f():\n    from blockcache.tools.demo import train"),
+        ("tools/evaluation/a.py", "from blockcache.tools.demo.fit_autoencoder import fit"),
+        ("tools/bench/kernels/a.py", "from blockcache.tools.evaluation.report import Row"),
+        ("tools/commands/a.py", "import blockcache.tools.research.draw"),
+        ("tools/bench/a.py", "from blockcache.tools import cli"),
+    ],
+)
+def test_a_wrong_arrow_between_tools_is_seen(tmp_path, file, text):
+    assert len(wrong_tools_arrows(plant(tmp_path, file, text))) == 1
+
+
 # -- export is a star: stages do not import each other, only the order does ------------------------
 
 

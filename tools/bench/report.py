@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blockcache.runtime.files import write_text
 from blockcache.tools.bench.latency import LatencyReport, Row
-from blockcache.tools.report.plots import plot_latency
+from blockcache.tools.report.plots import Bar, plot_bars
 from blockcache.tools.report.tables import markdown_table
 
 PAPER = {20: 1.65, 50: 1.82}
@@ -96,7 +96,21 @@ def write_report(report: LatencyReport, folder: Path) -> None:
     """``report.md``, ``report.json`` and ``latency.svg``."""
     write_text(folder / "report.md", report_text(report) + "\n")
     write_text(folder / "report.json", report_json(report) + "\n")
-    plot_latency(report.rows, folder / "latency.svg", f"{report.model}, {report.images} image(s)")
+    plot_bars(
+        [_bar(row) for row in report.rows],
+        folder / "latency.svg",
+        "seconds a call (median, range)",
+        f"{report.model}, {report.images} image(s)",
+    )
+
+
+def _bar(row: Row) -> Bar:
+    return Bar(
+        label=f"{row.engine} {row.kind} {row.preset}",
+        spread=row.seconds,
+        note=f"{row.speedup.median:.2f}x" if row.speedup else "",
+        bold=row.kind == "cached",
+    )
 
 
 def append_history(file: Path, report: LatencyReport) -> None:

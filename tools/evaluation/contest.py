@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blockcache.runtime import Bundle, ConfigError, Preset, Provenance
-from blockcache.tools.bench.sessions import uncached
+from blockcache.tools.sources.references import uncached
 
 UNCACHED, FEWER = "uncached", "fewer steps"
 PLAIN = "none"

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from blockcache.runtime import MissingExtraError, Schedule
 from blockcache.runtime.files import replacing
-
-if TYPE_CHECKING:
-    from blockcache.tools.bench.latency import Row
+from blockcache.tools.report.spread import Spread
 
 
 def plot_schedule(schedule: Schedule, paths: Sequence[str], file: Path) -> None:
@@ -54,20 +52,29 @@ def plot_change(
     _save(figure, file)
 
 
-def plot_latency(rows: Sequence[Row], file: Path, title: str = "") -> None:
-    """Seconds of a call, one bar a contestant, median with its range; cached ones stand out."""
-    figure, axes = _figure(8, 0.32 * len(rows) + 1)
-    places = np.arange(len(rows))
-    medians = np.array([row.seconds.median for row in rows])
-    ranges = np.array([[row.seconds.low, row.seconds.high] for row in rows]).T
-    colors = ["#3a6ea5" if row.kind == "cached" else "#b8c4d0" for row in rows]
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A measured figure with its range."""
+
+    label: str
+    spread: Spread
+    note: str = ""  # behind the bar
+    bold: bool = False  # in the colour that stands out
+
+
+def plot_bars(bars: Sequence[Bar], file: Path, x: str, title: str = "") -> None:
+    """One bar a figure, its median with its range, from the top down; ``x`` is the axis' label."""
+    figure, axes = _figure(8, 0.32 * len(bars) + 1)
+    places = np.arange(len(bars))
+    medians = np.array([bar.spread.median for bar in bars])
+    ranges = np.array([[bar.spread.low, bar.spread.high] for bar in bars]).T
+    colors = ["#3a6ea5" if bar.bold else "#b8c4d0" for bar in bars]
     axes.barh(places, medians, xerr=np.abs(ranges - medians), color=colors, ecolor="#12263f")
-    for place, row in zip(places, rows, strict=True):
-        label = f" {row.speedup.median:.2f}x" if row.speedup else ""
-        axes.annotate(label, (ranges[1][place], place), va="center", fontsize=7)
-    axes.set_yticks(places, [f"{r.engine} {r.kind} {r.preset}" for r in rows], fontsize=8)
+    for place, bar in zip(places, bars, strict=True):
+        axes.annotate(f" {bar.note}", (ranges[1][place], place), va="center", fontsize=7)
+    axes.set_yticks(places, [bar.label for bar in bars], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("seconds a call (median, range)")
+    axes.set_xlabel(x)
     axes.set_title(title, fontsize=10, loc="left")
     _save(figure, file)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,10 +12,12 @@ image = pytest.importorskip("PIL.Image")
 
 from blockcache.runtime import Schedule  # noqa: E402
 from blockcache.tools.report.plots import (  # noqa: E402
+    Bar,
     Line,
     Panel,
     plot_against_delta,
     plot_alignment,
+    plot_bars,
     plot_change,
     plot_features,
     plot_frontiers,
@@ -22,6 +26,7 @@ from blockcache.tools.report.plots import (  # noqa: E402
     save_grid,
     save_pictures,
 )
+from blockcache.tools.report.spread import Spread  # noqa: E402
 
 
 def colours(path):
@@ -38,6 +43,16 @@ def test_change_is_drawn_with_its_band(tmp_path):
     mean = np.abs(np.random.default_rng(0).standard_normal((6, 2)))
     plot_change(mean, mean / 4, ["a", "b"], tmp_path / "c.svg")
     assert (tmp_path / "c.svg").read_text().count("<path") > 4
+
+
+def test_bars_stand_for_figures_and_those_in_bold_stand_out(tmp_path):
+    spread = Spread(2.0, 1.5, 2.5)
+    bars = [Bar(label="uncut", spread=spread), Bar(label="cached", spread=spread, note="1.5x")]
+    plot_bars(bars, tmp_path / "plain.svg", "seconds", "title")
+    plot_bars([bars[0], replace(bars[1], bold=True)], tmp_path / "bold.svg", "seconds", "title")
+    plain, bold = ((tmp_path / f"{name}.svg").read_text() for name in ("plain", "bold"))
+    assert (plain.count("#3a6ea5"), bold.count("#3a6ea5")) == (0, 1)
+    assert all(text in bold for text in ("<!-- uncut -->", "<!-- cached -->", "<!--  1.5x -->"))
 
 
 def test_pictures_are_set_side_by_side(tmp_path):

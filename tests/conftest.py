@@ -48,6 +48,17 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "transformer_layers_per_block": (1, 2, 2),
         "use_linear_projection": True,
     },
+    "refiner": {  # SDXL's: five time_ids, one text encoder
+        **_BASE,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 72,
+    },
+    "pooled-prompt": {
+        **_BASE,
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 4,
+    },
     "two-layers": {
         **_BASE,
         "layers_per_block": 2,

@@ -93,7 +93,8 @@ def default_sizes(model: SourceModel, batch: int = 2) -> Sizes:
 def _code_for(model: SourceModel) -> SizeCode:
     sizes = {size for tensor in model.unet.parameters() for size in tensor.shape}
     sizes |= {int(size) for c in model.conditions for size in c.shape if isinstance(size, int)}
-    return SizeCode.avoiding(sizes, model.downsampling)
+    pooled = model.unet.config.addition_embed_type == "text"  # with a token for the whole prompt
+    return SizeCode.avoiding(sizes, model.downsampling, one_more=pooled)
 
 
 def _example(model: SourceModel, code: SizeCode) -> tuple[torch.Tensor, ...]:

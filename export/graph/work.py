@@ -40,7 +40,10 @@ class Flops:
 
 
 def graph_flops(graph: ir.Graph, code: SizeCode) -> Flops:
-    """Count a prime-coded graph (before ``generalize``)."""
+    """Count a prime-coded graph (before ``generalize``).
+
+    A size of tokens + 1 counts as the traced one: only a once-an-image segment may have it.
+    """
     terms: dict[tuple[str, ...], Fraction] = defaultdict(Fraction)
     for node in graph:
         count = _node_flops(node)

@@ -63,6 +63,7 @@ def load_model(
         tokens=_tokens(folder),
         sha256=_hash(unet_folder, variant),
         cached=cached,
+        pooled=read_json(folder / "text_encoder_2" / "config.json").get("projection_dim"),
     )
 
 

@@ -108,8 +108,12 @@ def describe(
     tokens: int = DEFAULT_TOKENS,
     sha256: str | None = None,
     cached: str = "transformers",
+    pooled: int | None = None,
 ) -> SourceModel:
-    """Wrap a U-Net that is in memory already; refuses unsupported features by name."""
+    """Wrap a U-Net that is in memory already; refuses unsupported features by name.
+
+    ``pooled`` is the width of ``text_embeds`` where the model takes them and it is known.
+    """
     if cached not in BLOCK_CLASSES:
         raise ConfigError(f"Expected blocks of {tuple(BLOCK_CLASSES)}, got {cached!r}.")
     config = dict(unet.config)
@@ -129,7 +133,7 @@ def describe(
         unet=unet,
         scheduler=dict(scheduler or {}),
         blocks=blocks,
-        conditions=_conditions(config),
+        conditions=_conditions(config, pooled),
         tokens=tokens,
         sha256=digest,
     )
@@ -183,18 +187,14 @@ def check_supported(config: Mapping[str, Any]) -> None:
             )
 
 
-def _conditions(config: Mapping[str, Any]) -> tuple[Condition, ...]:
-    """The inputs besides sample and timestep, from the config alone."""
+def _conditions(config: Mapping[str, Any], pooled: int | None) -> tuple[Condition, ...]:
+    """The inputs besides sample and timestep."""
     width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
     if not isinstance(width, int):
         width = width[0]
     found = [Condition("encoder_hidden_states", ("batch", "tokens", width), "model")]
     if config.get("addition_embed_type") == "text_time":
-        # add_embedding takes [text_embeds, sinusoids of the six time_ids].
-        ids = 6
-        pooled = config["projection_class_embeddings_input_dim"] - ids * int(
-            config["addition_time_embed_dim"]
-        )
+        ids, pooled = _added_widths(config, width, pooled)
         found.append(Condition("text_embeds", ("batch", pooled), "model"))
         found.append(Condition("time_ids", ("batch", ids), "model"))
     kind = config.get("class_embed_type")
@@ -209,6 +209,26 @@ def _conditions(config: Mapping[str, Any]) -> tuple[Condition, ...]:
     elif config.get("num_class_embeds") is not None:
         found.append(Condition("class_labels", ("batch",), "int64"))
     return tuple(found)
+
+
+def _added_widths(config: Mapping[str, Any], width: int, pooled: int | None) -> tuple[int, int]:
+    """Widths of ``time_ids`` and ``text_embeds``; the config tells only that of both together.
+
+    There are six ids, or the five of SDXL's refiner. Where ``pooled`` is not known, the refiner is
+    told by its text encoder: the only one, so that states and pooled state are of one ``width``.
+    """
+    both, each = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
+    rest = {ids: both - ids * each for ids in (6, 5)}
+    if pooled is None:
+        pooled = rest[5] if rest[5] == width else rest[6]
+    for ids, left in rest.items():
+        if left == pooled > 0:
+            return ids, left
+    raise UnsupportedModelError(
+        f"Expected added conditions of 5 or 6 time_ids, {each} numbers each, and text_embeds of "
+        f"{pooled}; got {both} numbers in all (projection_class_embeddings_input_dim). Check the "
+        f"configs of U-Net and text encoder."
+    )
 
 
 def _hash_module(module: torch.nn.Module) -> str:

@@ -54,7 +54,10 @@ def run_segments(bundle, inputs, sizes):
     return tensors["model_output"]
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "two-layers", "one-level", "class-conditioned"])
+@pytest.mark.parametrize(
+    "kind",
+    ["sd", "sdxl", "refiner", "pooled-prompt", "two-layers", "one-level", "class-conditioned"],
+)
 def test_segments_equal_the_whole_pytorch_unet(compiled, conditions_of, kind):
     model, bundle = compiled(kind)
     call = UNetCall(model.unet, [c.name for c in model.conditions])
@@ -90,7 +93,9 @@ def random_preset(preset, seed, outputs):
     )
 
 
-@pytest.mark.parametrize(("kind", "outputs"), [("sd", 1), ("sdxl", 2)])
+@pytest.mark.parametrize(
+    ("kind", "outputs"), [("sd", 1), ("sdxl", 2), ("refiner", 1), ("pooled-prompt", 1)]
+)
 @settings(
     max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

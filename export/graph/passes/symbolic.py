@@ -13,6 +13,10 @@ general as a dynamic one.
    -1 (infer), any further one is computed from the shape of a graph input.
 2. Expand to the shape that the input has already: dropped.
 3. A coded constant anywhere else: ExportError, naming the node.
+
+One size is a sum: a U-Net that pools its prompt lays one token beside it. Where a model does that,
+the prime of tokens is chosen so that tokens + 1 is twice another prime, which marks it. Any other
+join along a coded axis is an ExportError: its sum would read as a number of its own.
 """
 
 from __future__ import annotations
@@ -39,19 +43,33 @@ class SizeCode:
     width: int
     tokens: int
     downsampling: int
+    one_more: int = 0  # the prime that is half of tokens + 1, where the model has such a size
 
     @classmethod
-    def avoiding(cls, sizes: Iterable[int], downsampling: int) -> SizeCode:
-        """Four primes that divide none of ``sizes`` (every parameter dimension of the model)."""
+    def avoiding(
+        cls, sizes: Iterable[int], downsampling: int, *, one_more: bool = False
+    ) -> SizeCode:
+        """Primes that divide none of ``sizes`` (every parameter dimension of the model).
+
+        Args:
+            sizes: the model's own.
+            downsampling: of height and width.
+            one_more: whether the model lays one token beside its prompt.
+        """
         taken = {prime for size in sizes for prime in _PRIMES if size and size % prime == 0}
         free = [prime for prime in _PRIMES if prime not in taken]
-        if len(free) < 4:
+        last = [p for p in free if not one_more or (p + 1) // 2 in free]
+        if len(free) < 4 + one_more or not last:
             raise ExportError(
                 "Expected four primes that divide no parameter dimension of the model; "
                 f"only {free} of {_PRIMES} do."
             )
-        batch, height, width, tokens = free[:4]
-        return cls(batch, height, width, tokens, downsampling)
+        if not one_more:
+            batch, height, width, tokens = free[:4]
+            return cls(batch, height, width, tokens, downsampling)
+        tokens, half = last[0], (last[0] + 1) // 2
+        batch, height, width = [prime for prime in free if prime not in (tokens, half)][:3]
+        return cls(batch, height, width, tokens, downsampling, half)
 
     def dim(self, size: int) -> Dim:
         """What ``size`` stands for.
@@ -72,7 +90,11 @@ class SizeCode:
 
     def is_coded(self, size: int) -> bool:
         """Whether ``size`` depends on an axis."""
-        return size > 0 and bool(self.dim(size).axes)
+        return size > 0 and (bool(self.dim(size).axes) or self.has_one_more(size))
+
+    def has_one_more(self, size: int) -> bool:
+        """Whether ``size`` is a multiple of tokens + 1."""
+        return bool(self.one_more) and size % self.one_more == 0
 
     def dims(self, shape: Sequence[int]) -> tuple[Dim, ...]:
         """The symbolic form of a static shape."""
@@ -97,6 +119,7 @@ def generalize(graph: ir.Graph, code: SizeCode, rows: Collection[str] = ()) -> N
             graph.remove(node, safe=True)
         else:
             _refuse_coded_constants(node, code)
+            _refuse_unread_sums(node, code)
     _drop_unused_initializers(graph)
     _write_symbolic_shapes(graph, code, rows)
 
@@ -135,7 +158,8 @@ class _ShapeBuilder:
                 entries.append(self.code.dim(size))
         unknown = [place for place, entry in enumerate(entries) if isinstance(entry, Dim)]
         if unknown:
-            entries[unknown[-1]] = -1
+            sums = [place for place in unknown if self.code.has_one_more(target[place])]
+            entries[(sums or unknown)[-1]] = -1
         node.replace_input_with(1, self._shape(node, entries))
         node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
 
@@ -171,7 +195,11 @@ class _ShapeBuilder:
                 nodes, "Shape", [anchor.value], start=anchor.place, end=anchor.place + 1
             )
             product = size if product is None else self._emit(nodes, "Mul", [product, size])
-        assert product is not None
+        if product is None:
+            raise ExportError(
+                f"Reshape {node.outputs[0].name!r} needs two sizes of tokens + 1, of which a "
+                f"Reshape infers one. Please report the model's config."
+            )
         for op_type, number in (("Mul", scale.numerator), ("Div", scale.denominator)):
             if number != 1:
                 product = self._emit(nodes, op_type, [product, self._constant([number])])
@@ -224,6 +252,21 @@ def _refuse_coded_constants(node: ir.Node, code: SizeCode) -> None:
                 f"depends on the input's size; only Reshape and Expand may. Please report the "
                 f"model's config."
             )
+
+
+def _refuse_unread_sums(node: ir.Node, code: SizeCode) -> None:
+    """Raise ExportError where a coded size is joined with others to one that is not coded."""
+    if node.op_type != "Concat":
+        return
+    axis = node.attributes.get_int("axis")
+    assert axis is not None
+    parts = [_static(value)[axis] for value in node.inputs]
+    if any(map(code.is_coded, parts)) and not code.is_coded(sum(parts)):
+        raise ExportError(
+            f"Concat {node.outputs[0].name!r} joins sizes {parts}, of which some depend on the "
+            f"input's size; only one token more than the prompt is understood. Please report the "
+            f"model's config."
+        )
 
 
 def _drop_unused_initializers(graph: ir.Graph) -> None:

@@ -82,6 +82,17 @@ def test_a_model_that_takes_all_primes_is_refused():
     assert "only [83, 89, 97] of" in text
 
 
+LONGER = SizeCode.avoiding([320, 768], 4, one_more=True)
+
+
+def test_one_token_more_is_marked_by_a_prime_of_its_own():
+    assert SizeCode(13, 17, 23, 37, 4, 19) == LONGER
+    assert LONGER.is_coded(LONGER.tokens + 1)
+    assert not CODE.has_one_more(CODE.tokens + 1)
+    with pytest.raises(ExportError, match="Expected four primes"):
+        SizeCode.avoiding([19 * 31 * 37], 4, one_more=True)  # halves of 38, 62, 74: all are taken
+
+
 # -- generalize ------------------------------------------------------------------------------------
 
 
@@ -125,6 +136,39 @@ def test_an_equal_dimension_is_copied_and_one_left_over_is_inferred():
 
 def test_an_uncoded_dimension_stays_a_number():
     assert targets(reshape((4, 6), (8, 3))) == [8, 3]
+
+
+def test_one_token_more_is_inferred_where_it_is_no_copy():
+    more = LONGER.tokens + 1
+    source, target = (13, 4, more, 8), (13 * 4, more, 8)
+    graph = graph_of("Reshape", [value("x", *source)], value("y", *target), target)
+    generalize(graph, LONGER)
+    short = np.arange(3 * 4 * 6 * 8, dtype=np.float32).reshape(3, 4, 6, 8)
+    np.testing.assert_array_equal(run(graph, short), short.reshape(12, 6, 8))
+
+
+def test_two_sums_in_a_reshape_are_refused_by_the_node():
+    more = LONGER.tokens + 1
+    target = (more, more, 13)
+    graph = graph_of("Reshape", [value("x", 13, more, more)], value("y", *target), target)
+    generalize(graph, LONGER)  # the second is a copy
+    graph = graph_of("Reshape", [value("x", 13, more * more)], value("y", *target), target)
+    with pytest.raises(ExportError, match="Reshape 'y' needs two sizes of tokens \\+ 1"):
+        generalize(graph, LONGER)
+
+
+@pytest.mark.parametrize(("parts", "passes"), [((23, 1), False), ((23, 23), True), ((4, 1), True)])
+def test_a_join_to_a_size_that_cannot_be_read_is_refused_by_the_node(parts, passes):
+    """Its sum would be taken for a number of its own, right for one prompt length only."""
+    inputs = [value(f"x{i}", B, size) for i, size in enumerate(parts)]
+    output = value("y", B, sum(parts))
+    node = ir.Node("", "Concat", inputs, [ir.AttrInt64("axis", 1)], outputs=[output])
+    graph = ir.Graph(inputs, [output], nodes=[node], opset_imports={"": 22}, name="g")
+    if passes:
+        generalize(graph, CODE)
+    else:
+        with pytest.raises(ExportError, match=r"Concat 'y' joins sizes \[23, 1\], of which some"):
+            generalize(graph, CODE)
 
 
 def run(graph, source):

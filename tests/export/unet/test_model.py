@@ -130,10 +130,35 @@ def test_conditions_are_read_from_the_config(tiny_models):
         "text_embeds": (("batch", 16), "model"),
         "time_ids": (("batch", 6), "model"),
     }
+    assert conditions("refiner") == {
+        "encoder_hidden_states": text,
+        "text_embeds": (("batch", 32), "model"),
+        "time_ids": (("batch", 5), "model"),
+    }
+    assert conditions("pooled-prompt") == {"encoder_hidden_states": text}
     assert conditions("class-conditioned") == {
         "encoder_hidden_states": text,
         "class_labels": (("batch",), "int64"),
     }
+
+
+@pytest.mark.parametrize(("pooled", "ids"), [(16, 6), (24, 5), (None, 6)])
+def test_the_text_encoders_width_tells_the_number_of_time_ids(tiny_models, pooled, ids):
+    """The U-Net's config holds one number for both: 64 = 16 + 6 * 8 = 24 + 5 * 8."""
+    made = describe(tiny_models("sdxl").unet, name="sdxl", pooled=pooled)
+    assert {c.name: c.shape for c in made.conditions}["time_ids"] == ("batch", ids)
+
+
+@pytest.mark.parametrize(("pooled", "both", "wanted"), [(20, 64, 20), (None, 40, -8)])
+def test_added_conditions_that_do_not_add_up_are_refused(tiny_models, pooled, both, wanted):
+    config = {**tiny_models("sdxl").unet.config, "projection_class_embeddings_input_dim": both}
+    unet = diffusers.UNet2DConditionModel.from_config(config)
+    with pytest.raises(UnsupportedModelError) as caught:
+        describe(unet, name="sdxl", pooled=pooled)
+    assert str(caught.value).startswith(
+        f"Expected added conditions of 5 or 6 time_ids, 8 numbers each, and text_embeds of "
+        f"{wanted}; got {both} numbers in all"
+    )
 
 
 def test_sizes_are_read_from_the_config(tiny_models):

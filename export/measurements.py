@@ -32,10 +32,10 @@ from blockcache.export.measure.sensitivity import SensitivityOptions, measure_se
 from blockcache.export.observer import Observer
 from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import TORCH_DTYPES, SourceModel
-from blockcache.runtime.bundle import read_tensors, write_tensors
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solver import SolverConfig, solver_tables
+from blockcache.runtime.tensor_files import read_tensors, write_tensors
 
 MOST_PAIRS = 1 << 28
 """At most 2^28 entries of a residual table with history: 1 GiB stored, about 3 GiB at peak."""

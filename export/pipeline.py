@@ -38,18 +38,16 @@ from blockcache.export.measurements import (
 from blockcache.export.observer import Observer, unobserved
 from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import SourceModel
-from blockcache.runtime.bundle import (
-    MANIFEST,
-    Bundle,
-    Manifest,
-    PresetEntry,
-    preset_bytes,
-    segment_from_plain,
-    to_plain,
-    write_preset,
-)
+from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.errors import BundleError, ConfigError
 from blockcache.runtime.files import write_text
+from blockcache.runtime.manifest import (
+    MANIFEST,
+    Manifest,
+    PresetEntry,
+    segment_from_plain,
+    to_plain,
+)
 from blockcache.runtime.plan import (
     Alignment,
     BlockFacts,
@@ -61,6 +59,8 @@ from blockcache.runtime.plan import (
 )
 from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.solver import solver_tables
+from blockcache.runtime.strict_json import Field
+from blockcache.runtime.tensor_files import preset_bytes, write_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,8 @@ def _export_stage(
         names = sorted(f"segments/{path.name}" for path in target.iterdir())
         store.commit("export", key, names, facts)
     observer("export", parts, parts)
-    return tuple(segment_from_plain(entry) for entry in facts["segments"])
+    found = Field(facts["segments"], "segments", "the record of the export")
+    return tuple(segment_from_plain(segment) for segment in found.items())
 
 
 def _costs(

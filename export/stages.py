@@ -15,8 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from blockcache.runtime.bundle import MANIFEST, FileEntry, hash_files
+from blockcache.runtime.bundle_files import hash_files
 from blockcache.runtime.files import write_text
+from blockcache.runtime.manifest import MANIFEST, FileEntry
 
 RECORDS = ".stages"
 """Folder of what only a compile reads; nothing in it is part of the bundle."""

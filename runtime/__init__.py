@@ -3,7 +3,7 @@
 It never imports torch, diffusers or onnx, so that a service can embed it.
 """
 
-from blockcache.runtime.bundle import Bundle, Manifest
+from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.drift import DriftMonitor, DriftReport, Excess
 from blockcache.runtime.engines.empty import EmptyBackend
 from blockcache.runtime.engines.engine import Backend, Engine
@@ -27,6 +27,7 @@ from blockcache.runtime.errors import (
     WrongLibraryError,
 )
 from blockcache.runtime.loop import Denoised, Progress
+from blockcache.runtime.manifest import Manifest
 from blockcache.runtime.plan import Alignment, Preset, Schedule, Segment, TensorSpec
 from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.record import RunRecord

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blockcache.runtime.bundle import Bundle, read_tensors
+from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.change_meter import previous_steps
 from blockcache.runtime.errors import BundleFormatError, ConfigError
 from blockcache.runtime.plan import Preset
@@ -236,7 +236,7 @@ def read_profile(bundle: Bundle, preset: Preset) -> tuple[np.ndarray, np.ndarray
             f"Preset {preset.name!r} names the profile {name!r}, the manifest has no such file. "
             f"Compile again."
         )
-    tensors = read_tensors(bundle.path(name))
+    tensors = bundle.tensors(name)
     wanted = preset.schedule.recompute.shape
     shapes = {key: values.shape for key, values in tensors.items()}
     if shapes.get("mean") != wanted or shapes.get("std") != wanted:

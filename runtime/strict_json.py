@@ -7,8 +7,9 @@ it has to be; anything else is an error that names the way. Nothing is converted
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -22,6 +23,9 @@ MOST_BYTES = 1 << 24
 LONGEST_NUMBER = 40
 """Characters of a number; the longest float64 takes 24."""
 
+DEEPEST = 20
+"""Lists and objects in each other; a manifest has seven."""
+
 SHA256 = r"[0-9a-f]{64}"
 
 
@@ -33,8 +37,8 @@ def parse_json(content: bytes, where: str) -> Field:
         where: Its path, for errors.
 
     Raises:
-        BundleFormatError: it is no JSON, larger than 16 MiB, nested too deep, or holds a key twice
-            in one object, NaN, infinity, or a number of more than 40 characters.
+        BundleFormatError: it is no JSON, larger than 16 MiB, nested more than 20 deep, or holds a
+            key twice in one object, NaN, infinity, or a number of more than 40 characters.
     """
     if len(content) > MOST_BYTES:
         raise BundleFormatError(
@@ -46,9 +50,11 @@ def parse_json(content: bytes, where: str) -> Field:
             content.decode(),
             object_pairs_hook=_object,
             parse_int=lambda text: int(_short(text)),
-            parse_float=lambda text: float(_short(text)),
+            parse_float=_finite,
             parse_constant=_no_constant,
         )
+        if _depth(value) > DEEPEST:
+            raise ValueError(f"lists and objects more than {DEEPEST} deep")
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError are such
         raise BundleFormatError(
             f"Expected JSON in {where}, got {error}. The file is damaged: compile again."
@@ -68,6 +74,28 @@ def _short(text: str) -> str:
     if len(text) > LONGEST_NUMBER:
         raise ValueError(f"a number of {len(text)} characters")
     return text
+
+
+def _finite(text: str) -> float:
+    number = float(_short(text))
+    return number if math.isfinite(number) else _no_constant(text)
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and objects lie in each other; counts to one beyond ``DEEPEST``."""
+    depth, layer = 0, [value]
+    while depth <= DEEPEST:
+        layer = [item for outer in layer for item in _inner(outer)]
+        if not layer:
+            break
+        depth += 1
+    return depth
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -97,7 +97,8 @@ BELOW = {
     "kernels": ("kernels",),
 }
 EXPORT_MAY_USE = (
-    ("plan",), ("provenance",), ("grid",), ("bundle",), ("errors",), ("files",), ("solver",),
+    ("plan",), ("provenance",), ("grid",), ("solver",), ("errors",), ("files",),
+    ("bundle",), ("bundle_files",), ("manifest",), ("tensor_files",), ("strict_json",),
     ("engines", "files"),
 )  # fmt: skip
 """Plain data types, errors, and how files are written."""
@@ -424,7 +425,7 @@ DOORS = {
     "rich": ("tools/", "export/engines/report.py"),
     "matplotlib": ("tools/",),
     "PIL": ("tools/",),
-    "safetensors": ("runtime/bundle.py", "export/unet/weights.py", "tools/"),
+    "safetensors": ("runtime/tensor_files.py", "export/unet/weights.py", "tools/"),
 }  # fmt: skip
 
 

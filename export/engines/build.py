@@ -22,7 +22,7 @@ from blockcache.export.engines.report import BuildReport, fusion_facts
 from blockcache.export.engines.targets import CURRENT, Target
 from blockcache.export.engines.workers import Job, run_jobs
 from blockcache.export.observer import Observer, unobserved
-from blockcache.runtime.bundle import Bundle, FileEntry
+from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.engines.files import (
     ENGINES_FILE,
     WEIGHTS_FILE,
@@ -34,6 +34,7 @@ from blockcache.runtime.engines.files import (
 )
 from blockcache.runtime.engines.tensorrt_library import TensorRT, load_library
 from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.manifest import FileEntry
 from blockcache.runtime.plan import ModelFacts, Role, Segment
 
 BUILT_ROLES: tuple[Role, ...] = ("prompt", "condition", "trunk", "block")

@@ -16,9 +16,9 @@ from typing import Any
 import onnx_ir as ir
 
 from blockcache.export.engines.engine import Recipe
-from blockcache.runtime.bundle import FileEntry
 from blockcache.runtime.engines.files import EngineEntry
 from blockcache.runtime.files import write_text
+from blockcache.runtime.manifest import FileEntry
 
 REVISION = 1
 """Counts changes of the builder code that make other engines from the same recipe."""

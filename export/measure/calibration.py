@@ -11,8 +11,8 @@ import torch
 
 from blockcache.export.unet.model import SourceModel
 from blockcache.export.unet.text import encode_text
-from blockcache.runtime.bundle import read_tensors
 from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.tensor_files import read_tensors
 
 NEGATIVE = "negative."
 """Prefix of the unconditional prompt's tensors in a calibration file."""

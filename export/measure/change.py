@@ -17,10 +17,10 @@ from blockcache.export.measure.calibration import Calibration, calibration_input
 from blockcache.export.unet import torch_kernels
 from blockcache.export.unet.cached_unet import CachedUNet, denoise
 from blockcache.export.unet.model import SourceModel
-from blockcache.runtime.bundle import read_tensors, write_tensors
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Schedule
 from blockcache.runtime.solver import SolverTables
+from blockcache.runtime.tensor_files import read_tensors, write_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

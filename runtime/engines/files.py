@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from blockcache.runtime.bundle import Bundle, FileEntry, safe_path
+from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundle_files import safe_path
 from blockcache.runtime.errors import (
     BundleFormatError,
     BundleIntegrityError,
@@ -29,6 +30,7 @@ from blockcache.runtime.errors import (
     WrongLibraryError,
 )
 from blockcache.runtime.files import write_text
+from blockcache.runtime.manifest import FileEntry
 from blockcache.runtime.plan import AXES, Segment, Sizes
 
 FORMAT = "blockcache-engines"

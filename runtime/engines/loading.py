@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundle_files import FileIdentity
 from blockcache.runtime.engines.engine import Backend, Engine
 from blockcache.runtime.plan import Segment
 
-_Key: TypeAlias = tuple[str, str, str]  # backend, path and content of a segment
+_Content: TypeAlias = tuple[tuple[str, FileIdentity], ...]  # of a graph and of its weights
+_Key: TypeAlias = tuple[str, str, _Content]  # backend, path and content of a segment
 _shared: weakref.WeakValueDictionary[_Key, Engine] = weakref.WeakValueDictionary()
 _key_locks: weakref.WeakValueDictionary[_Key, threading.Lock] = weakref.WeakValueDictionary()
 _key_locks_guard = threading.Lock()  # held for a look-up, never while something loads
@@ -39,14 +41,22 @@ def load_engines(
 
 
 def load_shared(backend: Backend, bundle: Bundle, segment: Segment) -> Engine:
-    """The engine of a segment, loaded once a process and freed with its last session."""
+    """The engine of a segment, loaded once a process and freed with its last session.
+
+    Raises:
+        EngineError: the library refuses the segment.
+        BundleIntegrityError: its files are not those that were checked when the bundle opened.
+    """
     path = bundle.segment_path(segment).resolve()
-    content = bundle.manifest.files[f"segments/{segment.file}"].sha256
+    files = bundle.segment_files(segment)
+    content = tuple((bundle.manifest.files[name].sha256, bundle.files[name]) for name in files)
     key = (backend.name, str(path), content)
     with _key_lock(key) if backend.loads_at_once > 1 else _serial_lock:
         engine = _shared.get(key)
         if engine is None:
-            engine = _shared[key] = backend.load(bundle, segment)
+            engine = backend.load(bundle, segment)
+            bundle.require_unchanged(segment)  # the library opened the files by their paths
+            _shared[key] = engine
         return engine
 
 

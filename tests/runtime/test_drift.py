@@ -21,7 +21,7 @@ from blockcache.runtime import (
     Session,
     change_meter,
 )
-from blockcache.runtime.bundle import hash_files, write_tensors
+from blockcache.runtime.bundle_files import hash_files
 from blockcache.runtime.change_meter import previous_steps
 from blockcache.runtime.devices import cuda_kernels
 from blockcache.runtime.devices.cuda_kernels import bind_change
@@ -29,6 +29,7 @@ from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.drift import Band
 from blockcache.runtime.engines import ort
 from blockcache.runtime.provenance import Provenance
+from blockcache.runtime.tensor_files import write_tensors
 
 PROFILE = "profiles/made.safetensors"
 BLOCKS = 7
@@ -118,7 +119,8 @@ def profiled(bundle_copy):
             {"mean": np.asarray(mean, np.float32), "std": np.asarray(std, np.float32)},
         )
         files = {**bundle.manifest.files, **hash_files(bundle_copy, [PROFILE])}
-        bundle = Bundle(bundle_copy, dataclasses.replace(bundle.manifest, files=files))
+        manifest = dataclasses.replace(bundle.manifest, files=files)
+        bundle = dataclasses.replace(bundle, manifest=manifest)
         made = Provenance(**{"profile": PROFILE, "images": 16, **policy})
         schedule = Schedule(np.asarray(recompute, bool))
         return bundle, dataclasses.replace(preset, schedule=schedule, provenance=made)

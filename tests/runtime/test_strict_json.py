@@ -18,7 +18,7 @@ values = st.recursive(
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"])),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=20,
+    max_leaves=15,
 )
 
 
@@ -34,6 +34,8 @@ def test_what_json_writes_is_read_as_json_reads_it(value):
         (b'{"a": {"b": 1, "c": 2, "b": 3}}', "the key 'b' twice"),
         (b"[NaN]", "NaN, which is no JSON"),
         (b"[-Infinity]", "-Infinity, which is no JSON"),
+        (b"[1e999]", "1e999, which is no JSON"),
+        (b"[" * 30 + b"]" * 30, "lists and objects more than 20 deep"),
         (b"9" * 5000, "a number of 5000 characters"),
         (b"0." + b"9" * 5000, "a number of 5002 characters"),
         (b'{"a": ', "Expecting value: line 1 column 7 (char 6)"),

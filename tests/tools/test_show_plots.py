@@ -14,13 +14,10 @@ pytest.importorskip("diffusers")
 
 from blockcache.export.measure.calibration import Calibration
 from blockcache.runtime import Bundle
-from blockcache.runtime.bundle import (
-    hash_files,
-    preset_bytes,
-    write_tensors,
-)
+from blockcache.runtime.bundle_files import hash_files
 from blockcache.runtime.files import write_bytes, write_text
 from blockcache.runtime.provenance import Provenance
+from blockcache.runtime.tensor_files import preset_bytes, write_tensors
 from blockcache.tools import cli
 from blockcache.tools.sources.block_outputs import block_outputs
 

@@ -34,13 +34,9 @@ from blockcache.runtime import (
     Session,
     SolverConfig,
 )
-from blockcache.runtime.bundle import (
-    MANIFEST,
-    FileEntry,
-    PresetEntry,
-    write_preset,
-)
 from blockcache.runtime.files import write_text
+from blockcache.runtime.manifest import MANIFEST, FileEntry, PresetEntry
+from blockcache.runtime.tensor_files import write_preset
 from blockcache.tools.bench.random_unet import random_source
 
 MADE_UP = "made-up"

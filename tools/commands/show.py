@@ -64,7 +64,6 @@ def show(
 def _plot_change(bundle: Bundle, preset: str, file: Path) -> None:
     """The profile behind a preset's schedule, as the paper's Fig. 2b."""
     from blockcache.runtime import ConfigError
-    from blockcache.runtime.bundle import read_tensors
     from blockcache.tools.report import plots
 
     made = bundle.manifest.presets[preset].provenance
@@ -73,7 +72,7 @@ def _plot_change(bundle: Bundle, preset: str, file: Path) -> None:
             f"Preset {preset!r} was made without measurements, so there is no change to plot. "
             f"Choose another: --preset NAME."
         )
-    tensors = read_tensors(bundle.path(made.profile))
+    tensors = bundle.tensors(made.profile)
     paths = [block.path for block in bundle.model.blocks]
     title = f"{preset}: mean and standard deviation over {made.images} images"
     plots.plot_change(tensors["mean"], tensors["std"], paths, file, title)
@@ -84,7 +83,6 @@ def _plot_alignment(bundle: Bundle, preset: str, file: Path) -> None:
     import numpy as np
 
     from blockcache.runtime import ConfigError
-    from blockcache.runtime.bundle import read_tensors
     from blockcache.tools.report import plots
 
     chosen = bundle.preset(preset)
@@ -94,7 +92,7 @@ def _plot_alignment(bundle: Bundle, preset: str, file: Path) -> None:
             f"Preset {preset!r} holds no report of an alignment. Choose one that is aligned: "
             f"--preset NAME."
         )
-    tensors = read_tensors(bundle.path(made.alignment_report))
+    tensors = bundle.tensors(made.alignment_report)
     reused = ~chosen.schedule.recompute
     before, after = (np.where(reused, tensors[name], np.nan) for name in ("before", "after"))
     paths = [block.path for block in bundle.model.blocks]

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from blockcache.runtime.bundle import write_tensors
 from blockcache.runtime.errors import MissingExtraError
+from blockcache.runtime.tensor_files import write_tensors
 
 INPUT_PIXELS = 224
 BATCH = 32

@@ -17,7 +17,7 @@ def whole_bundle(bundle: Bundle) -> Bundle:
     manifest = dataclasses.replace(
         bundle.manifest, model=model, segments=(dataclasses.replace(uncut[0], role="trunk"),)
     )
-    return Bundle(bundle.folder, manifest)
+    return dataclasses.replace(bundle, manifest=manifest)
 
 
 def whole_preset(preset: Preset) -> Preset:

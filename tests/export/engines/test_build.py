@@ -15,11 +15,12 @@ from blockcache.export.engines import build as build_module
 from blockcache.export.engines.build import BuildOptions, ShapeOptions, build_engines
 from blockcache.export.engines.report import report_table
 from blockcache.export.engines.targets import Target
-from blockcache.runtime.bundle import Bundle, FileEntry
+from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.engines.files import built_targets, check_engine, read_engines
 from blockcache.runtime.engines.tensorrt_library import load_library
 from blockcache.runtime.errors import ConfigError, EngineError, ExportError
 from blockcache.runtime.files import write_text
+from blockcache.runtime.manifest import FileEntry
 from blockcache.runtime.plan import Dim, Segment, TensorSpec
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
@@ -67,7 +68,8 @@ def built_copy(built, tmp_path):
 def tiny_build(bundle, *names):
     """The bundle with only the named segments: a build of a second."""
     segments = tuple(s for s in bundle.segments if s.name in names)
-    return Bundle(bundle.folder, dataclasses.replace(bundle.manifest, segments=segments))
+    manifest = dataclasses.replace(bundle.manifest, segments=segments)
+    return dataclasses.replace(bundle, manifest=manifest)
 
 
 # -- every segment, as bfloat16, for SM80, with dynamic batch -------------------------------------
@@ -289,7 +291,8 @@ def broken(bundle, text):
     dims = tuple(Dim.parse(dim) for dim in ("batch", 8, "tokens", 8))
     tensors = [TensorSpec(name, "bfloat16", dims) for name in "xy"]
     segment = Segment("trunk_07", "trunk", "trunk_07.onnx", (tensors[0],), (tensors[1],))
-    return Bundle(bundle.folder, dataclasses.replace(bundle.manifest, segments=(segment,)))
+    manifest = dataclasses.replace(bundle.manifest, segments=(segment,))
+    return dataclasses.replace(bundle, manifest=manifest)
 
 
 def test_a_node_that_does_not_build_is_named(built_copy):

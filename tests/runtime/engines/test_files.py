@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from blockcache.runtime.bundle import Bundle, FileEntry
+from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.engines.choice import make_backend
 from blockcache.runtime.engines.files import (
     EngineEntry,
@@ -29,6 +29,7 @@ from blockcache.runtime.errors import (
     WrongGpuError,
     WrongLibraryError,
 )
+from blockcache.runtime.manifest import FileEntry
 from blockcache.runtime.plan import Sizes
 
 SIZES = Sizes(batch=1, height=16, width=16, tokens=7)

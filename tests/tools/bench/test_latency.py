@@ -72,7 +72,9 @@ class MadeBundle(Bundle):
     """A bundle with made-up presets."""
 
     def __init__(self, bundle, *presets):
-        super().__init__(bundle.folder, bundle.manifest)
+        super().__init__(
+            bundle.folder, bundle.manifest, bundle.presets, bundle.graphs, bundle.files
+        )
         object.__setattr__(self, "made", {preset.name: preset for preset in presets})
 
     @property
@@ -391,7 +393,7 @@ def test_another_bundle_must_be_of_the_model_and_have_the_same_steps(made, bundl
     manifest = dataclasses.replace(bundle.manifest, model=larger)
     options = BenchOptions(engines=("ort",), presets=("ddim-5-cached",))
     with pytest.raises(ConfigError, match=r"another bundle of the model .*height 96"):
-        measure_latency(made, options, against=Bundle(bundle.folder, manifest))
+        measure_latency(made, options, against=dataclasses.replace(bundle, manifest=manifest))
     uncached = dataclasses.replace(made.preset("ddim-5"), name="ddim-5-cached")
     with pytest.raises(ConfigError, match=r"'ddim-5-cached' with as many steps in both bundles"):
         measure_latency(made, options, against=MadeBundle(bundle, uncached))

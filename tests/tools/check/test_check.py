@@ -115,7 +115,8 @@ def test_layouts_of_the_engines_are_undone(half):
 
 def only(bundle, *names):
     segments = tuple(s for s in bundle.segments if s.name in names)
-    return Bundle(bundle.folder, dataclasses.replace(bundle.manifest, segments=segments))
+    manifest = dataclasses.replace(bundle.manifest, segments=segments)
+    return dataclasses.replace(bundle, manifest=manifest)
 
 
 def test_float32_engines_may_lose_what_tf32_loses(compiled):

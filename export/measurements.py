@@ -1,19 +1,18 @@
-"""The stages that run the U-Net on calibration prompts: profile, sensitivity, alignment.
+"""What compile measures on one model: profile, sensitivity, residuals, alignments, trials.
 
-Each is keyed by all that it depends on and leaves its tables in the bundle's ``profiles/``, so that
-presets which ask for the same measurement share it, and an interrupted compile goes on.
+Each measurement is keyed by all that it depends on and kept in the bundle's folder. So presets that
+ask for the same one share it, and a compile that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from blockcache.export.align.distil import DistillationOptions, distil
 from blockcache.export.align.fit import (
@@ -22,19 +21,21 @@ from blockcache.export.align.fit import (
     fit_alignment,
     judge_alignment,
 )
-from blockcache.export.choose.joint import TrialOptions, mean_distance, measured_for, trial_latents
-from blockcache.export.choose.policies import Joint, Needs
-from blockcache.export.choose.preset import HISTORY, PresetOptions
+from blockcache.export.choose.policies import Needs
+from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.measure.calibration import Calibration
 from blockcache.export.measure.change import Profile, ProfileOptions, measure_change
 from blockcache.export.measure.residuals import ResidualOptions, measure_residuals
+from blockcache.export.measure.reuse import HISTORY
+from blockcache.export.measure.sampling import Sampling
 from blockcache.export.measure.sensitivity import SensitivityOptions, measure_sensitivity
-from blockcache.export.observer import Observer
+from blockcache.export.measure.trial import TrialOptions, mean_distance, trial_latents
+from blockcache.export.observer import Observer, qualified
 from blockcache.export.stages import RECORDS, StageStore, stage_key
-from blockcache.export.unet.model import TORCH_DTYPES, SourceModel
+from blockcache.export.unet.model import SourceModel
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
-from blockcache.runtime.solver import SolverConfig, solver_tables
+from blockcache.runtime.solver import SolverConfig
 from blockcache.runtime.tensor_files import read_tensors, write_tensors
 
 MOST_PAIRS = 1 << 28
@@ -54,23 +55,35 @@ class CalibrationOptions:
     trial: TrialOptions = field(default_factory=TrialOptions)
 
 
-class CalibratedStages:
-    """Measurements of one model for one bundle, each made once."""
+class Measurements:
+    """Measurements of one model for one bundle, each made once, when it is first asked for.
+
+    Args:
+        model: the U-Net, with weights in full.
+        precision: what the weights are exported in. What corrects errors of the exported model
+            (alignments, trials) is measured on weights that are rounded to it; what only says
+            where errors arise (profile, sensitivity, residuals) on the weights in full, so that
+            bundles of all precisions share it.
+        calibration: prompts to measure with; None where no preset needs any.
+        options: how much to measure.
+        store: the bundle's stage records.
+        observer: hears how far a measurement is.
+    """
 
     def __init__(
         self,
         model: SourceModel,
-        store: StageStore,
-        options: CalibrationOptions,
-        calibration: Calibration | None,
-        observer: Observer,
         precision: str,
+        calibration: Calibration | None,
+        options: CalibrationOptions,
+        store: StageStore,
+        observer: Observer,
     ) -> None:
         self.model = model
-        self._precision = precision  # of the exported weights
-        self._store = store
-        self._options = options
+        self._precision = precision
         self._calibration = calibration
+        self._options = options
+        self._store = store
         self._observer = observer
 
     @property
@@ -81,6 +94,13 @@ class CalibratedStages:
     def check(self, preset: PresetOptions) -> None:
         """Raise ConfigError where a preset's own table does not fit, or prompts are missing."""
         preset.policy.check_blocks(preset.steps, len(self.model.blocks))
+        dtype = str(next(self.model.unet.parameters()).dtype).removeprefix("torch.")
+        if preset.calibrated and dtype != "float32":
+            raise ConfigError(
+                f"Preset {preset.name!r} is made from measurements, which need the weights in "
+                f"full: expected a model loaded in float32, got {dtype}. The precision of the "
+                f"export is another option."
+            )
         if preset.calibrated and self._calibration is None:
             raise ConfigError(
                 f"Preset {preset.name!r} is made from measurements and needs prompts to measure "
@@ -94,68 +114,46 @@ class CalibratedStages:
                 f"another policy (t1.5, c1.5), or the alignment least-squares."
             )
 
-    def measure(self, preset: PresetOptions) -> None:
-        """What the preset's schedule needs, measured and stored."""
-        if isinstance(preset.policy, Joint):
-            for other in measured_for(preset):
-                self.sensitivity(other)
-                self.residuals(other)
-            return
-        if Needs.CHANGE in preset.policy.needs:
-            self.profile(preset)
-        if Needs.LOSSES in preset.policy.needs:
-            self.sensitivity(preset)
-            self.residuals(preset)
-
     def profile(self, preset: PresetOptions) -> Profile:
         """Change per step and block; shared by presets of the same solver and steps."""
-        key = self._key(preset, profile=self._options.profile)
-        name = f"profiles/{preset.solver}-{preset.steps}-{key[:8]}.safetensors"
+        sampling, options = self._sampling(preset), self._options.profile
+        stage = _Stage.of("profile", sampling, options)
+        checkpoint = self._store.scratch(f"profile-{stage.key[:12]}")
+        file = f"profiles/{preset.solver}-{preset.steps}-{stage.key[:8]}.safetensors"
 
-        def measure() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            # A joint preset's winner is known after the export only, which converts the weights.
-            torch.nn.Module.to(self.model.unet, torch.float32)
+        def measure() -> dict[str, np.ndarray]:
             made = measure_change(
-                *self._inputs(preset),
-                self._options.profile,
-                progress=self._progress("profile", preset),
-                checkpoint=self._store.scratch(f"profile-{key[:12]}"),
+                sampling, options, observer=self._heard_of(preset), checkpoint=checkpoint
             )
-            return {"mean": made.mean, "std": made.std}, {"images": made.images}
+            return {"mean": made.mean, "std": made.std, "images": np.array([made.images])}
 
-        tensors, facts = self._stage("profile", key, name, measure)
-        return Profile(tensors["mean"], tensors["std"], int(facts["images"]), name)
+        made = self._once(stage, file, measure)
+        checkpoint.unlink(missing_ok=True)
+        return Profile(made["mean"], made["std"], int(made["images"][0]), file)
 
     def sensitivity(self, preset: PresetOptions) -> np.ndarray:
         """What a block's reuse at a step does to the image: float32 [S, K]."""
-        key = self._key(preset, sensitivity=self._options.sensitivity)
-        name = f"profiles/{preset.solver}-{preset.steps}-{key[:8]}.safetensors"
+        sampling, options = self._sampling(preset), self._options.sensitivity
+        stage = _Stage.of("sensitivity", sampling, options)
+        file = f"profiles/{preset.solver}-{preset.steps}-{stage.key[:8]}.safetensors"
 
-        def measure() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            made = measure_sensitivity(
-                *self._inputs(preset),
-                self._options.sensitivity,
-                progress=self._progress("sensitivity", preset),
-            )
-            return {"sensitivity": made}, {}
+        def measure() -> dict[str, np.ndarray]:
+            made = measure_sensitivity(sampling, options, observer=self._heard_of(preset))
+            return {"sensitivity": made}
 
-        return self._stage("sensitivity", key, name, measure)[0]["sensitivity"]
+        return self._once(stage, file, measure)["sensitivity"]
 
     def residuals(self, preset: PresetOptions) -> np.ndarray:
         """What the preset's way to reuse leaves of an error: float32 [K, S, S] or [K, S, S, S]."""
-        key = self._key(preset, residuals=self._options.residuals, reuse=preset.reuse)
-        name = f"{RECORDS}/residuals-{key[:12]}.safetensors"
+        sampling, options = self._sampling(preset), self._options.residuals
+        stage = _Stage.of("residuals", sampling, options, reuse=preset.reuse)
+        file = f"{RECORDS}/residuals-{stage.key[:12]}.safetensors"
 
-        def measure() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            made = measure_residuals(
-                *self._inputs(preset),
-                preset.reuse,
-                self._options.residuals,
-                progress=self._progress("residuals", preset),
-            )
-            return {"residuals": made}, {}
+        def measure() -> dict[str, np.ndarray]:
+            heard = self._heard_of(preset)
+            return {"residuals": measure_residuals(sampling, preset.reuse, options, observer=heard)}
 
-        return self._stage("residuals", key, name, measure)[0]["residuals"]
+        return self._once(stage, file, measure)["residuals"]
 
     def alignment(
         self, preset: PresetOptions, schedule: Schedule, *, trial: bool = False
@@ -164,29 +162,33 @@ class CalibratedStages:
 
         For a trial the fit takes as few images as the trial, and the report is not kept.
         """
-        options = self._options.alignment
+        sampling, options = self._sampling(preset, self._precision), self._options.alignment
         if trial:
             images = min(options.images, self._options.trial.images)
             options = dataclasses.replace(options, images=images)
-        distilled = preset.alignment.endswith("distil")
-        key = self._key(
-            preset,
+        training = self._options.distillation if preset.alignment.endswith("distil") else None
+        stage = _Stage.of(
+            f"alignment-{preset.name}",
+            sampling,
+            options,
             schedule=_digest(schedule.recompute),
-            alignment=options,
-            kind=preset.alignment,
-            precision=self._precision,
-            distillation=self._options.distillation if distilled else None,
+            outputs=preset.outputs,
+            distillation=training and dataclasses.asdict(training),
         )
-        name = f"{RECORDS if trial else 'profiles'}/{preset.name}-alignment.safetensors"
+        file = f"{RECORDS if trial else 'profiles'}/{preset.name}-alignment.safetensors"
 
-        def measure() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            fit = self._fit(preset, schedule, options, distilled)
+        def measure() -> dict[str, np.ndarray]:
+            heard = self._heard_of(preset)
+            fit = fit_alignment(sampling, schedule, preset.outputs, options, observer=heard)
+            if training is not None:
+                made = distil(sampling, schedule, fit.alignment, training, observer=heard)
+                fit = judge_alignment(sampling, schedule, made, options, observer=heard)
             tables = {f"table_{k}": table for k, table in enumerate(fit.alignment.tables)}
-            return {"before": fit.before, "after": fit.after, **tables}, {}
+            return {"before": fit.before, "after": fit.after, **tables}
 
-        tensors, _ = self._stage(f"alignment-{preset.name}", key, name, measure)
-        tables = tuple(tensors[f"table_{k}"] for k in range(schedule.blocks))
-        return AlignmentFit(Alignment(tables), tensors["before"], tensors["after"]), name
+        made = self._once(stage, file, measure)
+        tables = tuple(made[f"table_{k}"] for k in range(schedule.blocks))
+        return AlignmentFit(Alignment(tables), made["before"], made["after"]), file
 
     def distance(
         self, tried: PresetOptions, schedule: Schedule, alignment: Alignment, full: PresetOptions
@@ -199,116 +201,71 @@ class CalibratedStages:
         self, preset: PresetOptions, schedule: Schedule, alignment: Alignment | None
     ) -> np.ndarray:
         """Final latents of a few images from noise of their own: float32 [N, C, H, W]."""
-        tables = () if alignment is None else alignment.tables
-        key = self._key(
-            preset,
-            trial=self._options.trial,
-            precision=self._precision,
-            schedule=_digest(schedule.recompute),
-            coefficients=_digest(*tables),
-        )
-        name = f"{RECORDS}/trial-{key[:12]}.safetensors"
-
-        def measure() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            model, solver, calibration, guidance_scale = self._inputs(preset)
-            self._round_weights()
-            made = trial_latents(
-                model,
-                solver,
-                schedule,
-                alignment,
-                calibration,
-                guidance_scale,
-                self._options.trial,
-                progress=self._progress("try", preset),
-            )
-            return {"latents": made}, {}
-
-        return self._stage("trial", key, name, measure)[0]["latents"]
-
-    def _round_weights(self) -> None:
-        """Give the U-Net the weights as they are exported, computed in float32."""
-        for dtype in (TORCH_DTYPES[self._precision], torch.float32):
-            torch.nn.Module.to(self.model.unet, dtype)
-
-    def _fit(
-        self,
-        preset: PresetOptions,
-        schedule: Schedule,
-        options: AlignmentOptions,
-        distilled: bool,
-    ) -> AlignmentFit:
-        model, tables, calibration, guidance_scale = self._inputs(preset)
-        self._round_weights()  # the student has the exported weights
-        fit = fit_alignment(
-            model,
-            tables,
-            schedule,
-            calibration,
-            guidance_scale,
-            preset.outputs,
+        sampling, options = self._sampling(preset, self._precision), self._options.trial
+        stage = _Stage.of(
+            "trial",
+            sampling,
             options,
-            progress=self._progress("align", preset),
+            schedule=_digest(schedule.recompute),
+            coefficients=_digest(*(() if alignment is None else alignment.tables)),
         )
-        if not distilled:
-            return fit
-        alignment = distil(
-            model,
-            tables,
-            schedule,
-            fit.alignment,
-            calibration,
-            guidance_scale,
-            self._options.distillation,
-            progress=self._progress("distil", preset),
-        )
-        return judge_alignment(
-            model, tables, schedule, alignment, calibration, guidance_scale, options
-        )
+        file = f"{RECORDS}/trial-{stage.key[:12]}.safetensors"
 
-    # -- what all of them share ----------------------------------------------------------------
+        def measure() -> dict[str, np.ndarray]:
+            heard = self._heard_of(preset)
+            return {
+                "latents": trial_latents(sampling, schedule, alignment, options, observer=heard)
+            }
 
-    def _stage(
-        self,
-        kind: str,
-        key: str,
-        name: str,
-        measure: Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]],
-    ) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
-        """The tensors and facts of a stage, measured unless they are there already."""
-        stage = f"{kind}-{key[:12]}"
-        found = self._store.reuse(stage, key)
-        if found is not None:
-            return read_tensors(self._store.folder / name), found
-        tensors, facts = measure()
+        return self._once(stage, file, measure)["latents"]
+
+    def _once(
+        self, stage: _Stage, file: str, measure: Callable[[], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """The tensors of a measurement, which is made unless it is in ``file`` already."""
+        if self._store.reuse(stage.name, stage.key) is not None:
+            return read_tensors(self._store.folder / file)
+        tensors = measure()
         self._store.invalidate()
-        write_tensors(self._store.folder / name, tensors)
-        self._store.commit(stage, key, [name], facts)
-        self._store.scratch(stage).unlink(missing_ok=True)
-        return tensors, facts
+        write_tensors(self._store.folder / file, tensors)
+        self._store.commit(stage.name, stage.key, [file], {})
+        return tensors
 
-    def _inputs(self, preset: PresetOptions) -> tuple[SourceModel, Any, Calibration, float]:
-        assert self._calibration is not None
-        tables = solver_tables(solver_config(self.model, preset))
-        return self.model, tables, self._calibration, self._options.guidance_scale
-
-    def _key(self, preset: PresetOptions, **parts: Any) -> str:
+    def _sampling(self, preset: PresetOptions, precision: str = "float32") -> Sampling:
         assert self._calibration is not None  # ``check`` was asked first
-        plain = {
-            name: part if part is None or isinstance(part, str) else dataclasses.asdict(part)
-            for name, part in parts.items()
-        }
-        return stage_key(
-            model=self.model.sha256,
-            solver=solver_config(self.model, preset).to_json(),
-            guidance=self._options.guidance_scale,
-            calibration=_hash(self._calibration),
-            **plain,
+        return Sampling(
+            self.model,
+            solver_config(self.model, preset),
+            self._calibration,
+            self._options.guidance_scale,
+            precision,
         )
 
-    def _progress(self, stage: str, preset: PresetOptions) -> Callable[[int, int], None]:
-        title = f"{stage} {preset.solver}-{preset.steps}"
-        return lambda done, total: self._observer(title, done, total)
+    def _heard_of(self, preset: PresetOptions) -> Observer:
+        return qualified(self._observer, f"{preset.solver}-{preset.steps}")
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The record of one measurement: its name is unique in the bundle, its key says of what."""
+
+    name: str
+    key: str
+
+    @classmethod
+    def of(cls, kind: str, sampling: Sampling, options: Any, **more: Any) -> _Stage:
+        """The stage of a measurement that depends on ``sampling``, ``options`` and ``more``."""
+        key = stage_key(
+            model=sampling.model.sha256,
+            precision=sampling.precision,
+            solver=sampling.solver.to_json(),
+            calibration=sampling.calibration.sha256,
+            guidance=sampling.guidance_scale,
+            kind=kind,
+            options=dataclasses.asdict(options),
+            **more,
+        )
+        return cls(f"{kind}-{key[:12]}", key)
 
 
 def solver_config(model: SourceModel, preset: PresetOptions) -> SolverConfig:
@@ -324,12 +281,3 @@ def solver_config(model: SourceModel, preset: PresetOptions) -> SolverConfig:
 
 def _digest(*arrays: np.ndarray) -> str:
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-
-
-def _hash(calibration: Calibration) -> str:
-    digest = hashlib.sha256()
-    for side in (calibration.positive, calibration.negative):
-        for name, values in sorted(side.items()):
-            digest.update(f"{name} {values.shape}".encode())
-            digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()

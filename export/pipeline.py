@@ -1,4 +1,4 @@
-"""The order of the stages, once: measure, export, schedule, align, bundle.
+"""The order of the stages, once: export, measure, schedule, align, bundle.
 
 ``compile_model`` is what ``blockcache compile`` runs. Every stage is keyed by what it depends on
 (``stages.py``); the manifest is written last, so that a folder with a manifest is a whole bundle.
@@ -31,8 +31,8 @@ from blockcache.export.graph.to_onnx import (
 )
 from blockcache.export.measure.calibration import Calibration
 from blockcache.export.measurements import (
-    CalibratedStages,
     CalibrationOptions,
+    Measurements,
     solver_config,
 )
 from blockcache.export.observer import Observer, unobserved
@@ -152,21 +152,19 @@ def _compile(
     observer: Observer,
 ) -> None:
     store = StageStore(folder)
-    stages = CalibratedStages(
-        model, store, options.calibration, calibration, observer, options.export.precision
+    measurements = Measurements(
+        model, options.export.precision, calibration, options.calibration, store, observer
     )
     for preset in options.presets:  # what cannot work is refused before any work
         solver_tables(solver_config(model, preset))
-        stages.check(preset)
-    for preset in options.presets:  # the export may convert the weights, so measure before
-        stages.measure(preset)
+        measurements.check(preset)
     segments = _export_stage(model, store, options.export, observer)
     facts = _model_facts(model, options.export, segments)
     costs = _costs(segments, folder, options, facts)
     presets = {}
     for done, preset in enumerate(options.presets):
         observer("presets", done, len(options.presets))
-        made = _make_preset(stages, folder, preset, costs, segments, facts)
+        made = _make_preset(measurements, folder, preset, costs, segments, facts)
         name = f"presets/{preset.name}.safetensors"
         path = folder / name
         if not path.is_file() or path.read_bytes() != preset_bytes(made):
@@ -229,7 +227,7 @@ def _costs(
 
 
 def _make_preset(
-    stages: CalibratedStages,
+    measurements: Measurements,
     folder: Path,
     preset: PresetOptions,
     costs: Costs,
@@ -240,16 +238,16 @@ def _make_preset(
 ) -> Preset:
     """Schedule, alignment and time tables of a preset; a trial's reports are not kept."""
     if isinstance(preset.policy, Joint):
-        return _make_joint(stages, folder, preset, costs, segments, facts)
+        return _make_joint(measurements, folder, preset, costs, segments, facts)
     needs = preset.policy.needs
-    profile = stages.profile(preset) if Needs.CHANGE in needs and not trial else None
+    profile = measurements.profile(preset) if Needs.CHANGE in needs and not trial else None
     evidence = Evidence(
         steps=preset.steps,
         paths=[block.path for block in facts.blocks],
         costs=costs,
         change=None if profile is None else profile.mean,
-        sensitivity=stages.sensitivity(preset) if Needs.LOSSES in needs else None,
-        residuals=stages.residuals(preset) if Needs.LOSSES in needs else None,
+        sensitivity=measurements.sensitivity(preset) if Needs.LOSSES in needs else None,
+        residuals=measurements.residuals(preset) if Needs.LOSSES in needs else None,
     )
     schedule = preset.policy.schedule(evidence)
     provenance = Provenance(
@@ -261,25 +259,25 @@ def _make_preset(
     )
     alignment = Alignment.identity(preset.steps, facts.block_channels)
     if preset.alignment != "none" and not schedule.recompute.all():
-        fit, report = stages.alignment(preset, schedule, trial=trial)
+        fit, report = measurements.alignment(preset, schedule, trial=trial)
         alignment = fit.alignment
         provenance = dataclasses.replace(
             provenance, alignment=preset.alignment, alignment_report=report
         )
-    config = solver_config(stages.model, preset)
+    config = solver_config(measurements.model, preset)
     return Preset(
         name=preset.name,
         solver=config.to_json(),
         schedule=schedule,
         alignment=alignment.combining(facts.outputs),
         time_tables=time_tables(segments, folder / "segments", solver_tables(config).timesteps),
-        guidance_scale=stages.guidance_scale,
+        guidance_scale=measurements.guidance_scale,
         provenance=provenance,
     )
 
 
 def _make_joint(
-    stages: CalibratedStages,
+    measurements: Measurements,
     folder: Path,
     preset: PresetOptions,
     costs: Costs,
@@ -289,8 +287,8 @@ def _make_joint(
     """The candidate that lands nearest to the uncached run of all steps."""
     tried: list[tuple[float, PresetOptions]] = []
     for other in candidates(preset, costs):
-        made = _make_preset(stages, folder, other, costs, segments, facts, trial=True)
-        distance = stages.distance(other, made.schedule, made.alignment, preset)
+        made = _make_preset(measurements, folder, other, costs, segments, facts, trial=True)
+        distance = measurements.distance(other, made.schedule, made.alignment, preset)
         if np.isfinite(distance):
             tried.append((distance, other))
     if not tried:
@@ -298,7 +296,7 @@ def _make_joint(
     _, best = min(tried, key=lambda pair: pair[0])
     alignment = "none" if best.alignment == "none" else preset.alignment
     winner = dataclasses.replace(best, name=preset.name, alignment=alignment)
-    made = _make_preset(stages, folder, winner, costs, segments, facts)
+    made = _make_preset(measurements, folder, winner, costs, segments, facts)
     provenance = dataclasses.replace(
         made.provenance,
         kind=preset.policy.kind,

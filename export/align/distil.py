@@ -9,16 +9,14 @@ are fitted already, and is folded into the same table.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from blockcache.export.measure.calibration import Calibration, calibration_inputs
-from blockcache.export.unet import torch_kernels
+from blockcache.export.measure.sampling import Sampling
+from blockcache.export.observer import Observer, unobserved
 from blockcache.export.unet.cached_unet import CachedUNet, Denoiser
-from blockcache.export.unet.model import SourceModel
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solver import SolverTables
@@ -68,75 +66,64 @@ class _Adjustment(torch.nn.Module):
 
 
 def distil(
-    model: SourceModel,
-    tables: SolverTables,
+    sampling: Sampling,
     schedule: Schedule,
     start: Alignment,
-    calibration: Calibration,
-    guidance_scale: float,
     options: DistillationOptions,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    observer: Observer = unobserved,
 ) -> Alignment:
     """Train the coefficients of every reused block and step.
 
     Args:
-        model: the U-Net, float32.
-        tables: solver and steps.
+        sampling: what to run; prompts are drawn at random.
         schedule: which block is reused when.
         start: coefficients to start from; ``Alignment.identity`` for the paper's training.
-        calibration: prompts, drawn at random.
-        guidance_scale: as in use; 1 means none.
         options: how long and how fast.
-        progress: called with (iterations done, iterations in all).
+        observer: hears the iterations done, stage "distil".
     """
-    adjustment = _Adjustment(start, schedule, _timestep_embeddings(model, tables))
-    optimizer = torch.optim.Adam(adjustment.parameters(), lr=options.learning_rate)
     random = np.random.default_rng(options.seed)
-    with CachedUNet(model, start.outputs) as cached, torch_kernels.on_gpu(model.unet):
+    with sampling.cached_unet(start.outputs) as cached:
+        adjustment = _Adjustment(start, schedule, _timestep_embeddings(cached, sampling.tables))
+        optimizer = torch.optim.Adam(adjustment.parameters(), lr=options.learning_rate)
         for iteration in range(options.iterations):
-            if progress is not None:
-                progress(iteration, options.iterations)
+            observer("distil", iteration, options.iterations)
             rate = 0.5 * (1 + math.cos(math.pi * iteration / options.iterations))
             optimizer.param_groups[0]["lr"] = options.learning_rate * rate
-            prompts = random.integers(0, calibration.prompts, options.images_at_once).tolist()
-            jobs = [(prompt, options.seed + iteration) for prompt in prompts]
-            noise, conditions = calibration_inputs(model, calibration, jobs, guidance_scale)
-            run = Denoiser(cached, tables, conditions, guidance_scale)
+            prompts = random.integers(0, sampling.calibration.prompts, options.images_at_once)
+            jobs = [(prompt, options.seed + iteration) for prompt in prompts.tolist()]
+            denoiser, noise = sampling.begin(cached, jobs)
             optimizer.zero_grad()
-            _accumulate_gradients(run, schedule, adjustment, noise)
+            _accumulate_gradients(denoiser, schedule, adjustment, noise)
             optimizer.step()
-    if progress is not None:
-        progress(options.iterations, options.iterations)
+    observer("distil", options.iterations, options.iterations)
     return adjustment.folded()
 
 
 def _accumulate_gradients(
-    run: Denoiser, schedule: Schedule, adjustment: _Adjustment, noise: torch.Tensor
+    denoiser: Denoiser, schedule: Schedule, adjustment: _Adjustment, noise: torch.Tensor
 ) -> None:
     """One trajectory of the student; every step's loss is relative to its target's size."""
-    blocks = run.cached.blocks
-    state = run.start(noise)
+    state = denoiser.start(noise)
     for step, recompute in enumerate(schedule.recompute):
-        computed = [block.history for block in blocks]
         with torch.no_grad():
-            target = run.output(state, step)
+            target, kept = denoiser.output(state, step)
         if recompute.all():
-            state = run.advance(state, target, step)
+            state = denoiser.advance(state, target, kept, step)
             continue
-        for block, outputs in zip(blocks, computed, strict=True):
-            block.history = outputs
-        output = run.output(state, step, recompute, adjustment.rows(step))
+        output, kept = denoiser.output(state, step, recompute, adjustment.rows(step))
         loss = (output - target).square().mean() / target.square().mean()
         loss.backward()  # type: ignore[no-untyped-call]
-        for block in blocks:  # a step's gradient ends with the step
-            block.history = [outputs.detach() for outputs in block.history]
-        state = run.advance(state, output.detach(), step)
+        # A step's gradient ends with the step.
+        kept = tuple(tuple(each.detach() for each in outputs) for outputs in kept)
+        state = denoiser.advance(state, output.detach(), kept, step)
 
 
 @torch.no_grad()
-def _timestep_embeddings(model: SourceModel, tables: SolverTables) -> torch.Tensor:
-    """What the U-Net makes of every step's timestep: float32 [S, E]."""
-    timesteps = torch.as_tensor(np.asarray(tables.timesteps), dtype=torch.float32)
-    embeddings: torch.Tensor = model.unet.time_embedding(model.unet.time_proj(timesteps))
-    return embeddings
+def _timestep_embeddings(cached: CachedUNet, tables: SolverTables) -> torch.Tensor:
+    """What the U-Net makes of every step's timestep: float32 [S, E], on the CPU."""
+    unet = cached.model.unet
+    device = next(unet.parameters()).device
+    timesteps = torch.as_tensor(np.asarray(tables.timesteps), dtype=torch.float32, device=device)
+    embeddings: torch.Tensor = unet.time_embedding(unet.time_proj(timesteps))
+    return embeddings.cpu()

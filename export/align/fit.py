@@ -15,17 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from blockcache.export.measure.calibration import Calibration, calibration_inputs
-from blockcache.export.unet import torch_kernels
-from blockcache.export.unet.cached_unet import CachedUNet, denoise
-from blockcache.export.unet.model import SourceModel
+from blockcache.export.measure.sampling import Sampling
+from blockcache.export.observer import Observer, unobserved
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
-from blockcache.runtime.solver import SolverTables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,112 +49,103 @@ class AlignmentFit:
 
 
 def fit_alignment(
-    model: SourceModel,
-    tables: SolverTables,
+    sampling: Sampling,
     schedule: Schedule,
-    calibration: Calibration,
-    guidance_scale: float,
     outputs: int,
     options: AlignmentOptions,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    observer: Observer = unobserved,
 ) -> AlignmentFit:
     """Fit the coefficients of every reused block and step.
 
     Args:
-        model: the U-Net, float32.
-        tables: solver and steps.
+        sampling: what to run; image i takes prompt i modulo their number.
         schedule: which block is reused when.
-        calibration: prompts; image i takes prompt i modulo their number.
-        guidance_scale: as in use; 1 means none.
         outputs: computed outputs that a reuse combines: 1 (scale-shift) or 2 (history).
         options: how much to fit on.
-        progress: called with (steps done, steps in all).
+        observer: hears the steps done, stage "align".
     """
     return _sweep(
+        "align", sampling, schedule, outputs, options, observer,
         lambda k, step, sums: solve(sums, options.ridge),
-        model, tables, schedule, calibration, guidance_scale, outputs, options, progress,
     )  # fmt: skip
 
 
 def judge_alignment(
-    model: SourceModel,
-    tables: SolverTables,
+    sampling: Sampling,
     schedule: Schedule,
     alignment: Alignment,
-    calibration: Calibration,
-    guidance_scale: float,
     options: AlignmentOptions,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    observer: Observer = unobserved,
 ) -> AlignmentFit:
     """What coefficients made elsewhere repair, on the images that ``fit_alignment`` takes.
 
-    Arguments as there.
+    Args:
+        sampling: as there.
+        schedule: as there.
+        alignment: the coefficients to judge.
+        options: as there.
+        observer: hears the steps done, stage "judge".
     """
     return _sweep(
+        "judge", sampling, schedule, alignment.outputs, options, observer,
         lambda k, step, sums: judge(sums, alignment.tables[k][step]),
-        model, tables, schedule, calibration, guidance_scale, alignment.outputs, options, progress,
     )  # fmt: skip
 
 
 def _sweep(
-    choose: Callable[[int, int, np.ndarray], Solved],
-    model: SourceModel,
-    tables: SolverTables,
+    stage: str,
+    sampling: Sampling,
     schedule: Schedule,
-    calibration: Calibration,
-    guidance_scale: float,
     outputs: int,
     options: AlignmentOptions,
-    progress: Callable[[int, int], None] | None,
+    observer: Observer,
+    choose: Callable[[int, int, np.ndarray], Solved],
 ) -> AlignmentFit:
     """One run of the student, which goes on with what ``choose`` gives for (k, step, moments)."""
-    channels = tuple(block.channels for block in model.blocks)
+    channels = tuple(block.channels for block in sampling.model.blocks)
     made = [t.copy() for t in Alignment.identity(schedule.steps, channels, outputs).tables]
     before, after = np.zeros((2, *schedule.recompute.shape), np.float32)
-    step = 0
 
-    def on_reuse(k: int, fresh: torch.Tensor, computed: Sequence[torch.Tensor]) -> torch.Tensor:
-        chosen = choose(k, step, moments(fresh, computed, outputs))
+    def fit(
+        step: int, k: int, computed: torch.Tensor, kept: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        chosen = choose(k, step, moments(computed, kept, outputs))
         made[k][step] = chosen.coefficients
         before[step, k], after[step, k] = chosen.before, chosen.after
         return torch.from_numpy(made[k][step])
 
-    def after_step(done: int) -> None:
-        nonlocal step
-        step = done + 1
-        if progress is not None:
-            progress(step, schedule.steps)
-
-    jobs = [(i % calibration.prompts, options.seed + i) for i in range(options.images)]
-    with CachedUNet(model, outputs) as cached, torch_kernels.on_gpu(model.unet):
-        noise, conditions = calibration_inputs(model, calibration, jobs, guidance_scale)
-        cached.on_reuse = on_reuse
-        denoise(cached, tables, schedule, None, noise, conditions, guidance_scale, after_step)
+    jobs = [(i % sampling.calibration.prompts, options.seed + i) for i in range(options.images)]
+    with sampling.cached_unet(outputs) as cached, torch.no_grad():
+        denoiser, noise = sampling.begin(cached, jobs)
+        state = denoiser.start(noise)
+        for step, recompute in enumerate(schedule.recompute):
+            state = denoiser.step(state, step, recompute, partial(fit, step))
+            observer(stage, step + 1, schedule.steps)
     return AlignmentFit(Alignment(tuple(made)), before, after)
 
 
-def moments(fresh: torch.Tensor, computed: Sequence[torch.Tensor], outputs: int) -> np.ndarray:
+def moments(computed: torch.Tensor, kept: Sequence[torch.Tensor], outputs: int) -> np.ndarray:
     """Sums of products, per channel, of (1, C_last[, C_last - C_before], C): float64 [C, Q, Q].
 
     All that a fit needs, and additive over batches: no feature is kept. Without a C_before its
     difference counts as 0.
 
     Args:
-        fresh: C, the block's output on the student's input, float [B, C, H, W].
-        computed: the outputs computed last, latest first, at least one.
+        computed: C, the block's output on the student's input, float [B, C, H, W].
+        kept: the outputs that it computed last, the latest first, at least one.
         outputs: 1 or 2, which decides Q = outputs + 2.
     """
-    channels = fresh.shape[1]
+    channels = computed.shape[1]
     shape = (channels, outputs + 2, outputs + 2)
-    sums = torch.zeros(shape, dtype=torch.float64, device=fresh.device)
-    for image in range(fresh.shape[0]):  # a batch in float64 would be large
-        last = computed[0][image].flatten(1)
+    sums = torch.zeros(shape, dtype=torch.float64, device=computed.device)
+    for image in range(computed.shape[0]):  # a batch in float64 would be large
+        last = kept[0][image].flatten(1)
         rows = [torch.ones_like(last), last]
         if outputs == 2:
-            rows.append(last - computed[-1][image].flatten(1))
-        rows.append(fresh[image].flatten(1))
+            rows.append(last - kept[-1][image].flatten(1))
+        rows.append(computed[image].flatten(1))
         stacked = torch.stack(rows, dim=1).double()
         sums += stacked @ stacked.transpose(1, 2)
     return sums.cpu().numpy()

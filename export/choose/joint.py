@@ -10,38 +10,19 @@ ends nearest to the full uncached run is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from blockcache.export.choose.policies import UNCACHED, Budget, Joint
 from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.costs.costs import Costs
-from blockcache.export.measure.calibration import Calibration, calibration_inputs
-from blockcache.export.unet import torch_kernels
-from blockcache.export.unet.cached_unet import CachedUNet, denoise
-from blockcache.export.unet.model import SourceModel
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.plan import Alignment, Schedule
-from blockcache.runtime.solver import SolverTables
 
 MOST_CANDIDATES = 5
 NEGLIGIBLE = 1e-3  # a speed-up by less than this is none
 UNTRAINED = {"distil": "least-squares", "history-distil": "history"}
 """What stands for a distilled alignment in a trial: only the winner is trained."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialOptions:
-    """How candidates are compared."""
-
-    images: int = 16
-    seed: int = 900_001  # of the noise; no calibration takes it
-
-    def __post_init__(self) -> None:
-        if self.images < 1:
-            raise ConfigError(f"Expected at least one image to compare on, got {self.images}.")
 
 
 def step_counts(steps: int, speedup: float) -> list[int]:
@@ -58,12 +39,6 @@ def candidate(preset: PresetOptions, steps: int, speedup: float) -> PresetOption
         return replace(preset, name=name, steps=steps, policy=UNCACHED, alignment="none")
     alignment = UNTRAINED.get(preset.alignment, preset.alignment)
     return replace(preset, name=name, steps=steps, policy=Budget(speedup), alignment=alignment)
-
-
-def measured_for(preset: PresetOptions) -> list[PresetOptions]:
-    """Presets whose measurements the candidates need; their speed-ups are not known yet."""
-    speedup = _speedup(preset)
-    return [candidate(preset, steps, speedup + 1) for steps in step_counts(preset.steps, speedup)]
 
 
 def candidates(preset: PresetOptions, costs: Costs) -> list[PresetOptions]:
@@ -95,49 +70,3 @@ def _speedup(preset: PresetOptions) -> float:
     """What a joint preset asks for."""
     assert isinstance(preset.policy, Joint)
     return preset.policy.speedup
-
-
-def trial_latents(
-    model: SourceModel,
-    tables: SolverTables,
-    schedule: Schedule,
-    alignment: Alignment | None,
-    calibration: Calibration,
-    guidance_scale: float,
-    options: TrialOptions,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """Where a candidate ends, or the uncached run: float32 [N, C, H, W].
-
-    Args:
-        model: the U-Net, float32.
-        tables: solver and steps.
-        schedule: of the candidate.
-        alignment: of the candidate; None: outputs are reused as they are.
-        calibration: prompts, spread evenly over the images.
-        guidance_scale: as in use; 1 means none.
-        options: how many images, of which noise.
-        progress: called with (steps done, steps in all).
-    """
-    jobs = [
-        (i * calibration.prompts // options.images, options.seed + i) for i in range(options.images)
-    ]
-    outputs = 1 if alignment is None else alignment.outputs
-    with CachedUNet(model, outputs) as cached, torch_kernels.on_gpu(model.unet):
-        noise, conditions = calibration_inputs(model, calibration, jobs, guidance_scale)
-
-        def after_step(step: int) -> None:
-            if progress is not None:
-                progress(step + 1, schedule.steps)
-
-        made = denoise(
-            cached, tables, schedule, alignment, noise, conditions, guidance_scale, after_step
-        )
-    return made.cpu().numpy()
-
-
-def mean_distance(latents: np.ndarray, reference: np.ndarray) -> float:
-    """Mean over images of |latents - reference| / |reference|."""
-    ours, full = (x.reshape(len(x), -1).astype(np.float64) for x in (latents, reference))
-    return float((np.linalg.norm(ours - full, axis=1) / np.linalg.norm(full, axis=1)).mean())

@@ -6,14 +6,12 @@ import re
 from dataclasses import dataclass
 
 from blockcache.export.choose.policies import UNCACHED, Needs, Policy
+from blockcache.export.measure.reuse import HISTORY, PLAIN, SCALE_SHIFT
 from blockcache.runtime.errors import ConfigError
 
 SOLVERS = ("dpm", "ddim", "euler")
 ALIGNMENTS = {"none": 1, "least-squares": 1, "distil": 1, "history": 2, "history-distil": 2}
 """Ways to align reused outputs, and how many computed outputs of a block they combine."""
-
-REUSES = PLAIN, SCALE_SHIFT, HISTORY = "plain", "scale-shift", "history"
-"""What takes an output's place: the last one, that scaled and shifted, or the last two combined."""
 
 MOST_STEPS = 1000
 """A model is trained on this many timesteps; no solver here visits more."""

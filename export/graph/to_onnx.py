@@ -26,7 +26,8 @@ from blockcache.export.graph.passes.split import Piece, split
 from blockcache.export.graph.passes.symbolic import SizeCode, generalize
 from blockcache.export.graph.passes.unify import unify
 from blockcache.export.graph.work import graph_flops
-from blockcache.export.unet.model import TORCH_DTYPES, SourceModel, UNetCall
+from blockcache.export.unet.model import SourceModel, UNetCall
+from blockcache.export.unet.precision import converted
 from blockcache.runtime.errors import ConfigError, ExportError
 from blockcache.runtime.plan import DTYPE_BYTES, Dim, Segment, Sizes, TensorSpec
 
@@ -64,12 +65,11 @@ def export_segments(
     """Write ``folder/*.onnx`` and ``folder/weights.bin``; returns the segments in running order.
 
     The last one, role ``whole``, is the uncut model: the yardstick for exactness and speed. The
-    model's weights are converted in place where ``options.precision`` is another than theirs.
+    model stays as it is: where ``options.precision`` is another than its own, a copy is exported.
     ``entered`` hears each of ``EXPORT_STAGES`` when it begins.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # The plain Module.to: diffusers' own warns of modules to keep in float32 where none are.
-    torch.nn.Module.to(model.unet, TORCH_DTYPES[options.precision])
+    model = converted(model, options.precision)
     code = _code_for(model)
     traced = folder / "traced.onnx"
     entered("trace")

@@ -1,7 +1,8 @@
-"""Calibration: the prompts that a profile is measured with, as the model's own conditions."""
+"""Calibration: the prompts that measurements run on, as the model's own conditions."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blockcache.export.unet.model import SourceModel
 from blockcache.export.unet.text import encode_text
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.tensor_files import read_tensors
@@ -66,6 +66,16 @@ class Calibration:
         """P."""
         return max(len(values) for values in self.positive.values())
 
+    @property
+    def sha256(self) -> str:
+        """Of all names, shapes and values."""
+        digest = hashlib.sha256()
+        for side in (self.positive, self.negative):
+            for name, values in sorted(side.items()):
+                digest.update(f"{name} {values.dtype} {values.shape}".encode())
+                digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
     def pick(self, indices: Sequence[int], guided: bool) -> dict[str, torch.Tensor]:
         """Conditions of some prompts, the unconditional half first where guided."""
         picked = {}
@@ -103,27 +113,3 @@ def read_calibration(path: Path) -> Calibration:
 def encode_prompts(source: str | Path, prompts: Sequence[str] = PROMPTS) -> Calibration:
     """Encode prompts with the text encoders of a diffusers pipeline (SD 1.x, 2.x, XL)."""
     return Calibration(*encode_text(source, prompts))
-
-
-def calibration_noise(model: SourceModel, jobs: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Noise [N, C, H, W] of (prompt, seed) jobs: the same whatever the batching and the device."""
-    shape = (int(model.unet.config.in_channels), *model.sample_size)
-    return torch.stack(
-        [
-            torch.randn(shape, generator=torch.Generator().manual_seed(1_000_003 * seed + prompt))
-            for prompt, seed in jobs
-        ]
-    )
-
-
-def calibration_inputs(
-    model: SourceModel,
-    calibration: Calibration,
-    jobs: Sequence[tuple[int, int]],
-    guidance_scale: float,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Noise and conditions of (prompt, seed) jobs, on the device where the model is."""
-    device = next(model.unet.parameters()).device
-    conditions = calibration.pick([prompt for prompt, _ in jobs], guidance_scale != 1.0)
-    noise = calibration_noise(model, jobs).to(device)
-    return noise, {name: values.to(device) for name, values in conditions.items()}

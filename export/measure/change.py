@@ -1,25 +1,23 @@
 """Profile: how much every block changes from step to step (eq. 6), streaming.
 
-Full sampling for P prompts x R seeds with guidance as in use; only each block's previous output is
-held. The result is mean and standard deviation over images of ``change[S, K]``.
+Full sampling for P prompts x R seeds with guidance as in use. Of each block only the last two
+outputs are held. The result is mean and standard deviation over images of ``change[S, K]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from blockcache.export.measure.calibration import Calibration, calibration_inputs
+from blockcache.export.measure.sampling import Job, Sampling
+from blockcache.export.observer import Observer, unobserved
 from blockcache.export.unet import torch_kernels
-from blockcache.export.unet.cached_unet import CachedUNet, denoise
-from blockcache.export.unet.model import SourceModel
+from blockcache.export.unet.cached_unet import CachedUNet
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.plan import Schedule
-from blockcache.runtime.solver import SolverTables
 from blockcache.runtime.tensor_files import read_tensors, write_tensors
 
 
@@ -84,65 +82,44 @@ def relative_change(fresh: torch.Tensor, previous: torch.Tensor, images: int) ->
 
 
 def measure_change(
-    model: SourceModel,
-    tables: SolverTables,
-    calibration: Calibration,
-    guidance_scale: float,
+    sampling: Sampling,
     options: ProfileOptions,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    observer: Observer = unobserved,
     checkpoint: Path | None = None,
 ) -> Profile:
     """Run full sampling and measure every block at every step.
 
     Args:
-        model: the U-Net, float32.
-        tables: solver and steps.
-        calibration: prompts; the first ``options.prompts`` of them are used.
-        guidance_scale: as in use; 1 means none.
+        sampling: what to run; the first ``options.prompts`` of its prompts are used.
         options: how much to measure.
-        progress: called with (images done, images in all).
+        observer: hears the images done, stage "profile".
         checkpoint: a file that holds the sums so far; a run that finds it goes on from there.
     """
-    prompts = min(options.prompts, calibration.prompts)
+    prompts = min(options.prompts, sampling.calibration.prompts)
     jobs = [(prompt, seed) for seed in range(options.seeds) for prompt in range(prompts)]
-    accumulator = _Accumulator(len(tables.timesteps), len(model.blocks))
+    accumulator = _Accumulator(sampling.steps, len(sampling.model.blocks))
     if checkpoint is not None and checkpoint.is_file():
         accumulator.load(checkpoint)
-    with CachedUNet(model) as cached, torch_kernels.on_gpu(model.unet):
+    with sampling.cached_unet(outputs=2) as cached:
         while accumulator.images < len(jobs):
-            if progress is not None:
-                progress(accumulator.images, len(jobs))
+            observer("profile", accumulator.images, len(jobs))
             batch = jobs[accumulator.images : accumulator.images + options.images_at_once]
-            _measure_batch(cached, tables, calibration, guidance_scale, batch, accumulator)
+            _measure_batch(sampling, cached, batch, accumulator)
             if checkpoint is not None:
                 accumulator.save(checkpoint)
-    if progress is not None:
-        progress(len(jobs), len(jobs))
+    observer("profile", len(jobs), len(jobs))
     return accumulator.profile()
 
 
 def _measure_batch(
-    cached: CachedUNet,
-    tables: SolverTables,
-    calibration: Calibration,
-    guidance_scale: float,
-    jobs: list[tuple[int, int]],
-    accumulator: _Accumulator,
+    sampling: Sampling, cached: CachedUNet, jobs: Sequence[Job], accumulator: _Accumulator
 ) -> None:
-    """Sample one batch of (prompt, seed) jobs and add its change to the sums."""
-    model, images = cached.model, len(jobs)
-    previous: list[torch.Tensor] = []
-
-    def after_step(step: int) -> None:
-        fresh = [block.history[0] for block in cached.blocks]
-        if step:
-            for k, (new, old) in enumerate(zip(fresh, previous, strict=True)):
-                change = relative_change(new, old, images)
+    """Sample one batch of jobs and add its change to the sums."""
+    denoiser, noise = sampling.begin(cached, jobs)
+    for step, state in enumerate(denoiser.trajectory(noise, sampling.uncached)):
+        for k, outputs in enumerate(state.kept):
+            if len(outputs) == 2:  # of this step and of the one before
+                change = relative_change(*outputs, len(jobs))
                 accumulator.sums[:, step, k] += change.sum(), (change**2).sum()
-        previous[:] = fresh
-
-    noise, conditions = calibration_inputs(model, calibration, jobs, guidance_scale)
-    schedule = Schedule.uncached(len(tables.timesteps), len(model.blocks))
-    denoise(cached, tables, schedule, None, noise, conditions, guidance_scale, after_step)
-    accumulator.images += images
+    accumulator.images += len(jobs)

@@ -14,20 +14,15 @@ measures what reusing C_{s-1} at step s does to the image, that is what any reus
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from blockcache.export.choose.preset import HISTORY, PLAIN, REUSES, SCALE_SHIFT
-from blockcache.export.measure.calibration import Calibration, calibration_inputs
-from blockcache.export.unet import torch_kernels
-from blockcache.export.unet.cached_unet import CachedUNet, denoise
-from blockcache.export.unet.model import SourceModel
+from blockcache.export.measure.reuse import HISTORY, PLAIN, REUSES, SCALE_SHIFT
+from blockcache.export.measure.sampling import Sampling
+from blockcache.export.observer import Observer, unobserved
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.plan import Schedule
-from blockcache.runtime.solver import SolverTables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,48 +40,31 @@ class ResidualOptions:
 
 
 def measure_residuals(
-    model: SourceModel,
-    tables: SolverTables,
-    calibration: Calibration,
-    guidance_scale: float,
-    reuse: str,
-    options: ResidualOptions,
-    *,
-    progress: Callable[[int, int], None] | None = None,
+    sampling: Sampling, reuse: str, options: ResidualOptions, *, observer: Observer = unobserved
 ) -> np.ndarray:
     """Run the uncached loop and fit every output by earlier ones.
 
     Args:
-        model: the U-Net, float32.
-        tables: solver and steps.
-        calibration: prompts, spread evenly over the images.
-        guidance_scale: as in use; 1 means none.
+        sampling: what to run; the images' prompts are spread evenly over its own.
         reuse: ``PLAIN``, ``SCALE_SHIFT`` or ``HISTORY``: what takes the place of the output.
         options: how much to measure.
-        progress: called with (steps done, steps in all).
+        observer: hears the steps done, stage "residuals".
 
     Returns:
         ``ratio[k, s, a]``, float32 [K, S, S], defined for a < s; with history
         ``ratio[k, s, a, b]``, [K, S, S, S], for b <= a < s, where b = a stands for no earlier
         output. 0 elsewhere.
     """
-    steps = len(tables.timesteps)
-    samples: list[list[torch.Tensor]] = [[] for _ in model.blocks]
-
-    def after_step(step: int) -> None:
-        for kept, block in zip(samples, cached.blocks, strict=True):
-            kept.append(_sample(block.history[0], options))
-        if progress is not None:
-            progress(step + 1, steps)
-
-    jobs = [
-        (i * calibration.prompts // options.images, options.seed + i) for i in range(options.images)
-    ]
-    with CachedUNet(model) as cached, torch_kernels.on_gpu(model.unet):
-        noise, conditions = calibration_inputs(model, calibration, jobs, guidance_scale)
-        uncached = Schedule.uncached(steps, len(model.blocks))
-        denoise(cached, tables, uncached, None, noise, conditions, guidance_scale, after_step)
-    return np.stack([ratios(torch.stack(kept).cpu().numpy(), reuse) for kept in samples])
+    prompts = sampling.spread_prompts(options.images)
+    jobs = [(prompt, options.seed + image) for image, prompt in enumerate(prompts)]
+    samples: list[list[torch.Tensor]] = [[] for _ in sampling.model.blocks]
+    with sampling.cached_unet() as cached:
+        denoiser, noise = sampling.begin(cached, jobs)
+        for step, state in enumerate(denoiser.trajectory(noise, sampling.uncached)):
+            for sampled, outputs in zip(samples, state.kept, strict=True):
+                sampled.append(_sample(outputs[0], options))
+            observer("residuals", step + 1, sampling.steps)
+    return np.stack([ratios(torch.stack(sampled).cpu().numpy(), reuse) for sampled in samples])
 
 
 def _sample(output: torch.Tensor, options: ResidualOptions) -> torch.Tensor:

@@ -15,18 +15,16 @@ much, so only their sum is carried on, one run a step, and all blocks of a step 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from blockcache.export.measure.calibration import Calibration, calibration_inputs
-from blockcache.export.unet import torch_kernels
-from blockcache.export.unet.cached_unet import CachedUNet, Denoiser, State
-from blockcache.export.unet.model import SourceModel
+from blockcache.export.measure.sampling import Sampling
+from blockcache.export.observer import Observer, unobserved
+from blockcache.export.unet.cached_unet import Denoiser, State
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.solver import SolverTables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,57 +40,41 @@ class SensitivityOptions:
 
 
 def measure_sensitivity(
-    model: SourceModel,
-    tables: SolverTables,
-    calibration: Calibration,
-    guidance_scale: float,
-    options: SensitivityOptions,
-    *,
-    progress: Callable[[int, int], None] | None = None,
+    sampling: Sampling, options: SensitivityOptions, *, observer: Observer = unobserved
 ) -> np.ndarray:
     """Reuse every block at every step, one at a time: float32 [S, K]; row 0 is 0.
 
     Costs about S * (K + S / 2) evaluations of the U-Net for ``options.images`` images.
 
     Args:
-        model: the U-Net, float32.
-        tables: solver and steps.
-        calibration: prompts, spread evenly over the images.
-        guidance_scale: as in use; 1 means none.
+        sampling: what to run; the images' prompts are spread evenly over its own.
         options: how much to measure.
-        progress: called with (steps done, steps in all).
+        observer: hears the steps done, stage "sensitivity".
     """
-    prompts = [i * calibration.prompts // options.images for i in range(options.images)]
-    jobs = [(prompt, options.seed) for prompt in prompts]
-    steps = len(tables.timesteps)
-    result = np.zeros((steps, len(model.blocks)), np.float32)
-    with CachedUNet(model) as cached, torch_kernels.on_gpu(model.unet), torch.no_grad():
-        noise, conditions = calibration_inputs(model, calibration, jobs, guidance_scale)
-        run = Denoiser(cached, tables, conditions, guidance_scale)
-        states = run.trajectory(noise)
-        for step in range(1, steps):
-            result[step] = _at_step(run, states, step)
-            if progress is not None:
-                progress(step + 1, steps)
+    jobs = [(prompt, options.seed) for prompt in sampling.spread_prompts(options.images)]
+    result = np.zeros((sampling.steps, len(sampling.model.blocks)), np.float32)
+    with sampling.cached_unet() as cached, torch.no_grad():
+        denoiser, noise = sampling.begin(cached, jobs)
+        states = [denoiser.start(noise)]  # before each step, and at the end
+        for state in denoiser.trajectory(noise, sampling.uncached):
+            states.append(replace(state, kept=()))  # the outputs of all steps would fill the memory
+        for step in range(1, sampling.steps):
+            result[step] = _at_step(denoiser, states, step)
+            observer("sensitivity", step + 1, sampling.steps)
     return result
 
 
-def _at_step(run: Denoiser, states: list[State], step: int) -> np.ndarray:
+def _at_step(denoiser: Denoiser, states: Sequence[State], step: int) -> np.ndarray:
     """Sensitivity of every block at one step: float64 [K]."""
-    blocks = len(run.cached.blocks)
-    run.step(states[step - 1], step - 1)  # every block's output of the step before
-    earlier = [block.history for block in run.cached.blocks]
-    errors = []
-    for k in range(blocks):
-        for block, outputs in zip(run.cached.blocks, earlier, strict=True):
-            block.history = outputs
-        moved = run.step(states[step], step, np.arange(blocks) != k)
-        errors.append(moved - states[step + 1])
+    earlier = denoiser.step(states[step - 1], step - 1).kept
+    begin = replace(states[step], kept=earlier)
+    blocks = np.arange(len(earlier))
+    errors = [denoiser.step(begin, step, blocks != k) - states[step + 1] for k in blocks]
     norms = np.array([_norm(error.latents) for error in errors])
     total = sum(errors[1:], errors[0])
     end = states[step + 1] + total
     for later in range(step + 1, len(states) - 1):
-        end = run.step(end, later)
+        end = denoiser.step(end, later)
     moved_by = _norm(end.latents - states[-1].latents)
     gain = moved_by / max(_norm(total.latents), 1e-30)
     return norms * gain / _norm(states[-1].latents)

@@ -6,7 +6,8 @@ schedule, same alignment, same noise, same latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -19,54 +20,60 @@ from blockcache.export.unet.torch_kernels import scale_shift_residual
 from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solver import SolverTables
 
-OnReuse: TypeAlias = Callable[[int, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
-"""Called where block k is reused, with what it would compute, C [B, C, H, W], and the outputs that
-it computed last; returns the coefficients to reuse them with, [2 or 3, C]."""
+Kept: TypeAlias = tuple[tuple[torch.Tensor, ...], ...]
+"""Per block, the outputs C [B, C_k, H, W] that it computed last and a reuse may combine, the
+latest first; ``()`` before a block has computed any."""
+
+Coefficients: TypeAlias = Sequence[np.ndarray | torch.Tensor]
+"""Per block, what its kept outputs are reused with at one step: [2 or 3, C_k]."""
+
+Fit: TypeAlias = Callable[[int, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
+"""Gives the coefficients of block k when it is reused, from what the block would compute there,
+C [B, C_k, H, W], and from its kept outputs; called as ``fit(k, computed, kept)``."""
 
 
 class CacheableBlock(torch.nn.Module):
     """Stands in for a spatial transformer: ``y = x + C``, where C may be an earlier output.
 
     Or for a ResBlock, whose x goes through a 1 x 1 convolution where the width changes.
-
-    ``history`` holds the computed outputs C, the last one first; at most ``outputs`` of them.
-    ``on_reuse`` is asked for the coefficients of a reuse where it is set.
+    ``CachedUNet`` says before every call what to do, in the attributes below.
     """
 
     def __init__(self, inner: torch.nn.Module, outputs: int) -> None:
         super().__init__()
         self.inner = inner
-        self.outputs = outputs
+        self.outputs = outputs  # computed outputs to keep, at most
         self.recompute = True
+        self.kept: tuple[torch.Tensor, ...] = ()  # before the call; after it, with what it computed
         self.coefficients: torch.Tensor | None = None  # [2 or 3, C_k], used where reused
-        self.history: list[torch.Tensor] = []
-        self.on_reuse: Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor] | None = None
+        self.fit: Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor] | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The transformer itself at a recompute step, the aligned sum at a reuse step."""
         shortcut = getattr(self.inner, "conv_shortcut", None)
         residual = hidden_states if shortcut is None else shortcut(hidden_states)
-        if self.recompute or self.on_reuse is not None:
+        if self.recompute or self.fit is not None:
             result = self.inner(hidden_states, *args, **kwargs)
-            fresh = _tensor(result) - residual
+            computed = _tensor(result) - residual
             if self.recompute:
-                self.history = [fresh, *self.history][: self.outputs]
+                self.kept = (computed, *self.kept)[: self.outputs]
                 return result
-            self.coefficients = self.on_reuse(fresh, self.history)  # type: ignore[misc]
-        fused = scale_shift_residual(residual, self.history, self.coefficients)
+            assert self.fit is not None
+            self.coefficients = self.fit(computed, self.kept)
+        fused = scale_shift_residual(residual, self.kept, self.coefficients)
         total = residual + self.reused() if fused is None else fused
         return total if hasattr(self.inner, "conv_shortcut") else (total,)
 
     def reused(self) -> torch.Tensor:
         """``scale * C_last (+ before * C_before) + shift`` (section 3.4)."""
-        last = self.history[0]
+        last = self.kept[0]
         if self.coefficients is None:
             return last
         rows = self.coefficients.to(last)[:, :, None, None]
         total = rows[0] * last + rows[-1]
         if len(rows) == 3:
             # Before the second recompute there is no earlier output: the last one stands in.
-            total = total + rows[1] * self.history[-1]
+            total = total + rows[1] * self.kept[-1]
         return total
 
 
@@ -81,16 +88,19 @@ def _tensor(result: Any) -> torch.Tensor:
 class CachedUNet:
     """A U-Net with its blocks made cacheable; a context manager that restores it on exit.
 
+    Args:
+        model: the U-Net.
+        outputs: how many computed outputs of a block are kept: 1, or 2 for history.
+
     Example:
         >>> with CachedUNet(model) as cached:                                # doctest: +SKIP
-        ...     latents = denoise(cached, tables, schedule, None, noise, conditions, 5.0)
+        ...     latents = Denoiser(cached, tables, conditions, 5.0).denoise(noise, schedule)
     """
 
     def __init__(self, model: SourceModel, outputs: int = 1) -> None:
         self.model = model
         self.call = UNetCall(model.unet, [condition.name for condition in model.conditions])
         self.blocks: list[CacheableBlock] = []
-        self.on_reuse: OnReuse | None = None
         self._outputs = outputs
 
     def __enter__(self) -> CachedUNet:
@@ -109,35 +119,36 @@ class CachedUNet:
         parent, _, name = path.rpartition(".")
         setattr(self.model.unet.get_submodule(parent), name, module)
 
-    def reset(self) -> None:
-        """Forget every computed output: a new image begins."""
-        for block in self.blocks:
-            block.history = []
-
     def __call__(
         self,
         sample: torch.Tensor,
         timestep: float,
         conditions: Sequence[torch.Tensor],
+        kept: Kept = (),
         recompute: np.ndarray | None = None,
-        coefficients: Sequence[np.ndarray | torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """One step: sample [B, C, H, W] to model output [B, C, H, W].
+        coefficients: Coefficients | Fit | None = None,
+    ) -> tuple[torch.Tensor, Kept]:
+        """One evaluation: the model output [B, C, H, W], and the outputs that are kept then.
 
         Args:
-            sample: the scaled model input, with guidance both halves.
+            sample: the scaled model input [B, C, H, W], with guidance both halves.
             timestep: the scheduler's number for the step.
             conditions: in the order of ``model.conditions``.
+            kept: what the evaluation before has kept; nothing where there was none.
             recompute: bool [K]; default all.
-            coefficients: per block [2 or 3, C_k], used where the block is reused.
+            coefficients: what reused outputs are aligned with; None: they are reused as they are.
         """
         for k, block in enumerate(self.blocks):
             block.recompute = recompute is None or bool(recompute[k])
-            block.coefficients = None if coefficients is None else torch.as_tensor(coefficients[k])
-            block.on_reuse = None if self.on_reuse is None else partial(self.on_reuse, k)
+            block.kept = kept[k] if kept else ()
+            block.fit, block.coefficients = None, None
+            if callable(coefficients):
+                block.fit = partial(coefficients, k)
+            elif coefficients is not None:
+                block.coefficients = torch.as_tensor(coefficients[k])
         timesteps = torch.full((sample.shape[0],), timestep, device=sample.device)
         output: torch.Tensor = self.call(sample, timesteps, *conditions)
-        return output
+        return output, tuple(block.kept for block in self.blocks)
 
 
 def guided_output(output: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
@@ -153,20 +164,29 @@ def guided_output(output: torch.Tensor, scale: float, rescale: float) -> torch.T
 
 @dataclass(frozen=True)
 class State:
-    """What a step hands to the next; a difference of states is the error between them."""
+    """What a step hands to the next."""
 
     latents: torch.Tensor  # [N, C, H, W]
-    history: torch.Tensor  # [N, C, H, W], the solver's
+    previous: torch.Tensor | None  # [N, C, H, W], the solver's x0 of the step before, if any
+    kept: Kept = ()
 
-    def __add__(self, other: State) -> State:
-        return State(self.latents + other.latents, self.history + other.history)
+    def __add__(self, error: State) -> State:
+        """The state with an error in it; nothing is kept."""
+        assert self.previous is not None
+        assert error.previous is not None
+        return State(self.latents + error.latents, self.previous + error.previous)
 
     def __sub__(self, other: State) -> State:
-        return State(self.latents - other.latents, self.history - other.history)
+        """The error between two states; nothing is kept."""
+        assert self.previous is not None
+        assert other.previous is not None
+        return State(self.latents - other.latents, self.previous - other.previous)
 
 
 class Denoiser:
     """The denoising loop in PyTorch, by the same tables as the runtime, a step at a time.
+
+    It holds no state: every step takes one and returns the next.
 
     Args:
         cached: the entered CachedUNet.
@@ -190,88 +210,105 @@ class Denoiser:
         self._conditions = [conditions[c.name] for c in cached.model.conditions]
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
 
-    def start(self, noise: torch.Tensor) -> State:
-        """The state that step 0 sees; forgets every computed output."""
-        self.cached.reset()
-        latents = noise * self.tables.initial_scale
-        return State(latents, torch.zeros_like(latents))
+    def start(
+        self, noise: torch.Tensor, image_latents: torch.Tensor | None = None, start_step: int = 0
+    ) -> State:
+        """The state that the first executed step sees.
+
+        Args:
+            noise: [N, C, H, W], standard normal.
+            image_latents: [N, C, H, W] to start from (image-to-image), noised to the level of
+                ``start_step``; None: pure noise.
+            start_step: the first step that will be executed.
+        """
+        if image_latents is None:
+            return State(noise * self.tables.initial_scale, None)
+        signal, spread = (float(value) for value in self.tables.noising[start_step])
+        return State(signal * image_latents + spread * noise, None)
 
     def output(
         self,
         state: State,
         step: int,
         recompute: np.ndarray | None = None,
-        coefficients: Sequence[np.ndarray | torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """The guided model output [N, C, H, W] at a step; arguments as of ``CachedUNet``."""
+        coefficients: Coefficients | Fit | None = None,
+    ) -> tuple[torch.Tensor, Kept]:
+        """The guided model output [N, C, H, W] at a step, and the outputs that are kept then.
+
+        ``recompute`` and ``coefficients`` as of ``CachedUNet``.
+        """
         sample = state.latents * float(self.tables.input_scale[step])
         guided = self._guidance_scale != 1.0
-        output = self.cached(
+        output, kept = self.cached(
             torch.cat([sample, sample]) if guided else sample,
             float(self.tables.timesteps[step]),
             self._conditions,
+            state.kept,
             recompute,
             coefficients,
         )
-        if not guided:
-            return output
-        return guided_output(output, self._guidance_scale, self._guidance_rescale)
+        if guided:
+            output = guided_output(output, self._guidance_scale, self._guidance_rescale)
+        return output, kept
 
-    def advance(self, state: State, output: torch.Tensor, step: int) -> State:
-        """The solver's step: linear in latents, output and history."""
-        row = (self.tables.first if step == 0 else self.tables.coefficients)[step]
+    def advance(self, state: State, output: torch.Tensor, kept: Kept, step: int) -> State:
+        """The solver's step: linear in latents, model output and the step before's x0."""
+        row = (self.tables.first if state.previous is None else self.tables.coefficients)[step]
         a, b, c, _, d, e = (float(value) for value in row[:6])
-        latents, history = state.latents, state.history
-        return State(a * latents + b * output + c * history, d * latents + e * output)
+        latents = a * state.latents + b * output
+        if state.previous is not None:
+            latents = latents + c * state.previous
+        return State(latents, d * state.latents + e * output, kept)
 
     def step(
         self,
         state: State,
         step: int,
         recompute: np.ndarray | None = None,
-        coefficients: Sequence[np.ndarray | torch.Tensor] | None = None,
+        coefficients: Coefficients | Fit | None = None,
     ) -> State:
-        """One denoising step."""
-        return self.advance(state, self.output(state, step, recompute, coefficients), step)
+        """One denoising step; arguments as of ``output``."""
+        output, kept = self.output(state, step, recompute, coefficients)
+        return self.advance(state, output, kept, step)
 
-    def trajectory(self, noise: torch.Tensor) -> list[State]:
-        """The uncached run: the states before each of the S steps, and the final one."""
-        states = [self.start(noise)]
-        for step in range(len(self.tables.timesteps)):
-            states.append(self.step(states[-1], step))
-        return states
+    @torch.no_grad()
+    def trajectory(
+        self,
+        noise: torch.Tensor,
+        schedule: Schedule,
+        alignment: Alignment | None = None,
+        *,
+        image_latents: torch.Tensor | None = None,
+        start_step: int = 0,
+    ) -> Iterator[State]:
+        """The states after each step from ``start_step`` on.
 
+        Args:
+            noise: [N, C, H, W], standard normal.
+            schedule: which block is recomputed when; the first executed step recomputes all.
+            alignment: coefficients of reused outputs; None: they are reused as they are.
+            image_latents: as of ``start``.
+            start_step: as of ``start``.
+        """
+        state = self.start(noise, image_latents, start_step)
+        for step in range(start_step, schedule.steps):
+            recompute = None if step == start_step else schedule.recompute[step]
+            rows = None if alignment is None else [table[step] for table in alignment.tables]
+            state = self.step(state, step, recompute, rows)
+            yield state
 
-@torch.no_grad()
-def denoise(
-    cached: CachedUNet,
-    tables: SolverTables,
-    schedule: Schedule,
-    alignment: Alignment | None,
-    noise: torch.Tensor,
-    conditions: Mapping[str, torch.Tensor],
-    guidance_scale: float,
-    after_step: Callable[[int], None] | None = None,
-    guidance_rescale: float = 0.0,
-) -> torch.Tensor:
-    """The whole loop: final latents [N, C, H, W].
-
-    Args:
-        cached: as of ``Denoiser``.
-        tables: as of ``Denoiser``.
-        schedule: which block is recomputed when.
-        alignment: coefficients of reused outputs; None: reuse as it is.
-        noise: [N, C, H, W], standard normal.
-        conditions: as of ``Denoiser``.
-        guidance_scale: as of ``Denoiser``.
-        after_step: called with the step number; the blocks' ``history`` may be read there.
-        guidance_rescale: as of ``Denoiser``.
-    """
-    run = Denoiser(cached, tables, conditions, guidance_scale, guidance_rescale)
-    state = run.start(noise)
-    for step in range(schedule.steps):
-        rows = None if alignment is None else [table[step] for table in alignment.tables]
-        state = run.step(state, step, schedule.recompute[step], rows)
-        if after_step is not None:
-            after_step(step)
-    return state.latents
+    def denoise(
+        self,
+        noise: torch.Tensor,
+        schedule: Schedule,
+        alignment: Alignment | None = None,
+        *,
+        image_latents: torch.Tensor | None = None,
+        start_step: int = 0,
+    ) -> torch.Tensor:
+        """The whole loop: final latents [N, C, H, W]; arguments as of ``trajectory``."""
+        states = self.trajectory(
+            noise, schedule, alignment, image_latents=image_latents, start_step=start_step
+        )
+        (last,) = deque(states, maxlen=1)
+        return last.latents

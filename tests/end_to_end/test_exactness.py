@@ -14,7 +14,7 @@ ort = pytest.importorskip("onnxruntime")
 
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.change import relative_change  # noqa: E402
-from blockcache.export.unet.cached_unet import CachedUNet, denoise  # noqa: E402
+from blockcache.export.unet.cached_unet import CachedUNet, Denoiser  # noqa: E402
 from blockcache.export.unet.model import UNetCall  # noqa: E402
 from blockcache.runtime import Alignment, Schedule, Session  # noqa: E402
 from blockcache.runtime.plan import Sizes  # noqa: E402
@@ -121,8 +121,9 @@ def test_the_loop_equals_the_reference_under_any_schedule(
     tables = solver_tables(SolverConfig.from_json(preset.solver))
     picked = Calibration(positive, negative).pick([0, 1], guided=True)
     with CachedUNet(model, outputs) as cached:
-        how = (preset.schedule, preset.alignment, torch.from_numpy(noise), picked, 3.0)
-        reference = denoise(cached, tables, *how, guidance_rescale=rescale).numpy()
+        denoiser = Denoiser(cached, tables, picked, 3.0, rescale)
+        drawn = denoiser.denoise(torch.from_numpy(noise), preset.schedule, preset.alignment)
+    reference = drawn.numpy()
     assert relative(ours.latents, reference) <= 1e-4
     blocks = [i for i, s in enumerate(ours.record.segments) if s.role == "block"]
     np.testing.assert_array_equal(ours.record.ran[:, blocks], preset.schedule.recompute)
@@ -153,16 +154,14 @@ def test_the_measured_change_is_the_profiles_own(compiled, conditions_of, kind, 
     )
     picked = Calibration(conditions, {"encoder_hidden_states": -embeds}).pick([0, 1], guided=True)
     wanted = np.full_like(listener.change, np.nan)
-
-    def after_step(step):
-        for k, block in enumerate(cached.blocks):
-            if len(block.history) == 2 and preset.schedule.recompute[step, k]:
-                wanted[step, k] = relative_change(*block.history, 2)
-
     tables = solver_tables(SolverConfig.from_json(preset.solver))
     with CachedUNet(model, 2) as cached:
-        how = (preset.schedule, preset.alignment, torch.from_numpy(noise), picked, 3.0)
-        denoise(cached, tables, *how, after_step)
+        denoiser = Denoiser(cached, tables, picked, 3.0)
+        how = (torch.from_numpy(noise), preset.schedule, preset.alignment)
+        for step, state in enumerate(denoiser.trajectory(*how)):
+            for k, outputs in enumerate(state.kept):
+                if len(outputs) == 2 and preset.schedule.recompute[step, k]:
+                    wanted[step, k] = relative_change(*outputs, 2)
     np.testing.assert_allclose(listener.change, wanted, rtol=1e-3)
     assert np.isfinite(wanted).any()
 
@@ -174,8 +173,10 @@ def test_the_reference_is_the_model_itself_when_nothing_is_reused(tiny_models, c
     call = UNetCall(model.unet, [c.name for c in model.conditions])
     plain = call(sample, torch.full((2,), 7.0), *conditions)
     with CachedUNet(model) as cached:
-        assert torch.equal(cached(sample, 7.0, conditions), plain)
-        reused = cached(sample, 7.0, conditions, np.zeros(len(model.blocks), bool))
+        fresh, kept = cached(sample, 7.0, conditions)
+        assert torch.equal(fresh, plain)
+        reused, again = cached(sample, 7.0, conditions, kept, np.zeros(len(model.blocks), bool))
+        assert again == kept, "what is reused stays"
         # The same step again: what is reused is what would be computed, up to rounding.
         assert relative(reused.numpy(), plain.numpy()) <= 1e-5
     assert torch.equal(call(sample, torch.full((2,), 7.0), *conditions), plain)

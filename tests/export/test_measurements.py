@@ -16,18 +16,19 @@ pytest.importorskip("onnxruntime")
 
 from blockcache.export import measurements, pipeline  # noqa: E402
 from blockcache.export.align.distil import DistillationOptions  # noqa: E402
-from blockcache.export.align.fit import AlignmentOptions  # noqa: E402
+from blockcache.export.align.fit import AlignmentOptions, fit_alignment  # noqa: E402
 from blockcache.export.choose.preset import PresetOptions  # noqa: E402
 from blockcache.export.costs.roofline import gpu, predict  # noqa: E402
 from blockcache.export.costs.timings import Timings  # noqa: E402
-from blockcache.export.graph.to_onnx import ExportOptions  # noqa: E402
+from blockcache.export.graph.to_onnx import ExportOptions, export_segments  # noqa: E402
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.change import ProfileOptions  # noqa: E402
 from blockcache.export.measure.residuals import ResidualOptions  # noqa: E402
+from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.export.measure.sensitivity import SensitivityOptions  # noqa: E402
 from blockcache.export.measurements import CalibrationOptions  # noqa: E402
 from blockcache.export.pipeline import CompileOptions, compile_model  # noqa: E402
-from blockcache.export.unet.cached_unet import CachedUNet, denoise  # noqa: E402
+from blockcache.export.unet.cached_unet import CachedUNet, Denoiser  # noqa: E402
 from blockcache.runtime import Bundle, ConfigError, Session  # noqa: E402
 from blockcache.runtime.provenance import Provenance  # noqa: E402
 from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
@@ -163,7 +164,7 @@ def test_a_budget_preset_with_history_measures_once_and_says_so(made):
     }
     stages = list(dict.fromkeys(stage for stage, _, _ in heard))
     assert stages == [
-        "profile dpm-4", "sensitivity dpm-4", "residuals dpm-4", "export", "presets", "align dpm-4",
+        "export", "presets", "profile dpm-4", "sensitivity dpm-4", "residuals dpm-4", "align dpm-4",
     ]  # fmt: skip
     for stage in stages:
         done = [(count, total) for name, count, total in heard if name == stage]
@@ -196,10 +197,9 @@ def test_the_runtime_runs_what_was_calibrated(made, model, conditions_of):
     picked = Calibration(positive, negative).pick([0, 1], guided=True)
     tables = solver_tables(SolverConfig.from_json(preset.solver))
     with CachedUNet(model, 2) as cached:
+        denoiser = Denoiser(cached, tables, picked, 3.0)
         aligned, plain = (
-            denoise(
-                cached, tables, preset.schedule, alignment, torch.from_numpy(noise), picked, 3.0
-            )
+            denoiser.denoise(torch.from_numpy(noise), preset.schedule, alignment)
             for alignment in (preset.alignment, None)
         )
     assert relative(ours.latents, aligned.numpy()) <= 1e-4
@@ -272,14 +272,49 @@ def test_a_distilled_preset_is_fitted_trained_and_judged(made, model, calibratio
 
 
 def test_a_fit_is_made_on_weights_as_they_are_exported(model, calibration, calls, copy):
-    """Also where the export was done by an earlier compile, and has rounded nothing in this one."""
-    source = dataclasses.replace(model, unet=deepcopy(model.unet))
-    wanted = options(BUDGET)
-    half = dataclasses.replace(wanted, export=ExportOptions(outputs=2, precision="bfloat16"))
-    compile_model(source, copy, half, calibration)
-    assert calls == ["fit_alignment"], "not the fit on float32 weights"
-    for rounded, exact in zip(source.unet.parameters(), model.unet.parameters(), strict=True):
-        assert torch.equal(rounded, exact.bfloat16().float())
+    """The weights of the model itself stay as they are, and so do measurements in full."""
+    before = {name: value.clone() for name, value in model.unet.state_dict().items()}
+    half = dataclasses.replace(
+        options(BUDGET), export=ExportOptions(outputs=2, precision="bfloat16")
+    )
+    bundle = compile_model(model, copy, half, calibration)
+    assert calls == ["fit_alignment"], "another precision is another fit, the rest is shared"
+    after = model.unet.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    preset = bundle.preset("dpm-4-x1.1-history")
+    config = SolverConfig.from_json(preset.solver)
+    sampling = Sampling(model, config, calibration, CALIBRATION.guidance_scale, "bfloat16")
+    fit = fit_alignment(sampling, preset.schedule, 2, CALIBRATION.alignment)
+    for ours, exact in zip(preset.alignment.tables, fit.alignment.tables, strict=True):
+        np.testing.assert_array_equal(ours, exact)
+
+
+@pytest.mark.usefixtures("calls")
+def test_an_export_before_changes_no_measurement(model, calibration, tmp_path):
+    exported = dataclasses.replace(model, unet=deepcopy(model.unet))
+    wanted = dataclasses.replace(
+        options(BUDGET), export=ExportOptions(outputs=2, precision="bfloat16")
+    )
+    export_segments(exported, tmp_path / "segments", wanted.export)
+    made = []
+    for source, name in ((model, "before"), (exported, "after")):
+        bundle = compile_model(source, tmp_path / name, wanted, calibration)
+        provenance = bundle.preset("dpm-4-x1.1-history").provenance
+        made.append([
+            (bundle.folder / file).read_bytes()
+            for file in (provenance.profile, provenance.alignment_report)
+        ])  # fmt: skip
+    assert made[0] == made[1]
+
+
+def test_measuring_on_half_precision_is_refused(model, calibration, tmp_path):
+    half = dataclasses.replace(model, unet=deepcopy(model.unet).bfloat16())
+    with pytest.raises(ConfigError) as caught:
+        compile_model(half, tmp_path / "b", options("dpm:4:0.5"), calibration)
+    assert str(caught.value) == (
+        "Preset 'dpm-4-d0.5' is made from measurements, which need the weights in full: expected "
+        "a model loaded in float32, got bfloat16. The precision of the export is another option."
+    )
 
 
 def test_a_preset_that_reuses_nothing_is_not_fitted(made, model, calibration, calls, copy):

@@ -23,9 +23,10 @@ from blockcache.export.graph.to_onnx import ExportOptions
 from blockcache.export.measure import change
 from blockcache.export.measure.calibration import Calibration
 from blockcache.export.measure.change import ProfileOptions, measure_change
+from blockcache.export.measure.sampling import Sampling
 from blockcache.export.measurements import CalibrationOptions
 from blockcache.export.pipeline import CompileOptions, compile_model
-from blockcache.runtime.solver import SolverConfig, solver_tables
+from blockcache.runtime.solver import SolverConfig
 
 PROFILE = ProfileOptions(prompts=2, seeds=2, images_at_once=2)  # four images in two batches
 
@@ -58,7 +59,7 @@ def calls(compiled, monkeypatch):
         made.append("profile")
         return measure_change(*args, **kwargs)
 
-    def measure(cached, tables, calibration, guidance_scale, jobs, accumulator):
+    def measure(sampling, cached, jobs, accumulator):
         for prompt, seed in jobs:
             change = (1 + prompt + 10 * seed) / 32  # the mean is 0.203125
             accumulator.sums[:, 1:] += np.array([change, change**2])[:, None, None]
@@ -94,14 +95,14 @@ def test_a_compile_gives_a_bundle_that_verifies(model, calibration, calls, tmp_p
         model, tmp_path / "b", options("ddim:2:0.1", "dpm:3"), calibration,
         lambda *progress: heard.append(progress),
     )  # fmt: skip
-    assert calls == ["profile", "export"]
+    assert calls == ["export", "profile"]
     assert Bundle.open(tmp_path / "b").manifest == made.manifest
     assert made.manifest.presets["dpm-3"].computed_fraction == 1.0
     policy = made.preset("ddim-2-d0.1").provenance.to_json()
     assert policy.pop("profile") in made.manifest.files
     assert policy == {"kind": "threshold", "value": 0.1, "images": 4}
     stages = [stage for stage, _, _ in heard]
-    assert list(dict.fromkeys(stages)) == ["profile ddim-2", "export", "presets"]
+    assert list(dict.fromkeys(stages)) == ["export", "presets", "profile ddim-2"]
     for stage in set(stages):
         done = [(count, total) for name, count, total in heard if name == stage]
         assert done == sorted(done)
@@ -135,7 +136,7 @@ def test_other_prompts_profile_again_but_export_once(model, calibration, calls, 
     compile_model(model, tmp_path / "b", options(), calibration)
     other = {name: values + 1 for name, values in calibration.positive.items()}
     compile_model(model, tmp_path / "b", options(), Calibration(other, calibration.negative))
-    assert calls == ["profile", "export", "profile"]
+    assert calls == ["export", "profile", "profile"]
 
 
 def test_other_export_options_export_again(model, calls, tmp_path):
@@ -172,8 +173,8 @@ def interrupted(function, times=1, error=SystemExit):
 
 
 STAGES = {
-    "after the profile": (measurements, "write_tensors", ["profile", "export"]),
-    "after the export": (pipeline, "_model_facts", []),
+    "after the profile": (measurements, "write_tensors", ["profile"]),
+    "after the export": (pipeline, "_model_facts", ["profile"]),
     "before the manifest": (pipeline, "_preset_entry", []),
 }
 
@@ -367,11 +368,12 @@ def test_a_solver_that_cannot_work_is_refused_before_the_export(model, calls, tm
 def test_a_profile_is_the_same_in_any_batching_and_after_any_interrupt(
     model, calibration, tmp_path, monkeypatch
 ):
-    tables = solver_tables(SolverConfig.from_diffusers(model.scheduler, solver="ddim", steps=2))
+    solver = SolverConfig.from_diffusers(model.scheduler, solver="ddim", steps=2)
+    sampling = Sampling(model, solver, calibration, 3.0)
 
     def measured(images_at_once, checkpoint=None):
         chosen = ProfileOptions(prompts=2, seeds=1, images_at_once=images_at_once)
-        return measure_change(model, tables, calibration, 3.0, chosen, checkpoint=checkpoint)
+        return measure_change(sampling, chosen, checkpoint=checkpoint)
 
     whole = measured(2)
     path = tmp_path / "partial.safetensors"

@@ -228,7 +228,7 @@ def _torch_latents(
     import torch
 
     from blockcache.export.measure.calibration import Calibration
-    from blockcache.export.unet.cached_unet import CachedUNet, denoise
+    from blockcache.export.unet.cached_unet import CachedUNet, Denoiser
     from blockcache.runtime.solver import solver_tables
 
     tables = solver_tables(SolverConfig.from_json(preset.solver))
@@ -236,7 +236,8 @@ def _torch_latents(
     picked = Calibration(*conditions).pick([0], guided=scale != 1.0)
     source.unet.eval()
     with CachedUNet(source) as cached:
-        latents = denoise(cached, tables, preset.schedule, preset.alignment, start, picked, scale)
+        denoiser = Denoiser(cached, tables, picked, scale)
+        latents = denoiser.denoise(start, preset.schedule, preset.alignment)
     result: np.ndarray = latents.numpy()
     return result
 

@@ -18,12 +18,10 @@ import numpy as np
 import typer
 
 from blockcache.export.align.fit import AlignmentOptions, fit_alignment
-from blockcache.export.choose.joint import TrialOptions, mean_distance, trial_latents
-from blockcache.export.measure.calibration import Calibration, calibration_inputs
-from blockcache.export.unet.cached_unet import CachedUNet, denoise
+from blockcache.export.measure.sampling import Sampling
+from blockcache.export.measure.trial import TrialOptions, mean_distance, trial_latents
 from blockcache.export.unet.model import SourceModel
 from blockcache.runtime import Alignment, Bundle, ConfigError, Schedule, SolverConfig
-from blockcache.runtime.solver import SolverTables, solver_tables
 from blockcache.tools.report.tables import markdown_table
 from blockcache.tools.sources.models import DEMO, load_source
 from blockcache.tools.sources.prompts import calibration_for
@@ -55,9 +53,9 @@ def main(
             f"Expected a preset with guidance and {3 * max(PERIODS)} steps or more, got "
             f"{chosen.guidance_scale:g} and {chosen.schedule.steps} of {preset}."
         )
-    tables = solver_tables(SolverConfig.from_json(chosen.solver))
-    guidance = chosen.guidance_scale
-    outputs = all_outputs(model, tables, calibration, guidance, images)
+    solver = SolverConfig.from_json(chosen.solver)
+    sampling = Sampling(model, solver, calibration, chosen.guidance_scale)
+    outputs = all_outputs(sampling, images)
     projections = [_projection(model, block.path) for block in model.blocks]
     columns = [f"every {period} steps" for period in PERIODS]
     made = [
@@ -72,31 +70,21 @@ def main(
     print()
     print(markdown_table(
         ["distance to uncached", "unaligned", *(f"{amount} images" for amount in AMOUNTS)],
-        distances(model, tables, chosen.schedule, calibration, guidance, images),
+        distances(sampling, chosen.schedule, images),
     ))  # fmt: skip
 
 
-def all_outputs(
-    model: SourceModel,
-    tables: SolverTables,
-    calibration: Calibration,
-    guidance_scale: float,
-    images: int,
-) -> list[Outputs]:
+def all_outputs(sampling: Sampling, images: int) -> list[Outputs]:
     """What every block computes, in an uncached run with guidance."""
-    kept: list[list[np.ndarray]] = [[] for _ in model.blocks]
-    jobs = [(i % calibration.prompts, SEED + i) for i in range(images)]
-    with CachedUNet(model) as cached:
-
-        def after_step(step: int) -> None:
-            for k, block in enumerate(cached.blocks):
-                output = block.history[0].flatten(2).numpy()
-                kept[k].append(output.reshape(2, images, *output.shape[1:]).copy())
-
-        noise, conditions = calibration_inputs(model, calibration, jobs, guidance_scale)
-        uncached = Schedule.uncached(len(tables.timesteps), len(model.blocks))
-        denoise(cached, tables, uncached, None, noise, conditions, guidance_scale, after_step)
-    return [np.stack(steps) for steps in kept]
+    found: list[list[np.ndarray]] = [[] for _ in sampling.model.blocks]
+    jobs = [(i % sampling.calibration.prompts, SEED + i) for i in range(images)]
+    with sampling.cached_unet() as cached:
+        denoiser, noise = sampling.begin(cached, jobs)
+        for state in denoiser.trajectory(noise, sampling.uncached):
+            for steps, (computed,) in zip(found, state.kept, strict=True):
+                output = computed.flatten(2).cpu().numpy()
+                steps.append(output.reshape(2, images, *output.shape[1:]))
+    return [np.stack(steps) for steps in found]
 
 
 def _projection(model: SourceModel, path: str) -> np.ndarray:
@@ -246,32 +234,20 @@ def _square(error: np.ndarray) -> float:
     return float(np.square(error, dtype=np.float64).sum())
 
 
-def distances(
-    model: SourceModel,
-    tables: SolverTables,
-    schedule: Schedule,
-    calibration: Calibration,
-    guidance_scale: float,
-    images: int,
-) -> list[list[str]]:
+def distances(sampling: Sampling, schedule: Schedule, images: int) -> list[list[str]]:
     """Rows of the second table: distances to the uncached run on images of other noise."""
     options = TrialOptions(images=images, seed=SEED)
 
     def ends(schedule: Schedule, alignment: Alignment | None = None) -> np.ndarray:
-        return trial_latents(
-            model, tables, schedule, alignment, calibration, guidance_scale, options
-        )
+        return trial_latents(sampling, schedule, alignment, options)
 
-    reference = ends(Schedule.uncached(schedule.steps, schedule.blocks))
+    reference = ends(sampling.uncached)
     plain = mean_distance(ends(schedule), reference)
     rows = []
     for name, outputs in (("scale-shift", 1), ("history", 2)):
         cells = [name, f"{plain:.4f}"]
         for amount in AMOUNTS:
-            fit = fit_alignment(
-                model, tables, schedule, calibration, guidance_scale, outputs,
-                AlignmentOptions(images=amount),
-            )  # fmt: skip
+            fit = fit_alignment(sampling, schedule, outputs, AlignmentOptions(images=amount))
             cells.append(f"{mean_distance(ends(schedule, fit.alignment), reference):.4f}")
         rows.append(cells)
     return rows

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from blockcache.export.measure.calibration import Calibration
-from blockcache.export.unet.cached_unet import CachedUNet, denoise
+from blockcache.export.measure.sampling import Sampling
 from blockcache.export.unet.model import SourceModel
-from blockcache.runtime import Preset, Schedule, SolverConfig
-from blockcache.runtime.solver import solver_tables
+from blockcache.runtime import Preset, SolverConfig
 
 
 def block_outputs(
@@ -33,18 +31,12 @@ def block_outputs(
     Returns:
         By block, float32 [S, C_k, h, w].
     """
-    tables = solver_tables(SolverConfig.from_json(preset.solver))
-    schedule = Schedule.uncached(preset.schedule.steps, len(model.blocks))
-    shape = (1, int(model.unet.config.in_channels), *model.sample_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    guidance = preset.guidance_scale
-    conditions = calibration.pick([0], guidance != 1.0)
+    solver = SolverConfig.from_json(preset.solver)
+    sampling = Sampling(model, solver, calibration, preset.guidance_scale)
     found: dict[int, list[np.ndarray]] = {k: [] for k in blocks}
-    with CachedUNet(model) as cached:
-
-        def after_step(step: int) -> None:
+    with sampling.cached_unet() as cached:
+        denoiser, noise = sampling.begin(cached, [(0, seed)])
+        for state in denoiser.trajectory(noise, sampling.uncached):
             for k, outputs in found.items():
-                outputs.append(cached.blocks[k].history[0][-1].numpy().copy())
-
-        denoise(cached, tables, schedule, None, noise, conditions, guidance, after_step)
+                outputs.append(state.kept[k][0][-1].cpu().numpy())
     return {k: np.stack(outputs) for k, outputs in found.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -9,10 +11,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from blockcache.export.align.distil import DistillationOptions, distil  # noqa: E402
-from blockcache.export.measure.calibration import Calibration, calibration_noise  # noqa: E402
-from blockcache.export.unet.cached_unet import CachedUNet, Denoiser  # noqa: E402
+from blockcache.export.measure.calibration import Calibration  # noqa: E402
+from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.runtime import Alignment, ConfigError, Schedule  # noqa: E402
-from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
+from blockcache.runtime.solver import SolverConfig  # noqa: E402
 
 STEPS, SCALE = 3, 3.0
 STILL = DistillationOptions(iterations=1, images_at_once=2, learning_rate=1e-12)
@@ -25,13 +27,10 @@ def model(tiny_models):
 
 
 @pytest.fixture(scope="module")
-def calibration(model, conditions_of):
-    return Calibration(conditions_of(model, 2), conditions_of(model, 1, seed=5))
-
-
-@pytest.fixture(scope="module")
-def tables(model):
-    return solver_tables(SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=STEPS))
+def sampling(model, conditions_of):
+    calibration = Calibration(conditions_of(model, 2), conditions_of(model, 1, seed=5))
+    solver = SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=STEPS)
+    return Sampling(model, solver, calibration, SCALE)
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +52,23 @@ def random_start(model, schedule, outputs):
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
-def test_it_starts_at_the_table_that_it_is_given(model, tables, schedule, calibration, outputs):
+def test_it_starts_at_the_table_that_it_is_given(model, sampling, schedule, outputs):
     start, heard = random_start(model, schedule, outputs), []
     made = distil(
-        model, tables, schedule, start, calibration, SCALE, STILL,
-        progress=lambda done, total: heard.append((done, total)),
-    )  # fmt: skip
+        sampling, schedule, start, STILL, observer=lambda *progress: heard.append(progress)
+    )
     for ours, given in zip(made.tables, start.tables, strict=True):
         np.testing.assert_allclose(ours, given, rtol=0, atol=1e-6)
-    assert heard == [(0, 1), (1, 1)]
+    assert heard == [("distil", 0, 1), ("distil", 1, 1)]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["scale-shift", "history"])
-def learned(request, model, tables, schedule, calibration):
+def learned(request, model, sampling, schedule):
     """(The identity, what is learned from there, the weights before)."""
     weights = {name: value.clone() for name, value in model.unet.state_dict().items()}
     channels = tuple(block.channels for block in model.blocks)
     start = Alignment.identity(STEPS, channels, request.param)
-    made = distil(model, tables, schedule, start, calibration, SCALE, LEARNING)
+    made = distil(sampling, schedule, start, LEARNING)
     return start, made, weights
 
 
@@ -91,30 +89,28 @@ def test_all_else_is_frozen(learned, model):
 
 
 @torch.no_grad()
-def losses(model, tables, schedule, calibration, alignment):
+def losses(sampling, schedule, alignment):
     """Per step, the student's relative error on the inputs of one uncached run."""
-    noise = calibration_noise(model, [(0, 1), (1, 2)])
     made = []
-    with CachedUNet(model, alignment.outputs) as cached:
-        run = Denoiser(cached, tables, calibration.pick([0, 1], guided=True), SCALE)
-        states = run.trajectory(noise)
-        run.start(noise)
-        for step in range(STEPS):
+    with sampling.cached_unet(alignment.outputs) as cached:
+        denoiser, noise = sampling.begin(cached, [(0, 1), (1, 2)])
+        begin = denoiser.start(noise)
+        inputs = [begin, *denoiser.trajectory(noise, sampling.uncached)][:STEPS]
+        kept = begin.kept
+        for step, state in enumerate(inputs):
             rows = [table[step] for table in alignment.tables]
-            output = run.output(states[step], step, schedule.recompute[step], rows)
-            computed = [block.history for block in cached.blocks]
-            target = run.output(states[step], step)
-            for block, outputs in zip(cached.blocks, computed, strict=True):
-                block.history = outputs
+            seen = dataclasses.replace(state, kept=kept)
+            output, kept = denoiser.output(seen, step, schedule.recompute[step], rows)
+            target, _ = denoiser.output(state, step)
             made.append(float((output - target).square().mean() / target.square().mean()))
     return made
 
 
-def test_the_loss_goes_down_on_other_noise(learned, model, tables, schedule, calibration):
+def test_the_loss_goes_down_on_other_noise(learned, sampling, schedule):
     """About 5 % of it, measured; noise and prompts' order are drawn from fixed seeds."""
     start, made, _ = learned
-    before = losses(model, tables, schedule, calibration, start)
-    after = losses(model, tables, schedule, calibration, made)
+    before = losses(sampling, schedule, start)
+    after = losses(sampling, schedule, made)
     assert before[0] == after[0] == 0
     assert before[1] > 0
     assert sum(after) < 0.98 * sum(before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +13,6 @@ from hypothesis.extra import numpy as hnp
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from blockcache.export.align import fit as alignment_module  # noqa: E402
 from blockcache.export.align.fit import (  # noqa: E402
     AlignmentOptions,
     fit_alignment,
@@ -19,10 +20,11 @@ from blockcache.export.align.fit import (  # noqa: E402
     moments,
     solve,
 )
-from blockcache.export.measure.calibration import Calibration, calibration_noise  # noqa: E402
-from blockcache.export.unet.cached_unet import CachedUNet, denoise  # noqa: E402
+from blockcache.export.measure.calibration import Calibration  # noqa: E402
+from blockcache.export.measure.sampling import Sampling  # noqa: E402
+from blockcache.export.unet.cached_unet import Denoiser  # noqa: E402
 from blockcache.runtime import Alignment, ConfigError, Schedule  # noqa: E402
-from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
+from blockcache.runtime.solver import SolverConfig  # noqa: E402
 
 TINY_RIDGE = 1e-9
 
@@ -195,13 +197,10 @@ def model(tiny_models):
 
 
 @pytest.fixture(scope="module")
-def calibration(model, conditions_of):
-    return Calibration(conditions_of(model, 2), conditions_of(model, 1, seed=5))
-
-
-@pytest.fixture(scope="module")
-def tables(model):
-    return solver_tables(SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=STEPS))
+def sampling(model, conditions_of):
+    calibration = Calibration(conditions_of(model, 2), conditions_of(model, 1, seed=5))
+    solver = SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=STEPS)
+    return Sampling(model, solver, calibration, SCALE)
 
 
 @pytest.fixture(scope="module")
@@ -213,29 +212,27 @@ def schedule(model):
 
 
 @pytest.fixture(scope="module")
-def student(model, calibration):
-    """Noise and conditions that the fit uses, by its documentation."""
-    jobs = [(i % 2, OPTIONS.seed + i) for i in range(OPTIONS.images)]
-    return calibration_noise(model, jobs), calibration.pick([0, 1, 0], guided=True)
+def jobs():
+    """The images that the fit uses, by its documentation."""
+    return [(i % 2, OPTIONS.seed + i) for i in range(OPTIONS.images)]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["scale-shift", "history"])
-def fitted(request, model, tables, schedule, calibration):
+def fitted(request, sampling, schedule):
     """(outputs, the fit, the final latents of its student, the progress it reported)."""
-    latents, heard = [], []
+    states, heard, step = [], [], Denoiser.step
 
-    def watched(*args, **kwargs):
-        latents.append(denoise(*args, **kwargs))
-        return latents[-1]
+    def watched(*args):
+        states.append(step(*args))
+        return states[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alignment_module, "denoise", watched)
+        patch.setattr(Denoiser, "step", watched)
         fit = fit_alignment(
-            model, tables, schedule, calibration, SCALE, request.param, OPTIONS,
-            progress=lambda done, total: heard.append((done, total)),
-        )  # fmt: skip
-    assert len(latents) == 1
-    return request.param, fit, latents[0], heard
+            sampling, schedule, request.param, OPTIONS, observer=lambda *told: heard.append(told)
+        )
+    assert len(states) == STEPS
+    return request.param, fit, states[-1].latents, heard
 
 
 def test_recomputed_entries_are_the_identity_and_have_no_error(fitted, schedule):
@@ -246,7 +243,7 @@ def test_recomputed_entries_are_the_identity_and_have_no_error(fitted, schedule)
         assert errors.shape == schedule.recompute.shape
         assert not errors[schedule.recompute].any()
         assert (errors[~schedule.recompute] > 0).all()
-    assert heard == [(step + 1, STEPS) for step in range(STEPS)]
+    assert heard == [("align", step + 1, STEPS) for step in range(STEPS)]
 
 
 def test_the_fit_repairs_every_reused_output(fitted, schedule):
@@ -263,40 +260,42 @@ def test_a_block_computed_once_has_no_coefficient_for_the_output_before(fitted):
         assert fit.alignment.tables[1][4:, 1].any()
 
 
-def test_the_table_makes_the_run_that_it_was_fitted_on(fitted, model, tables, schedule, student):
+def test_the_table_makes_the_run_that_it_was_fitted_on(fitted, sampling, schedule, jobs):
     outputs, fit, latents, _ = fitted
-    with CachedUNet(model, outputs) as cached:
-        again = denoise(cached, tables, schedule, fit.alignment, *student, SCALE)
-        plain = denoise(cached, tables, schedule, None, *student, SCALE)
+    with sampling.cached_unet(outputs) as cached:
+        denoiser, noise = sampling.begin(cached, jobs)
+        again = denoiser.denoise(noise, schedule, fit.alignment)
+        plain = denoiser.denoise(noise, schedule)
     assert torch.equal(again, latents)
     assert not torch.allclose(plain, latents)
 
 
-def test_the_reported_errors_are_those_of_the_aligned_run(fitted, model, tables, schedule, student):
+def test_the_reported_errors_are_those_of_the_aligned_run(fitted, sampling, schedule, jobs):
     outputs, fit, _, _ = fitted
     before, after = np.zeros((2, *schedule.recompute.shape))
-    step = 0
 
-    def measure(k, fresh, computed):
+    def measure(step, k, computed, kept):
         rows = fit.alignment.tables[k][step]
-        before[step, k] = relative_error(fresh, computed[0].double())
-        after[step, k] = relative_error(fresh, used(rows, [*computed, computed[-1]][:2]))
+        before[step, k] = relative_error(computed, kept[0].double())
+        after[step, k] = relative_error(computed, used(rows, [*kept, kept[-1]][:2]))
         return torch.from_numpy(rows)
 
-    def after_step(done):
-        nonlocal step
-        step = done + 1
-
-    with CachedUNet(model, outputs) as cached:
-        cached.on_reuse = measure
-        denoise(cached, tables, schedule, None, *student, SCALE, after_step)
+    with sampling.cached_unet(outputs) as cached:
+        denoiser, noise = sampling.begin(cached, jobs)
+        state = denoiser.start(noise)
+        for step, recompute in enumerate(schedule.recompute):
+            state = denoiser.step(state, step, recompute, partial(measure, step))
     np.testing.assert_allclose(fit.before, before, rtol=1e-4)
     np.testing.assert_allclose(fit.after, after, rtol=1e-4)
 
 
-def test_coefficients_made_elsewhere_are_judged_alike(fitted, model, tables, schedule, calibration):
+def test_coefficients_made_elsewhere_are_judged_alike(fitted, sampling, schedule):
     _, fit, _, _ = fitted
-    judged = judge_alignment(model, tables, schedule, fit.alignment, calibration, SCALE, OPTIONS)
+    heard = []
+    judged = judge_alignment(
+        sampling, schedule, fit.alignment, OPTIONS, observer=lambda *told: heard.append(told)
+    )
+    assert heard == [("judge", step + 1, STEPS) for step in range(STEPS)]
     for ours, theirs in zip(judged.alignment.tables, fit.alignment.tables, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(judged.before, fit.before)

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from blockcache.export.choose.preset import HISTORY, PLAIN, REUSES, SCALE_SHIFT  # noqa: E402
-from blockcache.export.measure.calibration import Calibration, calibration_inputs  # noqa: E402
+from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.residuals import (  # noqa: E402
     ResidualOptions,
     measure_residuals,
     ratios,
 )
-from blockcache.export.unet.cached_unet import CachedUNet, denoise  # noqa: E402
-from blockcache.runtime import ConfigError, Schedule  # noqa: E402
-from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
+from blockcache.export.measure.reuse import HISTORY, PLAIN, REUSES, SCALE_SHIFT  # noqa: E402
+from blockcache.export.measure.sampling import Sampling  # noqa: E402
+from blockcache.runtime import ConfigError  # noqa: E402
+from blockcache.runtime.solver import SolverConfig  # noqa: E402
 
 STEPS, CHANNELS, SAMPLES = 5, 3, 40
 seeds = st.integers(0, 2**32 - 1)
@@ -131,26 +131,19 @@ def test_a_u_net_is_measured_on_its_own_outputs(tiny_models, conditions_of):
     """All channels and positions sampled: plain ratios are those of the whole outputs."""
     model = tiny_models("one-level")
     calibration = Calibration(conditions_of(model, 4), conditions_of(model, 1, seed=5))
-    config = SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=3)
-    tables = solver_tables(config)
+    solver = SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=3)
+    sampling = Sampling(model, solver, calibration, 3.0)
     options = ResidualOptions(images=2, channels=999, positions=9999)
-    seen = []
-    measure = (model, tables, calibration, 3.0)
-    found = measure_residuals(
-        *measure, PLAIN, options, progress=lambda done, total: seen.append((done, total))
-    )
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-    kept = []
-    with CachedUNet(model) as cached:
-        jobs = [(0, options.seed), (2, options.seed + 1)]
-        noise, conditions = calibration_inputs(model, calibration, jobs, 3.0)
-        uncached = Schedule.uncached(3, len(model.blocks))
-        keep = lambda step: kept.append([block.history[0] for block in cached.blocks])  # noqa: E731
-        denoise(cached, tables, uncached, None, noise, conditions, 3.0, keep)
+    heard = []
+    found = measure_residuals(sampling, PLAIN, options, observer=lambda *told: heard.append(told))
+    assert heard == [("residuals", step, 3) for step in (1, 2, 3)]
+    with sampling.cached_unet() as cached:
+        denoiser, noise = sampling.begin(cached, [(0, options.seed), (2, options.seed + 1)])
+        kept = [state.kept for state in denoiser.trajectory(noise, sampling.uncached)]
     for k in range(len(model.blocks)):
-        far, near = ((kept[2][k] - kept[a][k]).double().norm() for a in (0, 1))
+        far, near = ((kept[2][k][0] - kept[a][k][0]).double().norm() for a in (0, 1))
         assert found[k, 2, 0] == pytest.approx(float(far / near), rel=1e-4)
-    history = measure_residuals(*measure, HISTORY, options)
+    history = measure_residuals(sampling, HISTORY, options)
     assert history.shape == (len(model.blocks), 3, 3, 3)
-    again = measure_residuals(*measure, HISTORY, options)
+    again = measure_residuals(sampling, HISTORY, options)
     np.testing.assert_array_equal(history, again)

@@ -11,11 +11,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from blockcache.export.measure.calibration import Calibration, calibration_noise  # noqa: E402
+from blockcache.export.measure.calibration import Calibration  # noqa: E402
+from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.export.measure.sensitivity import SensitivityOptions, measure_sensitivity  # noqa: E402
-from blockcache.export.unet.cached_unet import CachedUNet, denoise  # noqa: E402
 from blockcache.runtime import ConfigError, Schedule  # noqa: E402
-from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
+from blockcache.runtime.solver import SolverConfig  # noqa: E402
 
 STEPS, SCALE = 3, 3.0
 OPTIONS = SensitivityOptions(images=2)
@@ -27,13 +27,10 @@ def model(tiny_models):
 
 
 @pytest.fixture(scope="module")
-def calibration(model, conditions_of):
-    return Calibration(conditions_of(model, 4), conditions_of(model, 1, seed=5))
-
-
-@pytest.fixture(scope="module")
-def tables(model):
-    return solver_tables(SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=STEPS))
+def sampling(model, conditions_of):
+    calibration = Calibration(conditions_of(model, 4), conditions_of(model, 1, seed=5))
+    solver = SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=STEPS)
+    return Sampling(model, solver, calibration, SCALE)
 
 
 def silenced(model, blocks):
@@ -46,32 +43,27 @@ def silenced(model, blocks):
     return made
 
 
-def by_definition(model, tables, calibration, step, block):
+def by_definition(sampling, step, block):
     """Relative distance of the final latents when one block is reused at one step.
 
     Of the images that the measurement takes: prompts 0 and 2 of four, spread evenly.
     """
-    recompute = np.ones((STEPS, len(model.blocks)), np.bool_)
-    uncached = Schedule(recompute)
+    recompute = sampling.uncached.recompute.copy()
     recompute[step, block] = False
-    noise = calibration_noise(model, [(0, OPTIONS.seed), (2, OPTIONS.seed)])
-    conditions = calibration.pick([0, 2], guided=True)
-    with CachedUNet(model) as cached:
+    with sampling.cached_unet() as cached:
+        denoiser, noise = sampling.begin(cached, [(0, OPTIONS.seed), (2, OPTIONS.seed)])
         ours, reference = (
-            denoise(cached, tables, schedule, None, noise, conditions, SCALE).double()
-            for schedule in (Schedule(recompute), uncached)
+            denoiser.denoise(noise, schedule).double()
+            for schedule in (Schedule(recompute), sampling.uncached)
         )
     return float((ours - reference).norm() / reference.norm())
 
 
 @pytest.fixture(scope="module")
-def measured(model, tables, calibration):
+def measured(sampling):
     """(The sensitivity of the whole model, the progress reported.)"""
     heard = []
-    made = measure_sensitivity(
-        model, tables, calibration, SCALE, OPTIONS,
-        progress=lambda done, total: heard.append((done, total)),
-    )  # fmt: skip
+    made = measure_sensitivity(sampling, OPTIONS, observer=lambda *told: heard.append(told))
     return made, heard
 
 
@@ -82,37 +74,37 @@ def test_every_block_has_a_sensitivity_at_every_step_but_the_first(measured, mod
     assert not made[0].any()
     assert np.isfinite(made).all()
     assert (made[1:] > 0).all()
-    assert heard == [(step, STEPS) for step in range(2, STEPS + 1)]
+    assert heard == [("sensitivity", step, STEPS) for step in range(2, STEPS + 1)]
 
 
-def test_at_the_last_step_it_is_the_definition(measured, model, tables, calibration):
+def test_at_the_last_step_it_is_the_definition(measured, model, sampling):
     """No step follows over which the blocks would share a gain."""
     for k in range(len(model.blocks)):
-        expected = by_definition(model, tables, calibration, STEPS - 1, k)
+        expected = by_definition(sampling, STEPS - 1, k)
         assert measured[0][-1, k] == pytest.approx(expected, rel=1e-3)
 
 
-def test_of_one_block_alone_it_is_the_definition_at_every_step(model, tables, calibration):
+def test_of_one_block_alone_it_is_the_definition_at_every_step(model, sampling):
     """The blocks of a step share a gain: where one of them errs, it is that one's own."""
     chosen = 1
     others = [k for k in range(len(model.blocks)) if k != chosen]
-    alone = silenced(model, others)
-    made = measure_sensitivity(alone, tables, calibration, SCALE, OPTIONS)
+    alone = dataclasses.replace(sampling, model=silenced(model, others))
+    made = measure_sensitivity(alone, OPTIONS)
     for step in range(1, STEPS):
-        expected = by_definition(alone, tables, calibration, step, chosen)
+        expected = by_definition(alone, step, chosen)
         assert made[step, chosen] == pytest.approx(expected, rel=1e-3)
         assert not made[step, others].any()
 
 
-def test_it_is_the_same_every_time(measured, model, tables, calibration):
-    again = measure_sensitivity(model, tables, calibration, SCALE, OPTIONS)
+def test_it_is_the_same_every_time(measured, sampling):
+    again = measure_sensitivity(sampling, OPTIONS)
     np.testing.assert_array_equal(again, measured[0])
 
 
-def test_the_shared_gain_is_a_fair_estimate(measured, model, tables, calibration):
+def test_the_shared_gain_is_a_fair_estimate(measured, model, sampling):
     """A single reuse, carried to the end by itself, comes out within a factor of two."""
     for k in range(len(model.blocks)):
-        expected = by_definition(model, tables, calibration, 1, k)
+        expected = by_definition(sampling, 1, k)
         assert 0.5 < measured[0][1, k] / expected < 2
 
 

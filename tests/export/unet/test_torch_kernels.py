@@ -70,7 +70,7 @@ def test_a_reused_block_is_the_same_through_the_kernel(on_twin, monkeypatch, lay
     block = CacheableBlock(Inner(), outputs)
     for _ in range(2):
         block(x)
-    block.history = [each.to(memory_format=layout) for each in block.history]
+    block.kept = tuple(each.to(memory_format=layout) for each in block.kept)
     block.recompute = False
     block.coefficients = normal(outputs + 1, 6, seed=9)
     (ours,) = block(x)

@@ -1,0 +1,88 @@
+"""Sampling: what a measurement runs on, and the one way in which all of them run it.
+
+A measurement takes a ``Sampling`` and its own options. It opens the U-Net, begins with some
+(prompt, seed) jobs, and goes from state to state:
+
+    with sampling.cached_unet() as cached:
+        denoiser, noise = sampling.begin(cached, jobs)
+        for step, state in enumerate(denoiser.trajectory(noise, schedule)):
+            ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+
+from blockcache.export.measure.calibration import Calibration
+from blockcache.export.unet.cached_unet import CachedUNet, Denoiser
+from blockcache.export.unet.model import SourceModel
+from blockcache.export.unet.precision import rounded
+from blockcache.export.unet.torch_kernels import on_gpu
+from blockcache.runtime.plan import Schedule
+from blockcache.runtime.solver import SolverConfig, SolverTables, solver_tables
+
+Job: TypeAlias = tuple[int, int]
+"""One image to draw: the index of its prompt, and a seed."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a measurement runs on; computed in float32 whatever the precision of the weights."""
+
+    model: SourceModel
+    solver: SolverConfig
+    calibration: Calibration
+    guidance_scale: float = 5.0  # as in use and in the paper; 1 turns guidance off
+    precision: str = "float32"  # what the values of the weights are rounded to
+
+    @cached_property
+    def tables(self) -> SolverTables:
+        """The solver's coefficients."""
+        return solver_tables(self.solver)
+
+    @property
+    def steps(self) -> int:
+        """S."""
+        return len(self.tables.timesteps)
+
+    @property
+    def uncached(self) -> Schedule:
+        """The schedule that recomputes every block at every step."""
+        return Schedule.uncached(self.steps, len(self.model.blocks))
+
+    @contextmanager
+    def cached_unet(self, outputs: int = 1) -> Iterator[CachedUNet]:
+        """The U-Net with cacheable blocks, on the GPU where there is one.
+
+        Args:
+            outputs: how many computed outputs of a block are kept: 1, or 2 for history.
+        """
+        model = rounded(self.model, self.precision)
+        with CachedUNet(model, outputs) as cached, on_gpu(model.unet):
+            yield cached
+
+    def begin(self, cached: CachedUNet, jobs: Sequence[Job]) -> tuple[Denoiser, torch.Tensor]:
+        """A denoiser for the jobs' prompts, and the noise [N, C, H, W] of their seeds."""
+        device = next(cached.model.unet.parameters()).device
+        picked = self.calibration.pick([prompt for prompt, _ in jobs], self.guidance_scale != 1.0)
+        conditions = {name: values.to(device) for name, values in picked.items()}
+        denoiser = Denoiser(cached, self.tables, conditions, self.guidance_scale)
+        return denoiser, self.noise(jobs).to(device)
+
+    def noise(self, jobs: Sequence[Job]) -> torch.Tensor:
+        """Noise [N, C, H, W] of jobs: the same whatever the batching and the device."""
+        shape = (int(self.model.unet.config.in_channels), *self.model.sample_size)
+        generators = (
+            torch.Generator().manual_seed(1_000_003 * seed + prompt) for prompt, seed in jobs
+        )
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+    def spread_prompts(self, images: int) -> list[int]:
+        """The prompts of so many images, spread evenly over the calibration."""
+        return [image * self.calibration.prompts // images for image in range(images)]

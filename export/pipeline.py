@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from blockcache.export.choose.joint import candidates
 from blockcache.export.choose.policies import Evidence, Joint, Needs
 from blockcache.export.choose.preset import PresetOptions
+from blockcache.export.choose.schedule import total_loss
 from blockcache.export.costs.costs import Costs, counted
 from blockcache.export.costs.roofline import Processor, predict
 from blockcache.export.costs.timings import Timings
@@ -253,7 +254,11 @@ def _make_preset(
     provenance = Provenance(
         kind=preset.policy.kind,
         value=preset.policy.value,
-        costs=costs.source if Needs.COSTS in needs else None,
+        costs=costs.source,
+        predicted_speedup=round(costs.speedup(schedule), 6),
+        predicted_loss=(
+            round(total_loss(evidence.losses, schedule), 6) if Needs.LOSSES in needs else None
+        ),
         images=None if profile is None else profile.images,
         profile=None if profile is None else profile.file,
     )
@@ -293,7 +298,7 @@ def _make_joint(
             tried.append((distance, other))
     if not tried:
         raise ConfigError(f"Preset {preset.name!r}: no candidate ended in finite latents.")
-    _, best = min(tried, key=lambda pair: pair[0])
+    distance, best = min(tried, key=lambda pair: pair[0])
     alignment = "none" if best.alignment == "none" else preset.alignment
     winner = dataclasses.replace(best, name=preset.name, alignment=alignment)
     made = _make_preset(measurements, folder, winner, costs, segments, facts)
@@ -302,7 +307,8 @@ def _make_joint(
         kind=preset.policy.kind,
         value=preset.policy.value,
         replaced_steps=preset.steps,
-        costs=costs.source,
+        predicted_speedup=round(costs.speedup(made.schedule, preset.steps), 6),
+        predicted_loss=round(distance, 6),  # of the trial: fewer steps lose something, too
         tried={other.steps: round(distance, 6) for distance, other in tried},
     )
     return dataclasses.replace(made, provenance=provenance)

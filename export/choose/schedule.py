@@ -115,6 +115,24 @@ def least_loss(loss: np.ndarray, cost: np.ndarray, spend: float) -> Schedule:
     return Schedule(np.stack(chosen, axis=1))
 
 
+def total_loss(loss: np.ndarray, schedule: Schedule) -> float:
+    """What an image loses by a schedule: the sum over its reuses.
+
+    Args:
+        loss: as of ``least_loss``.
+        schedule: of as many steps and blocks.
+    """
+    total = 0.0
+    for k, block in enumerate(loss):
+        last = before = 0
+        for step, fresh in enumerate(schedule.recompute[:, k]):
+            if fresh:
+                before, last = last, step
+            else:
+                total += block[step, last] if block.ndim == 2 else block[step, last, before]
+    return float(total)
+
+
 @dataclass(frozen=True)
 class _Curve:
     """One block: the least loss for every number of recomputes, 1..S."""

@@ -1,1 +1,5 @@
-"""What a segment costs: counted, measured on a device, or predicted for a GPU."""
+"""What segments cost, and so what a schedule saves.
+
+``costs`` sums up what one image pays. The numbers are measured (``timings``, in a bundle:
+``bundle_timings``), predicted for a GPU (``roofline``), or counted arithmetic (``costs.counted``).
+"""

@@ -18,6 +18,7 @@ from blockcache.export import measurements, pipeline  # noqa: E402
 from blockcache.export.align.distil import DistillationOptions  # noqa: E402
 from blockcache.export.align.fit import AlignmentOptions, fit_alignment  # noqa: E402
 from blockcache.export.choose.preset import PresetOptions  # noqa: E402
+from blockcache.export.costs.costs import counted  # noqa: E402
 from blockcache.export.costs.roofline import gpu, predict  # noqa: E402
 from blockcache.export.costs.timings import Timings  # noqa: E402
 from blockcache.export.graph.to_onnx import ExportOptions, export_segments  # noqa: E402
@@ -154,6 +155,8 @@ def test_a_budget_preset_with_history_measures_once_and_says_so(made):
     assert preset.alignment.outputs == bundle.model.outputs == 2
     policy = preset.provenance.to_json()
     assert policy.pop("profile") in bundle.manifest.files
+    assert policy.pop("predicted_speedup") >= 1.1
+    assert 0 < policy.pop("predicted_loss") < 1
     assert policy == {
         "kind": "budget",
         "value": 1.1,
@@ -350,4 +353,6 @@ def test_a_table_of_ones_own_becomes_the_schedule(model, calls, tmp_path):
     bundle = compile_model(model, tmp_path / "b", options(f"ddim:2:{path}"))
     made = bundle.preset("ddim-2-mine")
     assert made.schedule.recompute.astype(int).tolist() == table
-    assert made.provenance == Provenance(kind="table")
+    speedup = made.provenance.predicted_speedup
+    assert speedup == pytest.approx(counted(bundle.segments).speedup(made.schedule), abs=1e-6)
+    assert made.provenance == Provenance(kind="table", costs="FLOPs", predicted_speedup=speedup)

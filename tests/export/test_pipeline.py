@@ -10,7 +10,14 @@ import shutil
 import numpy as np
 import pytest
 
-from blockcache.runtime import Bundle, BundleError, BundleFormatError, ConfigError, files
+from blockcache.runtime import (
+    Bundle,
+    BundleError,
+    BundleFormatError,
+    ConfigError,
+    Provenance,
+    files,
+)
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -19,6 +26,7 @@ from filelock import FileLock
 from blockcache.export import measurements, pipeline
 from blockcache.export.choose.policies import Threshold
 from blockcache.export.choose.preset import PresetOptions
+from blockcache.export.costs.costs import counted
 from blockcache.export.graph.to_onnx import ExportOptions
 from blockcache.export.measure import change
 from blockcache.export.measure.calibration import Calibration
@@ -98,9 +106,15 @@ def test_a_compile_gives_a_bundle_that_verifies(model, calibration, calls, tmp_p
     assert calls == ["export", "profile"]
     assert Bundle.open(tmp_path / "b").manifest == made.manifest
     assert made.manifest.presets["dpm-3"].computed_fraction == 1.0
-    policy = made.preset("ddim-2-d0.1").provenance.to_json()
+    preset = made.preset("ddim-2-d0.1")
+    policy = preset.provenance.to_json()
     assert policy.pop("profile") in made.manifest.files
-    assert policy == {"kind": "threshold", "value": 0.1, "images": 4}
+    predicted = counted(made.segments).speedup(preset.schedule)
+    assert policy.pop("predicted_speedup") == pytest.approx(predicted, abs=1e-6)
+    assert policy == {"kind": "threshold", "value": 0.1, "costs": "FLOPs", "images": 4}
+    assert made.preset("dpm-3").provenance == Provenance(
+        kind="uncached", costs="FLOPs", predicted_speedup=1.0
+    )
     stages = [stage for stage, _, _ in heard]
     assert list(dict.fromkeys(stages)) == ["export", "presets", "profile ddim-2"]
     for stage in set(stages):

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from blockcache.export.costs.kept import measured
+from blockcache.export.costs.bundle_timings import bundle_timings
 from blockcache.export.engines.build import BuildOptions, build_engines
 from blockcache.export.engines.targets import Target
 from blockcache.runtime import Session
@@ -242,7 +242,7 @@ def test_the_check_command_records_times(built, tmp_path, capsys):
     own = copy_of(built[1], tmp_path / "bundle")
     check(own.folder, target="current", loop=False)
     print(capsys.readouterr().out)
-    (times,) = measured(own)
+    (times,) = bundle_timings(own)
     costs = times.costs(own.segments)
     print(times.device, times.backend, f"blocks {costs.blocks.sum():.3f} ms of a step, ")
     print(f"the rest {costs.trunk:.3f} ms")

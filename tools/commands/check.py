@@ -85,12 +85,12 @@ def _engines(bundle: Bundle, backend: str, target: str) -> tuple[Any, dict[str, 
 
 def _record(bundle: Bundle, engines: Any, measured: dict[str, float], batch: int) -> None:
     """Write the times into the bundle."""
-    from blockcache.export.costs.kept import keep
+    from blockcache.export.costs.bundle_timings import keep_timings
     from blockcache.export.costs.timings import Timings
     from blockcache.runtime.devices.cuda import device_label
 
     sizes = replace(bundle.model.sizes, batch=batch)
-    keep(bundle, Timings(engines.engine, device_label(), sizes, measured))
+    keep_timings(bundle, Timings(engines.engine, device_label(), sizes, measured))
 
 
 def _as_json(found: list[Comparison], measured: dict[str, float]) -> dict[str, Any]:

@@ -146,7 +146,8 @@ def test_the_nearest_candidate_is_kept_and_the_others_are_reported(
     tried = made.tried
     assert tried, "at least one was within reach"
     kept = bundle.preset("dpm-4-j1.2-history").schedule.steps
-    assert tried[kept] == min(tried.values())
+    assert tried[kept] == min(tried.values()) == made.predicted_loss
+    assert made.predicted_speedup >= 1.2 * (1 - NEGLIGIBLE)
     assert set(tried) <= set(step_counts(4, 1.2))
     cached = not bundle.preset("dpm-4-j1.2-history").schedule.recompute.all()
     assert profiled == [kept] * cached, "the winner alone"

@@ -17,6 +17,7 @@ from blockcache.export.choose.schedule import (
     least_loss,
     threshold,
     threshold_within,
+    total_loss,
 )
 from blockcache.runtime import ConfigError, Schedule
 
@@ -455,3 +456,31 @@ def test_a_threshold_within_a_spend_is_the_dearest_that_fits(change, delta, data
     other = price(threshold(change, delta))
     assert within <= spend
     assert other > spend or other <= within
+
+
+# -- the total loss --------------------------------------------------------------------------------
+
+
+@given(problems(), st.randoms(use_true_random=False))
+def test_the_total_loss_is_the_weighed_change_that_is_carried(problem, random):
+    change, weight, _, _ = problem
+    marks = np.array([random.random() < 0.5 for _ in range(change.size)]).reshape(change.shape)
+    marks[0] = True
+    schedule = Schedule(marks)
+    assert total_loss(losses(change, weight), schedule) == loss(change, schedule, weight)
+
+
+@given(paired_problems(), st.randoms(use_true_random=False))
+def test_no_table_of_the_same_cost_loses_less(problem, random):
+    made, cost, spend = problem
+    best = least_loss(made, cost, spend)
+    assert total_loss(made, best) == pytest.approx(paired_loss(made, best), abs=1e-12)
+    marks = np.array([random.random() < 0.5 for _ in range(best.recompute.size)])
+    marks = marks.reshape(best.recompute.shape)
+    marks[0] = True
+    if spent(cost, Schedule(marks)) <= spend:
+        assert total_loss(made, best) <= total_loss(made, Schedule(marks))
+
+
+def test_an_uncached_schedule_loses_nothing():
+    assert total_loss(np.ones((2, 3, 3)), Schedule.uncached(3, 2)) == 0.0

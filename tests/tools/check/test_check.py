@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from blockcache.export.costs.kept import measured
+from blockcache.export.costs.bundle_timings import bundle_timings
 from blockcache.export.engines.reference import FACTOR, Comparison, relative_error, widened_bundle
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.engines.ort import OrtBackend
@@ -172,7 +172,7 @@ def test_the_command_prints_the_worst_and_records_times(
     assert len(printed["rows"]) == 16
     assert printed["worst"] in {row["name"] for row in printed["rows"]}
     assert all(row["passed"] is (code == 0) and row["ms"] == 0.25 for row in printed["rows"])
-    (times,) = measured(bundle)
+    (times,) = bundle_timings(bundle)
     assert (times.device, times.backend, times.sizes.batch) == ("A GPU", "made-up 1.0", 2)
     assert times.costs(bundle.segments).blocks.tolist() == [0.25] * 7
 

@@ -1,9 +1,9 @@
-"""``times/``: what ``blockcache check`` measured on a bundle, kept in it for the budget scheduler.
+"""A bundle's ``times/`` folder: the timings that ``blockcache check`` measured on its engines.
 
 One file per device, engine library and sizes. The name starts with a hash of the segments' graphs,
 so that times of an earlier compile are left out::
 
-    costs = measured(bundle)[0].costs(bundle.segments)
+    costs = bundle_timings(bundle)[0].costs(bundle.segments)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blockcache.runtime.bundle_files import safe_path
 FOLDER = "times"
 
 
-def keep(bundle: Bundle, timings: Timings) -> None:
+def keep_timings(bundle: Bundle, timings: Timings) -> None:
     """Write a measurement into the bundle; the same device, engine and sizes are replaced."""
     sizes = "x".join(str(size) for _, size in sorted(timings.sizes.to_json().items()))
     name = f"{timings.device}-{timings.backend}-{sizes}".lower()
@@ -26,7 +26,7 @@ def keep(bundle: Bundle, timings: Timings) -> None:
     write_timings(safe_path(bundle.folder, f"{FOLDER}/{_graphs(bundle)}-{slug}.json"), timings)
 
 
-def measured(bundle: Bundle) -> tuple[Timings, ...]:
+def bundle_timings(bundle: Bundle) -> tuple[Timings, ...]:
     """The measurements of the bundle as it is now, the newest first.
 
     Raises:

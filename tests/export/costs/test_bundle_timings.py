@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from blockcache.export.costs.kept import keep, measured
+from blockcache.export.costs.bundle_timings import bundle_timings, keep_timings
 from blockcache.export.costs.timings import Timings
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.errors import ConfigError
@@ -30,23 +30,23 @@ def made_up(bundle, device="NVIDIA A100-SXM4-80GB", factor=1.0):
 
 
 def test_times_come_back_and_the_newest_first(bundle):
-    assert measured(bundle) == ()
+    assert bundle_timings(bundle) == ()
     first, second = made_up(bundle), made_up(bundle, "NVIDIA H100")
-    keep(bundle, first)
+    keep_timings(bundle, first)
     (path,) = (bundle.folder / "times").iterdir()
     assert path.name.endswith("-nvidia-a100-sxm4-80gb-tensorrt-rtx-1.7.1-2x16x7x16.json")
     os.utime(path, (1, 1))
-    keep(bundle, second)
-    assert measured(bundle) == (second, first)
+    keep_timings(bundle, second)
+    assert bundle_timings(bundle) == (second, first)
     again = made_up(bundle, factor=2.0)
-    keep(bundle, again)  # in the place of the first
-    assert measured(bundle) == (again, second)
+    keep_timings(bundle, again)  # in the place of the first
+    assert bundle_timings(bundle) == (again, second)
     Bundle.open(bundle.folder)  # the manifest does not list them: they come and go
 
 
 def test_a_budget_reads_block_costs_and_the_rest(bundle):
-    keep(bundle, made_up(bundle))
-    (times,) = measured(bundle)
+    keep_timings(bundle, made_up(bundle))
+    (times,) = bundle_timings(bundle)
     costs = times.costs(bundle.segments)
     loop = [segment for segment in bundle.segments if segment.role in LOOP_ROLES]
     assert costs.blocks.shape == (len(bundle.model.blocks),)
@@ -54,17 +54,17 @@ def test_a_budget_reads_block_costs_and_the_rest(bundle):
 
 
 def test_times_of_another_compile_are_left_out(bundle):
-    keep(bundle, made_up(bundle))
+    keep_timings(bundle, made_up(bundle))
     files = {**bundle.manifest.files, "segments/block_00.onnx": FileEntry(1, "other")}
     manifest = dataclasses.replace(bundle.manifest, files=files)
     changed = dataclasses.replace(bundle, manifest=manifest)
-    assert len(measured(bundle)) == 1
-    assert measured(changed) == ()
+    assert len(bundle_timings(bundle)) == 1
+    assert bundle_timings(changed) == ()
 
 
 def test_a_malformed_file_is_named(bundle):
-    keep(bundle, made_up(bundle))
+    keep_timings(bundle, made_up(bundle))
     (path,) = (bundle.folder / "times").iterdir()
     path.write_text("[]")
     with pytest.raises(ConfigError, match="a100"):
-        measured(bundle)
+        bundle_timings(bundle)

@@ -99,9 +99,9 @@ BELOW = {
 EXPORT_MAY_USE = (
     ("plan",), ("provenance",), ("grid",), ("solver",), ("errors",), ("files",),
     ("bundle",), ("bundle_files",), ("manifest",), ("tensor_files",), ("strict_json",),
-    ("engines", "files"),
+    ("engines", "files"), ("engines", "onnxruntime_library"),
 )  # fmt: skip
-"""Plain data types, errors, and how files are written."""
+"""Plain data types, errors, how files are written, and the door to ONNX Runtime."""
 
 BUILD_MAY_USE = (*EXPORT_MAY_USE, ("engines", "tensorrt_library"), ("devices", "cuda"))
 """``export/engines/`` goes through the runtime's doors to TensorRT and the GPU, so that there is
@@ -409,10 +409,7 @@ DOORS = {
     "torch": ("export/", "tools/"),
     "onnx": ("export/", "tools/"),
     "onnx_ir": ("export/",),
-    "onnxruntime": (
-        "runtime/engines/ort", "export/graph/time_tables.py", "export/engines/reference.py",
-        "tools/",
-    ),
+    "onnxruntime": ("runtime/engines/onnxruntime_library.py",),
     **dict.fromkeys(
         ("tensorrt", "tensorrt_rtx"),
         ("runtime/engines/trt", "runtime/engines/tensorrt_library.py", "export/engines/",

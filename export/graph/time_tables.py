@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from blockcache.runtime.engines.onnxruntime_library import ort
 from blockcache.runtime.errors import MissingExtraError
 from blockcache.runtime.plan import Segment
 
@@ -29,15 +30,13 @@ def time_tables(
     found = [segment for segment in segments if segment.role == "time"]
     if not found:  # not hoisted: the loop reads the timestep itself
         return {"timestep": timesteps.astype(np.float32)[:, None]}
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError.of("onnxruntime", "cpu", "Evaluating time tables") from error
+    if ort is None:
+        raise MissingExtraError.of("onnxruntime", "cpu", "Evaluating time tables")
     model = ir.load(folder / found[0].file)
     _to_float32(model.graph)
-    options = onnxruntime.SessionOptions()
+    options = ort.SessionOptions()
     options.intra_op_num_threads = 1  # small work: idle threads would only spin
-    session = onnxruntime.InferenceSession(
+    session = ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     names = [spec.name for spec in found[0].outputs]

@@ -19,13 +19,9 @@ from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.engine import Launch
+from blockcache.runtime.engines.onnxruntime_library import ort
 from blockcache.runtime.errors import ConfigError, EngineError, MissingExtraError
 from blockcache.runtime.plan import Segment
-
-try:
-    import onnxruntime as ort
-except ImportError:  # reported when a backend is made: importing this file stays free
-    ort = None
 
 MAX_LOADS = 8
 """Segments that load at once at most: each takes memory for its graph while it is optimised."""

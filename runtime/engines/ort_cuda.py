@@ -15,13 +15,9 @@ from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.devices.cuda import CudaDevice
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.engine import Launch
+from blockcache.runtime.engines.onnxruntime_library import ort
 from blockcache.runtime.errors import EngineError, MissingExtraError
 from blockcache.runtime.plan import Segment
-
-try:
-    import onnxruntime as ort
-except ImportError:  # reported when a backend is made: importing this file stays free
-    ort = None
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}  # TensorProto.DataType

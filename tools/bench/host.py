@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from blockcache.export.costs.roofline import Efficiency, Processor
 from blockcache.export.graph.work import Fusion
+from blockcache.runtime.engines.onnxruntime_library import ort
 
 EFFICIENCY = Efficiency(compute=0.65, memory=0.4, launch_us=1.0)
 """Of ONNX Runtime's CPU kernels in float32; fitted to the segments of an SD1.5-size U-Net."""

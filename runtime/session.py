@@ -14,6 +14,7 @@ reset by construction: the first executed step recomputes every block.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from blockcache.runtime.engines.choice import make_backend, refuse_options
 from blockcache.runtime.engines.engine import Backend, Launch
 from blockcache.runtime.engines.loading import load_engines
 from blockcache.runtime.errors import BundleFormatError, ConfigError, InputError
+from blockcache.runtime.fork import keep_in_children
 from blockcache.runtime.loop import Denoised, Progress, denoise
 from blockcache.runtime.plan import LOOP_ROLES, MOST_SIZE, Preset, Sizes
 from blockcache.runtime.program import MemoryReport, Program
@@ -45,6 +47,11 @@ class Session:
 
     Thread-safe: calls of ``denoise`` on one session wait for each other. Sessions of one process
     share the engines of a bundle and have buffers of their own, for the last ``SHAPES`` shapes.
+
+    A session belongs to the process that opened it. Under a server that forks its workers, open one
+    in each worker: with gunicorn in the hook ``post_fork`` (or without ``--preload``), with uWSGI
+    in ``@postfork``, with ``multiprocessing`` in the worker's function. In a forked child an
+    inherited session refuses to work; it does not keep the child from ending.
     """
 
     def __init__(
@@ -71,6 +78,8 @@ class Session:
         self._programs: dict[tuple[int, ...], Program] = {}
         self._lock = backend.device.session_lock()
         self._running = self._closed = False
+        self._process = os.getpid()
+        keep_in_children(self)
         self._graphs = (
             None
             if backend.graphs is None
@@ -162,15 +171,13 @@ class Session:
     def memory(self, images: int = 1, guided: bool = True) -> MemoryReport:
         """Bytes held for the model's default sizes and ``images`` images."""
         sizes = self.bundle.model.sizes.for_images(images, guided=guided)
-        with self._lock:
-            self._require_open()
+        with self._held():
             return self._program(sizes, images).memory
 
     def launches(self, images: int = 1, guided: bool = True) -> dict[str, Launch]:
         """Every segment of a request by name, bound, to be timed one by one."""
         sizes = self.bundle.model.sizes.for_images(images, guided=guided)
-        with self._lock:
-            self._require_open()
+        with self._held():
             program = self._program(sizes, images)
             step = program.run_from(0).launches[0]
         bound = {program.loop[index].name: launch for index, launch in step}
@@ -286,6 +293,8 @@ class Session:
         Raises:
             ConfigError: a callback of this session's own request closes it.
         """
+        if os.getpid() != self._process:  # in a forked child: its parent frees them
+            return
         with self._lock:
             if self._running:
                 raise ConfigError(
@@ -310,10 +319,25 @@ class Session:
         )
 
     @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """The session's lock, of an open session in the process that opened it."""
+        if os.getpid() != self._process:  # the lock may be held for good by a thread of the parent
+            raise ConfigError(
+                "This session was opened before the process forked, and the engine library's "
+                "threads stayed in the parent. Open a session in the child: Session.open; with "
+                "gunicorn in the hook post_fork."
+            )
+        with self._lock:
+            if self._closed:
+                raise ConfigError(
+                    "Expected an open session, this one is closed. Open another: Session.open."
+                )
+            yield
+
+    @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One request at a time; a callback cannot start another on the same buffers."""
-        with self._lock:
-            self._require_open()
+        with self._held():
             if self._running:
                 raise ConfigError(
                     "denoise was called from a callback of the same session, whose buffers are in "
@@ -344,12 +368,6 @@ class Session:
         modes = modes_of(request.guidance)
         shape = (*astuple(request.sizes), request.images, request.first, *modes)
         return LoopGraphs(self._graphs, shape, program.tensors)
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise ConfigError(
-                "Expected an open session, this one is closed. Open another: Session.open."
-            )
 
     def _program(self, sizes: Sizes, images: int) -> Program:
         """The program of these sizes; bound on first use, kept while among the last ``SHAPES``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -67,3 +68,14 @@ def _key_lock(key: _Key) -> threading.Lock:
         if lock is None:
             lock = _key_locks[key] = threading.Lock()
         return lock
+
+
+def _begin_anew() -> None:
+    """In a forked child: its engines are its own, and locks that others held stay in the parent."""
+    global _key_locks_guard, _serial_lock
+    _shared.clear()
+    _key_locks.clear()
+    _key_locks_guard, _serial_lock = threading.Lock(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from blockcache.export.choose.joint import candidates
+from blockcache.export.choose.joint import candidates, check_reach
 from blockcache.export.choose.policies import Evidence, Joint, Needs
 from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.choose.schedule import total_loss
@@ -162,6 +162,8 @@ def _compile(
     segments = _export_stage(model, store, options.export, observer)
     facts = _model_facts(model, options.export, segments)
     costs = _costs(segments, folder, options, facts)
+    for preset in options.presets:  # what cannot be as fast is refused before any measurement
+        check_reach(preset, costs)
     presets = {}
     for done, preset in enumerate(options.presets):
         observer("presets", done, len(options.presets))

@@ -66,6 +66,14 @@ def candidates(preset: PresetOptions, costs: Costs) -> list[PresetOptions]:
     return found
 
 
+def check_reach(preset: PresetOptions, costs: Costs) -> None:
+    """Raise ConfigError where a preset, joint or not, cannot be as fast as it asks to be."""
+    if isinstance(preset.policy, Joint):
+        candidates(preset, costs)
+    else:
+        preset.policy.check_costs(preset.steps, costs)
+
+
 def _speedup(preset: PresetOptions) -> float:
     """What a joint preset asks for."""
     assert isinstance(preset.policy, Joint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import re
 import shutil
 
 import numpy as np
@@ -343,6 +344,26 @@ def test_another_operating_system_error_is_not_called_a_full_disk(
     monkeypatch.setattr(pipeline, "write_preset", denied)
     with pytest.raises(PermissionError):
         compile_model(model, tmp_path / "b", options("ddim:2"))
+
+
+@pytest.mark.parametrize("text", ["ddim:2:x9", "ddim:2:t9", "ddim:2:c9:history"])
+def test_a_speed_up_out_of_reach_is_refused_before_any_measurement(
+    model, calibration, calls, tmp_path, text
+):
+    with pytest.raises(ConfigError) as caught:
+        compile_model(model, tmp_path / "b", options(text), calibration)
+    assert calls == ["export"]
+    found = re.fullmatch(
+        r"A speed-up of 9 is out of reach with 2 steps: the trunk always runs, and every block at "
+        r"step 0. Expected at most (1\.[0-9]+), or max for the most there is\.",
+        str(caught.value),
+    )
+    within = compile_model(model, tmp_path / "b", options(f"ddim:2:t{found[1]}"), calibration)
+    most = compile_model(model, tmp_path / "b", options("ddim:2:tmax"), calibration)
+    for bundle, name in ((within, f"ddim-2-t{found[1]}"), (most, "ddim-2-tmax")):
+        made = bundle.preset(name)
+        assert made.schedule.recompute.sum(axis=0).tolist() == [1] * len(bundle.model.blocks)
+        assert made.provenance.predicted_speedup == pytest.approx(float(found[1]), abs=1e-3)
 
 
 def test_a_measured_policy_without_prompts_is_refused_before_any_work(model, calls, tmp_path):

@@ -251,7 +251,7 @@ def test_a_circle_is_seen(tmp_path, files):
 
 TOOLS_MAY_USE = {
     "report": (),
-    "demo": (),
+    "demo": ("report",),
     "sources": ("demo",),
     "check": (),
     "bench": ("sources", "report"),

@@ -15,8 +15,14 @@ from blockcache.export.observer import Observer, unobserved
 from blockcache.runtime import BlockCacheError, RunRecord, Session
 
 Kind: TypeAlias = Literal["whole", "split", "cached", "fewer steps", "peer"]
-"""The uncut model; its segments, all recomputed; by a schedule; the uncut model in fewer steps;
-another project's cache."""
+"""How it denoises:
+
+- "whole": by the uncut model
+- "split": by the model's segments, every block recomputed at every step
+- "cached": by the segments that a preset's schedule names
+- "fewer steps": by the uncut model in fewer steps
+- "peer": by the cache of another project
+"""
 
 
 @dataclass(eq=False)
@@ -63,16 +69,16 @@ class Entry(NamedTuple):
 
 @dataclass
 class Lineup:
-    """Those who run, and why the others do not."""
+    """The contestants that run, and why the others do not."""
 
     contestants: list[Contestant] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)  # who: why
-    tried: bool = True  # whether each runs once on entering, and an untimed round
+    tried: bool = True  # whether untimed calls come first: one on entering, then one round
 
     def admit(self, engine: str, entries: Callable[[], Iterable[Entry]]) -> None:
-        """Open, and try once, what can run here; note the reason where something cannot.
+        """Open what can run here and try it once; note why the rest cannot.
 
-        An engine that is not installed is missing as a whole; one that lacks a model, such as
+        An engine that is not installed has no contestants. An engine that lacks one model, such as
         TensorRT without the uncut one, still runs the others.
         """
         try:
@@ -101,7 +107,8 @@ class Lineup:
     ) -> None:
         """Fill in seconds and records of ``rounds`` rounds, after an untimed one if ``tried``.
 
-        Who fails is out, and absent with the reason: a ratio needs every round.
+        A contestant that fails leaves, and is noted as absent with the reason: a ratio needs every
+        round of both sides.
         """
         untimed = int(self.tried)
         for turn in range(rounds + untimed):
@@ -123,7 +130,7 @@ class Lineup:
         observer("bench", rounds + untimed, rounds + untimed)
 
     def _note(self, who: str, why: str) -> None:
-        """Who are absent for one reason share a line."""
+        """Contestants that are absent for the same reason share a line."""
         same = [name for name, reason in self.absent.items() if reason == why]
         for name in same:
             del self.absent[name]

@@ -81,7 +81,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Promise:
-    """One ratio that DESIGN promises, or that was asked for."""
+    """A ratio that blockcache promises, or that was asked for."""
 
     engine: str
     name: str  # "split / whole", "cached / segments it ran", "split / split @folder"
@@ -176,7 +176,7 @@ def measure_latency(
 
 
 def _same_presets(bundle: Bundle, presets: Sequence[Preset], against: Bundle) -> list[Preset]:
-    """The other bundle's presets, where they can be compared with the first's uncut model."""
+    """The other bundle's presets; an error where they cannot be compared with the first's."""
     ours, theirs = bundle.model, against.model
     if (ours.blocks, ours.sizes) != (theirs.blocks, theirs.sizes):
         raise ConfigError(
@@ -257,7 +257,10 @@ def _library(made: Contestant) -> str:
 
 
 def _promises(everyone: Sequence[Contestant], timings: Mapping[str, Timings]) -> list[Promise]:
-    """Split is free, caching pays what it should; and how another bundle's split compares."""
+    """Does splitting cost nothing, and does caching save what it should?
+
+    With another bundle, also how long its split model takes beside this one's.
+    """
     found = []
     by_key = {(o.engine, o.kind, o.base): o for o in everyone if o.kind != "cached"}
     for made in everyone:

@@ -28,6 +28,7 @@ from blockcache.export.unet.model import SourceModel
 from blockcache.runtime import (
     Alignment,
     Bundle,
+    ConfigError,
     Preset,
     Provenance,
     Schedule,
@@ -37,7 +38,8 @@ from blockcache.runtime import (
 from blockcache.runtime.files import write_text
 from blockcache.runtime.manifest import MANIFEST, FileEntry, PresetEntry
 from blockcache.runtime.tensor_files import write_preset
-from blockcache.tools.bench.random_unet import random_source
+from blockcache.tools.bench.random_unet import CONFIGS, random_source
+from blockcache.tools.report.errors import one_line_errors
 
 MADE_UP = "made-up"
 
@@ -96,6 +98,8 @@ def main(
     from blockcache.tools.report.machine import machine_facts
     from blockcache.tools.report.tables import markdown_table
 
+    if model not in CONFIGS:
+        raise ConfigError(f"--model: expected {' or '.join(CONFIGS)}, got {model!r}.")
     meter = StageMeter()
     meter.enter("weights at random")
     source = random_source(model, precision)
@@ -260,4 +264,5 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_line_errors():
+        typer.run(main)

@@ -1,4 +1,4 @@
-"""Contestants that the runtime runs: the uncut model, the split one, and every preset."""
+"""The contestants that the runtime runs: the uncut model, the split one, and every preset."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from blockcache.tools.bench.contestants import Contestant, Entry, Kind
 from blockcache.tools.sources.references import uncached, whole_bundle, whole_preset
 
 GUIDANCE = 5.0
-"""Where a preset has none of its own: guidance doubles the batch, so a benchmark without it would
-measure half the work."""
+"""For presets that have no scale of their own. Guidance doubles the batch, so a benchmark without
+guidance would measure half the work."""
 
 
 def bundle_contestants(
@@ -34,11 +34,12 @@ def bundle_contestants(
     *,
     uncut: bool = True,
 ) -> Iterator[Entry]:
-    """Whole and split once for each number of steps that a cached preset has, and every preset.
+    """Every preset, and what it is compared with: the uncut model and the split one, uncached.
 
-    A preset that recomputes everything in fewer steps than a cached one of its solver is the
-    step-reduced baseline of the paper; it runs uncut, as who does not cache would run it. Without
-    ``uncut`` the uncut model is left out in either case.
+    Those two run once for each number of steps that a cached preset has. A preset that recomputes
+    everything in fewer steps than a cached one of its solver is the paper's baseline of fewer
+    steps. It runs uncut: whoever does not cache has no reason to cut the model. Without ``uncut``
+    the uncut model runs in neither role.
     """
 
     def entry(kind: Kind, preset: Preset, base: Preset) -> Entry:

@@ -10,6 +10,7 @@ import typer
 
 from blockcache.tools.demo.config import PRESETS, Preset
 from blockcache.tools.demo.model import MODEL_DIR
+from blockcache.tools.report.errors import one_line_errors
 
 app = typer.Typer(
     help="Train and export the demo model: a small text-to-image latent diffusion model of colour "
@@ -146,4 +147,5 @@ def everything(
 
 
 if __name__ == "__main__":
-    app()
+    with one_line_errors():
+        app()

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.files import replacing
 from blockcache.tools.demo import text
 from blockcache.tools.demo.data import Dataset
 
@@ -17,13 +19,16 @@ NAME = "contexts.safetensors"
 def build(dataset: Dataset, work: Path) -> None:
     """Encode all captions and, last, the empty one."""
     states = text.encode([p.caption for p in dataset.pictures] + [""])
-    temporary = work / f".{NAME}"
-    save_file({"contexts": torch.from_numpy(states).half()}, temporary)
-    temporary.replace(work / NAME)
+    with replacing(work / NAME) as file:
+        save_file({"contexts": torch.from_numpy(states).half()}, file.name)
 
 
 def load(work: Path) -> Tensor:
-    """float16 [N + 1, 20, 384]; the last row is the empty caption."""
+    """float16 [N + 1, 20, 384]; the last row is the empty caption.
+
+    Raises:
+        ConfigError: `build` has not run yet.
+    """
     if not (work / NAME).exists():
-        raise FileNotFoundError(f"expected {NAME} in {work}, found none: run `data` first")
+        raise ConfigError(f"Expected {NAME} in {work}, found none. Run the command data first.")
     return load_file(work / NAME)["contexts"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.files import replacing, write_text
 from blockcache.tools.demo.concepts import Concept, caption, concept, is_held_out
 from blockcache.tools.demo.config import DataConfig, ImageSet
@@ -66,8 +67,8 @@ def fetch(image_set: ImageSet, folder: Path) -> Path:
                 ["npm", "pack", "--silent", name], cwd=folder, check=True, stdout=subprocess.DEVNULL
             )
         except FileNotFoundError as error:
-            raise RuntimeError(
-                f"expected the npm command to fetch {name}, found none: install Node.js"
+            raise ConfigError(
+                f"Expected the npm command to fetch {name}, found none. Install Node.js."
             ) from error
         found = sorted(folder.glob(pattern))
     return found[-1]
@@ -78,7 +79,7 @@ def read_member(archive: Path, name: str) -> Any:
     with tarfile.open(archive) as tar:
         member = tar.extractfile(f"package/{name}")
         if member is None:
-            raise RuntimeError(f"expected {name} in {archive.name}, found none: delete the archive")
+            raise ConfigError(f"Expected {name} in {archive}, found none. Delete that file.")
         return json.load(member)
 
 
@@ -178,9 +179,15 @@ def save(dataset: Dataset, work: Path) -> None:
 
 
 def load(work: Path) -> Dataset:
-    """Read what `build` stored."""
+    """Read what `build` stored.
+
+    Raises:
+        ConfigError: `build` has not run yet.
+    """
     if not (work / "pictures.json").exists():
-        raise FileNotFoundError(f"expected pictures.json in {work}, found none: run `data` first")
+        raise ConfigError(
+            f"Expected pictures.json in {work}, found none. Run the command data first."
+        )
     listed = json.loads((work / "pictures.json").read_text())
     return Dataset(
         images=np.load(work / "images.npy", allow_pickle=False),

@@ -12,6 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.files import replacing, replacing_folder, write_text
 from blockcache.tools.demo import checkpoint, text, unet
 from blockcache.tools.demo.autoencoder import TinyAutoencoder
@@ -29,7 +30,9 @@ def averaged_unet(preset: Preset, work: Path) -> UNet2DConditionModel:
     """The U-Net with the averaged weights of the latest checkpoint."""
     path = work / FOLDER / checkpoint.NAME
     if not path.exists():
-        raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none: run `unet`")
+        raise ConfigError(
+            f"Expected {path.name} in {path.parent}, found none. Run the command unet first."
+        )
     model = unet.build(preset.unet, preset.latent_size)
     with safe_open(path, framework="pt") as file, torch.no_grad():
         for name, parameter in model.named_parameters():

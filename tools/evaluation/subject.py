@@ -116,9 +116,9 @@ def _with_real_pictures(images: int, seed: int, work: Path) -> Subject:
 
     try:
         dataset, states = data.load(work), contexts.load(work)
-    except FileNotFoundError as error:
+    except ConfigError as error:
         raise ConfigError(
-            f"Expected the demo's pictures in {work}: {error}. Make them with python -m "
+            f"Expected the demo's pictures in {work}, found none. Make them with python -m "
             f"blockcache.tools.demo data, or leave out --reference-work."
         ) from error
     order = np.random.default_rng(seed).permutation(len(dataset.images))

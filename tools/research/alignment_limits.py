@@ -22,6 +22,7 @@ from blockcache.export.measure.sampling import Sampling
 from blockcache.export.measure.trial import TrialOptions, mean_distance, trial_latents
 from blockcache.export.unet.model import SourceModel
 from blockcache.runtime import Alignment, Bundle, ConfigError, Schedule, SolverConfig
+from blockcache.tools.report.errors import one_line_errors
 from blockcache.tools.report.tables import markdown_table
 from blockcache.tools.sources.models import DEMO, load_source
 from blockcache.tools.sources.prompts import calibration_for
@@ -254,4 +255,5 @@ def distances(sampling: Sampling, schedule: Schedule, images: int) -> list[list[
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_line_errors():
+        typer.run(main)

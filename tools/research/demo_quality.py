@@ -31,6 +31,7 @@ from blockcache.tools.demo.autoencoder import TinyAutoencoder, to_signed
 from blockcache.tools.evaluation import features
 from blockcache.tools.evaluation.captions import CaptionProbe, CaptionScore, Labelled
 from blockcache.tools.evaluation.distances import SetDistances
+from blockcache.tools.report.errors import one_line_errors
 from blockcache.tools.report.progress import StageProgress
 from blockcache.tools.report.tables import markdown_table
 from blockcache.tools.research.draw import SampleOptions, initial_noise, sample
@@ -291,4 +292,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_line_errors():
+        typer.run(main)

@@ -19,6 +19,7 @@ from blockcache.runtime.files import replacing
 from blockcache.tools.demo import model as demo_model
 from blockcache.tools.demo.concepts import caption
 from blockcache.tools.demo.prompts import EMPTY, SHEET_CONCEPTS, STYLES
+from blockcache.tools.report.errors import one_line_errors
 from blockcache.tools.research.draw import SampleOptions, initial_noise, sample
 
 CELL = 112  # pixels a picture takes on the sheet
@@ -113,4 +114,5 @@ def write_png(image: Image.Image, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_line_errors():
+        typer.run(main)

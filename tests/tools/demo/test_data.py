@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from blockcache.runtime import ConfigError
 from blockcache.tools.demo import data
 from blockcache.tools.demo.config import CPU, NOTO, DataConfig
 
@@ -100,7 +101,7 @@ def test_dataset_round_trip_and_held_out_weight(tmp_path):
 
 
 def test_missing_dataset_says_what_to_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="run `data` first"):
+    with pytest.raises(ConfigError, match=r"found none\. Run the command data first"):
         data.load(tmp_path)
 
 

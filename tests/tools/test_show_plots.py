@@ -12,14 +12,12 @@ pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 pytest.importorskip("diffusers")
 
-from blockcache.export.measure.calibration import Calibration
 from blockcache.runtime import Bundle
 from blockcache.runtime.bundle_files import hash_files
 from blockcache.runtime.files import write_bytes, write_text
 from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.tensor_files import preset_bytes, write_tensors
 from blockcache.tools import cli
-from blockcache.tools.sources.block_outputs import block_outputs
 
 
 def show(monkeypatch, *arguments):
@@ -43,9 +41,12 @@ def align(bundle_copy):
     report = "profiles/a.safetensors"
     write_tensors(bundle_copy / report, {"before": before, "after": before / 5})
     made = Provenance(kind="threshold", alignment="history", alignment_report=report)
+    flops = [segment.flops for segment in bundle.segments if segment.role == "block"]
+    computed = preset.schedule.computed_fraction(np.array(flops, np.float64))
+    entry = dataclasses.replace(entry, provenance=made, computed_fraction=round(computed, 6))
     manifest = dataclasses.replace(
         bundle.manifest,
-        presets={**bundle.manifest.presets, "ddim-4": dataclasses.replace(entry, provenance=made)},
+        presets={**bundle.manifest.presets, "ddim-4": entry},
         files={
             **bundle.manifest.files,
             **hash_files(bundle_copy, [entry.file, report]),
@@ -73,21 +74,3 @@ def test_a_preset_without_alignment_says_so(bundle_copy, monkeypatch, capsys, tm
 def test_outputs_over_the_steps_need_the_source_model(bundle_copy, monkeypatch, capsys, tmp_path):
     assert show(monkeypatch, bundle_copy, "--plot-features", tmp_path / "f.png") == 1
     assert "error: Expected --model FOLDER: blocks' outputs" in capsys.readouterr().err
-
-
-def test_block_outputs_are_the_branches_of_the_conditional_half(compiled, conditions_of):
-    model, bundle = compiled("sd")
-    calibration = Calibration(conditions_of(model, 1), conditions_of(model, 1, seed=1))
-    preset = dataclasses.replace(bundle.preset("ddim-4"), guidance_scale=2.0)
-    seen = []
-    path = model.blocks[2].path
-    handle = model.unet.get_submodule(path).register_forward_hook(
-        lambda _module, inputs, output: seen.append((output[0] - inputs[0])[-1])
-    )
-    try:
-        found = block_outputs(model, preset, calibration, [2])
-    finally:
-        handle.remove()
-    assert list(found) == [2]
-    assert found[2].shape == (4, model.blocks[2].channels, 4, 4)
-    np.testing.assert_allclose(found[2], np.stack([output.numpy() for output in seen]), atol=1e-6)

@@ -102,7 +102,8 @@ def _plot_alignment(bundle: Bundle, preset: str, file: Path) -> None:
 
 def _plot_features(bundle: Bundle, preset: str, model: str | None, file: Path) -> None:
     """Outputs of the first, the middle and the last block, as the paper's Fig. 2a."""
-    from blockcache.runtime import ConfigError
+    from blockcache.export.measure.sampling import Sampling
+    from blockcache.runtime import ConfigError, SolverConfig
     from blockcache.tools.report import plots
     from blockcache.tools.sources.block_outputs import block_outputs
     from blockcache.tools.sources.models import DEMO, load_source
@@ -116,9 +117,12 @@ def _plot_features(bundle: Bundle, preset: str, model: str | None, file: Path) -
     blocks = len(bundle.model.blocks)
     shown = sorted({0, blocks // 2, blocks - 1})
     calibration = calibration_for(name, None, None)
-    outputs = block_outputs(load_source(name), bundle.preset(preset), calibration, shown)
+    chosen = bundle.preset(preset)
+    solver = SolverConfig.from_json(chosen.solver)
+    sampling = Sampling(load_source(name), solver, calibration, chosen.guidance_scale)
+    outputs = block_outputs(sampling, [(0, 0)], shown)  # the conditional half is the last
     plots.plot_features(
-        [(bundle.model.blocks[k].path, output) for k, output in outputs.items()], file
+        [(bundle.model.blocks[k].path, output[:, -1]) for k, output in outputs.items()], file
     )
 
 

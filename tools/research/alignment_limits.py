@@ -24,6 +24,7 @@ from blockcache.export.unet.model import SourceModel
 from blockcache.runtime import Alignment, Bundle, ConfigError, Schedule, SolverConfig
 from blockcache.tools.report.errors import one_line_errors
 from blockcache.tools.report.tables import markdown_table
+from blockcache.tools.sources.block_outputs import block_outputs
 from blockcache.tools.sources.models import DEMO, load_source
 from blockcache.tools.sources.prompts import calibration_for
 
@@ -77,15 +78,10 @@ def main(
 
 def all_outputs(sampling: Sampling, images: int) -> list[Outputs]:
     """What every block computes, in an uncached run with guidance."""
-    found: list[list[np.ndarray]] = [[] for _ in sampling.model.blocks]
     jobs = [(i % sampling.calibration.prompts, SEED + i) for i in range(images)]
-    with sampling.cached_unet() as cached:
-        denoiser, noise = sampling.begin(cached, jobs)
-        for state in denoiser.trajectory(noise, sampling.uncached):
-            for steps, (computed,) in zip(found, state.kept, strict=True):
-                output = computed.flatten(2).cpu().numpy()
-                steps.append(output.reshape(2, images, *output.shape[1:]))
-    return [np.stack(steps) for steps in found]
+    blocks = range(len(sampling.model.blocks))
+    found = block_outputs(sampling, jobs, blocks)
+    return [found[k].reshape(len(found[k]), 2, images, found[k].shape[2], -1) for k in blocks]
 
 
 def _projection(model: SourceModel, path: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What blocks compute at every step of one image, in the source model without caching."""
+"""What blocks compute at every step of an uncached run of the source model."""
 
 from __future__ import annotations
 
@@ -6,37 +6,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from blockcache.export.measure.calibration import Calibration
 from blockcache.export.measure.sampling import Sampling
-from blockcache.export.unet.model import SourceModel
-from blockcache.runtime import Preset, SolverConfig
 
 
 def block_outputs(
-    model: SourceModel,
-    preset: Preset,
-    calibration: Calibration,
-    blocks: Sequence[int],
-    seed: int = 0,
+    sampling: Sampling, jobs: Sequence[tuple[int, int]], blocks: Sequence[int]
 ) -> dict[int, np.ndarray]:
-    """The outputs C_k of some blocks on the first prompt, its conditional half.
+    """The outputs C_k of some blocks, before they are added to the trunk.
 
     Args:
-        model: the source model, float32.
-        preset: solver, steps and guidance; its schedule is not used.
-        calibration: prompts; the first is drawn.
+        sampling: model, solver, prompts and guidance.
+        jobs: (prompt, seed) of every image.
         blocks: indices k.
-        seed: of the noise.
 
     Returns:
-        By block, float32 [S, C_k, h, w].
+        By block, float32 [S, N, C_k, h, w]; with guidance [S, 2 N, C_k, h, w], the unconditional
+        half first.
     """
-    solver = SolverConfig.from_json(preset.solver)
-    sampling = Sampling(model, solver, calibration, preset.guidance_scale)
     found: dict[int, list[np.ndarray]] = {k: [] for k in blocks}
     with sampling.cached_unet() as cached:
-        denoiser, noise = sampling.begin(cached, [(0, seed)])
+        denoiser, noise = sampling.begin(cached, jobs)
         for state in denoiser.trajectory(noise, sampling.uncached):
             for k, outputs in found.items():
-                outputs.append(state.kept[k][0][-1].cpu().numpy())
+                outputs.append(state.kept[k][0].float().cpu().numpy().copy())
     return {k: np.stack(outputs) for k, outputs in found.items()}

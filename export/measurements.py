@@ -168,9 +168,10 @@ class Measurements:
             options = dataclasses.replace(options, images=images)
         training = self._options.distillation if preset.alignment.endswith("distil") else None
         stage = _Stage.of(
-            f"alignment-{preset.name}",
+            "alignment",
             sampling,
             options,
+            preset=preset.name,
             schedule=_digest(schedule.recompute),
             outputs=preset.outputs,
             distillation=training and dataclasses.asdict(training),
@@ -256,12 +257,12 @@ class _Stage:
     def of(cls, kind: str, sampling: Sampling, options: Any, **more: Any) -> _Stage:
         """The stage of a measurement that depends on ``sampling``, ``options`` and ``more``."""
         key = stage_key(
+            kind,
             model=sampling.model.sha256,
             precision=sampling.precision,
             solver=sampling.solver.to_json(),
             calibration=sampling.calibration.sha256,
             guidance=sampling.guidance_scale,
-            kind=kind,
             options=dataclasses.asdict(options),
             **more,
         )

@@ -173,7 +173,7 @@ def _compile(
         if not path.is_file() or path.read_bytes() != preset_bytes(made):
             store.invalidate()
             write_preset(path, made)
-        store.commit(f"preset-{preset.name}", stage_key(preset=preset), [name], {})
+        store.commit(f"preset-{preset.name}", stage_key("preset", preset=preset), [name], {})
         presets[preset.name] = _preset_entry(name, made, segments)
     observer("presets", len(options.presets), len(options.presets))
     manifest = Manifest(facts, segments, presets, store.files, store.keys)
@@ -187,7 +187,7 @@ def _export_stage(
     model: SourceModel, store: StageStore, options: ExportOptions, observer: Observer
 ) -> tuple[Segment, ...]:
     """Segments and weights."""
-    key = stage_key(model=model.sha256, export=dataclasses.asdict(options))
+    key = stage_key("export", model=model.sha256, export=dataclasses.asdict(options))
     parts = len(EXPORT_STAGES) + 1  # the last one hashes what the others wrote
     observer("export", 0, parts)
     facts = store.reuse("export", key)

@@ -1,9 +1,10 @@
 """Stage records: what a compile has finished already, and from what.
 
-Each stage has a key, the hash of everything its result depends on. When a stage is done, its files
-are hashed into ``.stages/<stage>.json``; a later compile with the same key and intact files takes
-them as they are. So an interrupted compile resumes, and a changed option redoes only the stages
-that depend on it.
+Each stage has a key, the hash of everything its result depends on: inputs, options, versions of
+other libraries, and the revision of our own code (``revisions.py``). When a stage is done, its
+files are hashed into ``.stages/<stage>.json``; a later compile with the same key and intact files
+takes them as they are. So an interrupted compile resumes, and a changed option redoes only the
+stages that depend on it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from blockcache.export.revisions import REVISIONS
 from blockcache.runtime.bundle_files import hash_files
 from blockcache.runtime.files import write_text
 from blockcache.runtime.manifest import MANIFEST, FileEntry
@@ -25,10 +27,16 @@ RECORDS = ".stages"
 _TOOLS = ("blockcache", "torch", "diffusers", "onnx", "onnx_ir", "onnxscript")
 
 
-def stage_key(**parts: Any) -> str:
-    """The hash of a stage's inputs, options and tool versions."""
+def stage_key(stage: str, /, **parts: Any) -> str:
+    """The hash of a stage's inputs and options, of our own code's revision, and tool versions.
+
+    Args:
+        stage: a key of ``REVISIONS``.
+        parts: whatever else the result depends on; JSON values, or what ``str`` tells apart.
+    """
+    code = {"stage": stage, "revision": REVISIONS[stage].number}
     versions = {tool: _version(tool) for tool in _TOOLS}
-    text = json.dumps({"versions": versions, **parts}, sort_keys=True, default=str)
+    text = json.dumps({**code, "versions": versions, **parts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -16,12 +16,10 @@ from typing import Any
 import onnx_ir as ir
 
 from blockcache.export.engines.engine import Recipe
+from blockcache.export.revisions import REVISIONS
 from blockcache.runtime.engines.files import EngineEntry
 from blockcache.runtime.files import write_text
 from blockcache.runtime.manifest import FileEntry
-
-REVISION = 1
-"""Counts changes of the builder code that make other engines from the same recipe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +60,12 @@ def engine_key(recipe: Recipe, version: str, onnx_sha256: str, weights_sha256: s
     """
     parts = dataclasses.asdict(recipe) | {"segment": recipe.segment.name, "onnx": onnx_sha256}
     del parts["threads"]
-    content = {"revision": REVISION, "version": version, "weights": weights_sha256, **parts}
+    content = {
+        "revision": REVISIONS["engine"].number,
+        "version": version,
+        "weights": weights_sha256,
+        **parts,
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

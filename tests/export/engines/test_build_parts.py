@@ -215,11 +215,12 @@ def test_every_job_runs_and_memory_stays_within_the_budget(sizes, count, gigabyt
 # -- keys and the bfloat16 Resize ------------------------------------------------------------------
 
 
-def test_every_part_of_a_recipe_is_in_the_key():
+def test_every_part_of_a_recipe_is_in_the_key(monkeypatch):
     import dataclasses
     from pathlib import Path
 
     from blockcache.export.engines.engine import Recipe
+    from blockcache.export.revisions import REVISIONS
 
     segment = Segment("trunk_00", "trunk", "trunk_00.onnx", (IMAGE,), ())
     recipe = Recipe(
@@ -237,7 +238,10 @@ def test_every_part_of_a_recipe_is_in_the_key():
               for n, v in changes.items()}  # fmt: skip
     others |= {engine_key(recipe, "1.8", "onnx", weights), engine_key(recipe, "1.7", "o", weights)}
     others.add(engine_key(recipe, "1.7", "onnx", "other"))
-    assert len(others | {key}) == len(changes) + 4
+    bumped = dataclasses.replace(REVISIONS["engine"], number=REVISIONS["engine"].number + 1)
+    monkeypatch.setitem(REVISIONS, "engine", bumped)
+    others.add(engine_key(recipe, "1.7", "onnx", weights))
+    assert len(others | {key}) == len(changes) + 5
 
 
 @pytest.mark.parametrize("at_the_end", [False, True])

@@ -1,0 +1,81 @@
+"""Revisions: which code of ours has made a stage's result.
+
+A stage's result is kept and reused (``stages.py``, ``engines/cache.py``), so a change of our code
+must not find what the code before has made. Each stage has a number that is part of its key, beside
+the hash of the sources that it runs. A test fails when the sources change and this table does not.
+Then the developer says which it is:
+
+    python -m blockcache.tools.dev.revisions --bump STAGE       the results change: made anew
+    python -m blockcache.tools.dev.revisions --confirm STAGE    they are the same: still reused
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_MODEL = ("export/unet/model.py", "export/unet/precision.py")
+_SAMPLING = (
+    *_MODEL,
+    "export/measure/calibration.py",
+    "export/measure/sampling.py",
+    "export/unet/cached_unet.py",
+    "export/unet/torch_kernels.py",
+    "runtime/grid.py",
+    "runtime/solver.py",
+)
+"""What every measurement runs."""
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A stage's revision."""
+
+    number: int  # part of the stage's key
+    sha256: str  # of the sources, without comments, docstrings and layout; its first 16 digits
+    sources: tuple[str, ...]  # path patterns inside the package, of all that the result depends on
+
+
+REVISIONS: Mapping[str, Revision] = {
+    "export": Revision(
+        1,
+        "9cdeb2374682eca7",
+        (
+            *_MODEL,
+            "export/graph/passes/*.py",
+            "export/graph/to_onnx.py",
+            "export/graph/work.py",
+        ),
+    ),
+    "profile": Revision(1, "a21e1de9c03b3d9a", (*_SAMPLING, "export/measure/change.py")),
+    "sensitivity": Revision(1, "aedebb6f1aa1f6f2", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "residuals": Revision(
+        1,
+        "1138536cfbc06965",
+        (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
+    ),
+    "alignment": Revision(1, "534afe1d3f97c3bb", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(1, "eea0258f3c571662", (*_SAMPLING, "export/measure/trial.py")),
+    "preset": Revision(
+        1,
+        "a8f6cda764ca4261",
+        (
+            "export/choose/*.py",
+            "export/costs/*.py",
+            "export/graph/time_tables.py",
+            "runtime/grid.py",
+            "runtime/solver.py",
+        ),
+    ),
+    "engine": Revision(
+        1,
+        "fead41509b9bb284",
+        (
+            "export/engines/bfloat16_resize.py",
+            "export/engines/build.py",
+            "export/engines/engine.py",
+            "export/engines/targets.py",
+        ),
+    ),
+}
+"""By stage."""

@@ -68,9 +68,10 @@ def load_model(
 
 
 def _tokens(folder: Path) -> int:
-    """Prompt length: the tokenizer's, else CLIP's."""
-    config = read_json(folder / "tokenizer" / "tokenizer_config.json")
-    length = config.get("model_max_length")
+    """Prompt length: the tokenizer's, else CLIP's. SDXL's refiner has the second one only."""
+    paths = [folder / name / "tokenizer_config.json" for name in ("tokenizer", "tokenizer_2")]
+    configs = [read_json(path) for path in paths if path.is_file()]
+    length = configs[0].get("model_max_length") if configs else None
     return int(length) if isinstance(length, int | float) and length < 4096 else DEFAULT_TOKENS
 
 

@@ -1,55 +1,178 @@
-"""Prompts to the U-Net's conditions, by the text encoders of a diffusers pipeline."""
+"""Prompts to the U-Net's conditions: what the model's own diffusers pipeline would feed.
+
+The pipeline itself runs, up to the first call of its U-Net. In the places of U-Net and VAE stand
+parts with their configs and no weights; the U-Net's notes what it is called with. So everything
+that a pipeline does with a prompt is done as it does it: zeros for an empty prompt, time_ids of the
+picture's size, aesthetic scores.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from blockcache.runtime.errors import ConfigError
+from blockcache.export.unet.configs import read_json
+from blockcache.export.unet.hub import local_folder
+from blockcache.export.unet.weights import load_part
+from blockcache.runtime.errors import ConfigError, MissingExtraError
+
+Conditions: TypeAlias = dict[str, np.ndarray]
+"""By name, float32 [N, ...]."""
+
+_UNUSED = {"safety_checker", "feature_extractor", "image_encoder"}
+"""Parts that do nothing to a prompt."""
+
+
+class _Called(Exception):  # noqa: N818 (an event, not a fault)
+    """The pipeline called its U-Net, with ``conditions`` besides sample and timestep."""
+
+    def __init__(self, conditions: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.conditions = conditions
 
 
 def encode_text(
-    source: str | Path, prompts: Sequence[str]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Conditions of prompts and of the empty prompt, by the source's own text encoders.
+    source: str | Path, prompts: Sequence[str], size: tuple[int, int] | None = None
+) -> tuple[Conditions, Conditions]:
+    """Conditions of prompts, and of guidance's unconditional half, by the source's pipeline.
 
-    Returns float32 arrays by name: [P or 1, ...] for the prompts, [1, ...] for the empty one.
+    Args:
+        source: a pipeline's folder or hub id.
+        prompts: P of them.
+        size: latent (height, width) of the pictures; default the U-Net's own.
+
+    Returns:
+        Float32 arrays by name: [P, ...] for the prompts, [1, ...] for the unconditional half.
+
+    Raises:
+        ConfigError: no text encoders there, or a pipeline that does not draw from prompts alone.
+        MissingExtraError: transformers is not installed.
     """
-    from diffusers import DiffusionPipeline
-
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "text_encoder").is_dir():
+    folder = local_folder(source, ("text_encoder",))
+    if not any(path.is_dir() for path in folder.glob("text_encoder*")):
         raise ConfigError(
             f"Expected text_encoder/ in {folder}: the profile needs prompts. Give a pipeline "
             f"folder, or --calibration FILE with encoded prompts."
         )
+    pipeline = _pipeline(folder)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(source), unet=None, vae=None, safety_checker=None
-        )
-    except (OSError, ValueError) as error:
+        pipeline(**_request(pipeline, prompts, size))
+    except _Called as call:
+        given = call.conditions
+    except Exception as error:  # pipelines check their arguments each in its own way
         raise ConfigError(
-            f"Expected a pipeline with text encoders at {source}, got: {error}. Give a pipeline "
+            f"Expected a pipeline that draws from prompts alone at {source}, got a "
+            f"{type(pipeline).__name__} that says: {error}. Give --calibration FILE with its "
+            f"conditions instead."
+        ) from error
+    arrays = {name: values.float().numpy() for name, values in given.items()}
+    half = len(prompts)  # the unconditional half comes first, one row a prompt, all equal
+    positive = {name: values[half:] for name, values in arrays.items()}
+    return positive, {name: values[:1] for name, values in arrays.items()}
+
+
+def _request(
+    pipeline: Any, prompts: Sequence[str], size: tuple[int, int] | None
+) -> dict[str, object]:
+    """A call of a pipeline for text to image, or, as SDXL's refiner is, for image to image."""
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    request: dict[str, object] = {
+        "prompt": list(prompts),
+        "guidance_scale": 5.0,  # any that turns guidance on
+        "num_inference_steps": 2,
+        "output_type": "latent",
+    }
+    config = pipeline.unet.config
+    if size is None:
+        own = config.sample_size or 64
+        size = (own, own) if isinstance(own, int) else (own[0], own[1])
+    if "image" in takes:  # latents pass for an image, and need no VAE
+        request |= {"image": torch.zeros(len(prompts), config.in_channels, *size), "strength": 1.0}
+    elif "height" in takes:
+        scale = pipeline.vae_scale_factor
+        request |= {"height": size[0] * scale, "width": size[1] * scale}
+    return request
+
+
+def _pipeline(folder: Path) -> Any:
+    """The folder's pipeline, with text encoders but without other weights."""
+    try:
+        import diffusers
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError.of("transformers", "export", "Encoding prompts") from error
+    index = read_json(folder / "model_index.json")
+    kind = _class_in(diffusers, index.get("_class_name"), folder)
+    parts: dict[str, Any] = dict.fromkeys(_UNUSED & index.keys())
+    for name in (name for name, value in index.items() if isinstance(value, list) and value[1]):
+        library, class_name = index[name]
+        if name == "unet":
+            part = _class_in(diffusers, class_name, folder)
+            parts[name] = _without_weights(part, folder / name, forward=_tell)
+        elif name == "vae":
+            part = _class_in(diffusers, class_name, folder)
+            there = (folder / name / "config.json").is_file()
+            parts[name] = _without_weights(part, folder / name) if there else None
+        elif name.startswith("tokenizer"):
+            _refuse_no_tokenizer(folder / name)
+        elif name.startswith("text_encoder") and library == "transformers":
+            part = _class_in(transformers, class_name, folder)
+            parts[name] = load_part(part, folder / name, spare=True)
+    if "requires_safety_checker" in inspect.signature(kind.__init__).parameters:
+        parts["requires_safety_checker"] = False
+    try:
+        pipeline = kind.from_pretrained(folder, use_safetensors=True, **parts)
+    except Exception as error:  # OSError, ValueError, TypeError, ... by what is missing
+        raise ConfigError(
+            f"Expected a pipeline with text encoders at {folder}, got: {error}. Give a pipeline "
             f"folder, or --calibration FILE with encoded prompts."
         ) from error
-    with torch.no_grad():
-        positive, negative, *pooled = pipeline.encode_prompt(
-            list(prompts),
-            device="cpu",
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=True,
-            negative_prompt=[""] * len(prompts),
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _class_in(library: Any, name: object, folder: Path) -> Any:
+    """A class that model_index.json names."""
+    found = getattr(library, str(name), None)
+    if found is None:
+        raise ConfigError(
+            f"Expected the name of a class of {library.__name__} in {folder}/model_index.json, got "
+            f"{name!r}. Give a folder that save_pretrained wrote, or --calibration FILE with "
+            f"encoded prompts."
         )
-    conditions = {"encoder_hidden_states": positive}
-    unconditional = {"encoder_hidden_states": negative[:1]}
-    if pooled:
-        size = float(pipeline.default_sample_size * pipeline.vae_scale_factor)
-        conditions["text_embeds"], unconditional["text_embeds"] = pooled[0], pooled[1][:1]
-        conditions["time_ids"] = torch.tensor([[size, size, 0, 0, size, size]])
-    return (
-        {name: tensor.float().numpy() for name, tensor in conditions.items()},
-        {name: tensor.float().numpy() for name, tensor in unconditional.items()},
-    )
+    return found
+
+
+def _refuse_no_tokenizer(folder: Path) -> None:
+    """Raise ConfigError where there is none: transformers would make one that knows no word."""
+    if not folder.is_dir() or not any(path.is_file() for path in folder.iterdir()):
+        raise ConfigError(
+            f"Expected the files of a tokenizer in {folder}, found none. Fetch the folder again."
+        )
+
+
+def _without_weights(kind: Any, folder: Path, **members: Any) -> Any:
+    """A part with its config that says that it is on the CPU; ``members`` replace its own."""
+    made: Any = type(kind.__name__, (kind,), {"device": torch.device("cpu"), **members})
+    with torch.device("meta"):
+        return made.from_config(read_json(folder / "config.json"))
+
+
+def _tell(
+    self: object,
+    sample: torch.Tensor,
+    timestep: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    class_labels: torch.Tensor | None = None,
+    added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+    **_: object,
+) -> None:
+    """In the place of a U-Net's ``forward``: raises ``_Called`` with the conditions."""
+    given = {"encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels}
+    given |= added_cond_kwargs or {}
+    raise _Called({name: value for name, value in given.items() if value is not None})

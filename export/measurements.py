@@ -23,7 +23,7 @@ from blockcache.export.align.fit import (
 )
 from blockcache.export.choose.policies import Needs
 from blockcache.export.choose.preset import PresetOptions
-from blockcache.export.measure.calibration import Calibration
+from blockcache.export.measure.calibration import Calibration, check_calibration
 from blockcache.export.measure.change import Profile, ProfileOptions, measure_change
 from blockcache.export.measure.residuals import ResidualOptions, measure_residuals
 from blockcache.export.measure.reuse import HISTORY
@@ -79,6 +79,8 @@ class Measurements:
         store: StageStore,
         observer: Observer,
     ) -> None:
+        if calibration is not None:
+            check_calibration(model, calibration, options.guidance_scale != 1.0)
         self.model = model
         self._precision = precision
         self._calibration = calibration

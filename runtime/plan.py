@@ -170,6 +170,17 @@ class TensorSpec:
         return DTYPE_BYTES[self.dtype] * int(np.prod(self.shape(sizes), dtype=np.int64))
 
 
+def default_negative(name: str, values: np.ndarray) -> np.ndarray | None:
+    """A condition of guidance's unconditional half where none is given, as diffusers has it.
+
+    Sizes (``time_ids``) and class numbers are those of the prompt. An image embedding (unCLIP's
+    ``class_labels``, float [N, width]) is zeros. Prompts have no default: None.
+    """
+    if name == "class_labels" and values.ndim == 2:
+        return np.zeros_like(values)
+    return values if name in ("class_labels", "time_ids") else None
+
+
 @dataclass(frozen=True)
 class Segment:
     """One ONNX subgraph, which becomes one engine.

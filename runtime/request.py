@@ -12,13 +12,10 @@ from blockcache.runtime.arguments import finite_number, whole_number
 from blockcache.runtime.devices.device import Guidance
 from blockcache.runtime.devices.interop import host_array
 from blockcache.runtime.errors import InputError
-from blockcache.runtime.plan import ModelFacts, Sizes, TensorSpec
+from blockcache.runtime.plan import ModelFacts, Sizes, TensorSpec, default_negative
 
 PROMPT = "encoder_hidden_states"
 """The condition that every model has."""
-
-SHARED_CONDITIONS = ("time_ids", "class_labels")
-"""Conditions whose negative (unconditional) value is the positive one unless given."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,9 +89,10 @@ def checked_request(
     for spec in model.conditions:
         halves = [_half(check, spec, sizes, shape[0], positive, "")]
         if guidance is not None:
-            shared = positive if spec.name in SHARED_CONDITIONS else {}
+            given = default_negative(spec.name, halves[0])
+            defaults = {} if given is None else {spec.name: given}
             halves.insert(
-                0, _half(check, spec, sizes, shape[0], {**shared, **negative}, "negative ")
+                0, _half(check, spec, sizes, shape[0], {**defaults, **negative}, "negative ")
             )
         conditions[spec.name] = np.concatenate(halves)
     return Request(

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from blockcache.export.unet.model import Condition, SourceModel
 from blockcache.export.unet.text import encode_text
 from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.plan import default_negative
 from blockcache.runtime.tensor_files import read_tensors
 
 NEGATIVE = "negative."
@@ -76,15 +78,91 @@ class Calibration:
                 digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()
 
+    def unconditional(self, name: str) -> np.ndarray:
+        """A condition of the unconditional half: the one given, or its default.
+
+        Raises:
+            ConfigError: it is not given and has no default.
+        """
+        given = self.negative.get(name)
+        made = default_negative(name, self.positive[name]) if given is None else given
+        if made is None:
+            raise ConfigError(
+                f"Calibration: expected {NEGATIVE}{name}, guidance's unconditional half, got "
+                f"{sorted(self.negative)}. Add it, or turn guidance off."
+            )
+        return made
+
     def pick(self, indices: Sequence[int], guided: bool) -> dict[str, torch.Tensor]:
         """Conditions of some prompts, the unconditional half first where guided."""
         picked = {}
         for name, values in self.positive.items():
             halves = [_rows(values, indices)]
             if guided:
-                halves.insert(0, _rows(self.negative.get(name, values), indices))
+                halves.insert(0, _rows(self.unconditional(name), indices))
             picked[name] = torch.from_numpy(np.concatenate(halves))
         return picked
+
+
+def check_calibration(model: SourceModel, calibration: Calibration, guided: bool) -> None:
+    """Raise ConfigError where the model cannot run on a calibration, by the tensor's name.
+
+    Names, widths, dtypes, class numbers and finiteness are checked; with ``guided`` in both halves.
+    """
+    known = [condition.name for condition in model.conditions]
+    for name in (*calibration.positive, *calibration.negative):
+        if name not in known:
+            raise ConfigError(
+                f"Calibration: expected the conditions {known} of {model.name!r}, got {name!r} "
+                f"too. Leave it out, or take the model that it was encoded for."
+            )
+    for condition in model.conditions:
+        name = condition.name
+        if name not in calibration.positive:
+            raise ConfigError(
+                f"Calibration: expected {name}, which {model.name!r} needs, got "
+                f"{sorted(calibration.positive)}. Add it."
+            )
+        halves = {name: calibration.positive[name]}
+        if guided:
+            halves[f"{NEGATIVE}{name}"] = calibration.unconditional(name)
+        for title, values in halves.items():
+            _check_tensor(model, condition, title, values, calibration.prompts)
+        lengths = {values.shape[1] for values in halves.values() if "tokens" in condition.shape}
+        if len(lengths) > 1:
+            raise ConfigError(
+                f"Calibration: expected {name} of one length in both halves, got {sorted(lengths)} "
+                f"tokens. Pad the prompts alike."
+            )
+
+
+def _check_tensor(
+    model: SourceModel, condition: Condition, title: str, values: np.ndarray, prompts: int
+) -> None:
+    """One half of a condition: [1 or P, ...]."""
+    wanted = np.dtype(np.int64 if condition.dtype == "int64" else np.float32)
+    if values.dtype != wanted:
+        raise ConfigError(
+            f"Calibration: expected {title} in {wanted}, got {values.dtype}. Convert it with "
+            f".astype(np.{wanted})."
+        )
+    sizes = dict(zip(condition.shape, values.shape, strict=False))
+    fits = values.ndim == len(condition.shape) and sizes["batch"] in (1, prompts)
+    if not fits or any(size != got for size, got in sizes.items() if isinstance(size, int)):
+        axes = {"batch": f"1 or {prompts}"}
+        shape = ", ".join(str(axes.get(str(size), size)) for size in condition.shape)
+        raise ConfigError(
+            f"Calibration: expected {title} of shape [{shape}] for {model.name!r}, got "
+            f"{list(values.shape)}. Encode the prompts for this model."
+        )
+    if not np.isfinite(values).all():
+        raise ConfigError(f"Calibration: expected finite numbers in {title}, got NaN or infinity.")
+    classes = model.unet.config.num_class_embeds
+    if condition.dtype == "int64" and not ((values >= 0) & (values < classes)).all():
+        raise ConfigError(
+            f"Calibration: expected {title} of 0 to {classes - 1}, the classes of {model.name!r}, "
+            f"got {values.min()} to {values.max()}."
+        )
 
 
 def _rows(values: np.ndarray, indices: Sequence[int]) -> np.ndarray:
@@ -111,5 +189,5 @@ def read_calibration(path: Path) -> Calibration:
 
 
 def encode_prompts(source: str | Path, prompts: Sequence[str] = PROMPTS) -> Calibration:
-    """Encode prompts with the text encoders of a diffusers pipeline (SD 1.x, 2.x, XL)."""
+    """What the source's own diffusers pipeline makes of prompts, at the model's own size."""
     return Calibration(*encode_text(source, prompts))

@@ -142,8 +142,7 @@ def run_presets(
     from blockcache.tools.sources.codecs import DemoCodec
 
     codec = DemoCodec()
-    positive = codec.encode(prompts)["encoder_hidden_states"]
-    negative = codec.encode([""])["encoder_hidden_states"]
+    positive, negative = (half["encoder_hidden_states"] for half in codec.encode(prompts))
     sessions = {name: Session.open(bundle, preset=name, verify=False) for name in names}
     latents: dict[str, np.ndarray] = {}
     seconds: dict[str, list[float]] = {name: [] for name in names}

@@ -60,12 +60,14 @@ def run(
     opened = Bundle.open(bundle)
     name = preset or default_preset(opened)
     codec = _codec(opened, model, embeddings, out)
-    positive, negative = _conditions(codec, embeddings, prompt)
+    sizes = opened.model.sizes
+    size = (height or sizes.height, width or sizes.width)
+    positive, negative = _conditions(codec, embeddings, prompt, size)
     session = Session.open(opened, preset=name, backend=backend, threads=threads, verify=False)
     images = max(len(values) for values in positive.values())
     with StageProgress() as progress:
         result = session.denoise(
-            session.noise(range(seed, seed + images), height, width),
+            session.noise(range(seed, seed + images), *size),
             positive.pop("encoder_hidden_states"),
             negative.pop("encoder_hidden_states", None),
             conditions=positive,
@@ -97,7 +99,10 @@ def _codec(bundle: Bundle, model: str | None, embeddings: Path | None, out: Path
 
 
 def _conditions(
-    codec: Codec | None, embeddings: Path | None, prompts: list[str] | None
+    codec: Codec | None,
+    embeddings: Path | None,
+    prompts: list[str] | None,
+    size: tuple[int, int],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Positive and negative conditions by name."""
     from blockcache.runtime import ConfigError
@@ -109,7 +114,7 @@ def _conditions(
         return dict(read.positive), dict(read.negative)
     if not prompts or codec is None:
         raise ConfigError("Expected at least one --prompt or --embeddings FILE, got none.")
-    return codec.encode(prompts), codec.encode([""])
+    return codec.encode(prompts, size)
 
 
 def _write(latents: np.ndarray, codec: Codec | None, out: Path) -> None:

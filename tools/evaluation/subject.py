@@ -68,11 +68,12 @@ def demo_subject(images: int, seed: int, work: Path | None) -> Subject:
     from blockcache.tools.demo.model import default_prompts
 
     captions, codec = default_prompts(), DemoCodec()
+    positive, negative = codec.encode(captions)
     return Subject(
         captions=tuple(captions),
         prompts=np.arange(images) % len(captions),
-        positive=codec.encode(captions),
-        negative=codec.encode([""]),
+        positive=positive,
+        negative=negative,
         about=f"{len(captions)} default prompts of the demo model, taken in turn",
         decode=codec.decode,
         decoder=_demo_decoder(),

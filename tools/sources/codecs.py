@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from blockcache.runtime.errors import ConfigError
 from blockcache.tools.sources.models import DEMO
+
+Conditions: TypeAlias = dict[str, np.ndarray]
 
 
 class Codec(Protocol):
     """Text to conditions, and latents to pictures."""
 
-    def encode(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """The model's conditions by name, float32 [N, ...]."""
+    def encode(
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None
+    ) -> tuple[Conditions, Conditions]:
+        """Conditions by name, float32: [N, ...] of prompts, [1, ...] of the unconditional half.
+
+        ``size`` is the latent (height, width) of the pictures; default the model's own.
+        """
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """float32 [N, C, h, w] to uint8 [N, H, W, 3]."""
@@ -25,11 +30,16 @@ class Codec(Protocol):
 class DemoCodec:
     """Text encoder and autoencoder of the demo model."""
 
-    def encode(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Shipped embeddings for the default prompts, MiniLM for others."""
+    def encode(
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None
+    ) -> tuple[Conditions, Conditions]:
+        """Shipped embeddings for the default prompts, MiniLM for others, at any size."""
         from blockcache.tools.demo.model import prompt_embeddings
 
-        return {"encoder_hidden_states": prompt_embeddings(prompts)}
+        return (
+            {"encoder_hidden_states": prompt_embeddings(prompts)},
+            {"encoder_hidden_states": prompt_embeddings([""])},
+        )
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """The demo autoencoder's decoder."""
@@ -39,29 +49,26 @@ class DemoCodec:
 
 
 class DiffusersCodec:
-    """Text encoders and VAE of a diffusers pipeline folder."""
+    """Text encoders and VAE of a diffusers pipeline, a folder or a hub id."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, source: str) -> None:
+        self._source = source
 
-    def encode(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """The pipeline's own text encoders."""
-        from blockcache.export.measure.calibration import encode_prompts
+    def encode(
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None
+    ) -> tuple[Conditions, Conditions]:
+        """What the pipeline itself makes of the prompts."""
+        from blockcache.export.unet.text import encode_text
 
-        return dict(encode_prompts(self._folder, prompts).positive)
+        return encode_text(self._source, prompts, size)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """The pipeline's VAE."""
         from blockcache.export.unet.vae import decode_latents
 
-        return decode_latents(self._folder, latents)
+        return decode_latents(self._source, latents)
 
 
 def codec_for(model: str) -> Codec:
-    """The codec of ``demo`` or of a diffusers folder."""
-    if model == DEMO:
-        return DemoCodec()
-    folder = Path(model)
-    if not folder.is_dir():
-        raise ConfigError(f"Expected 'demo' or a diffusers folder, got {model!r}.")
-    return DiffusersCodec(folder)
+    """The codec of ``demo``, of a diffusers folder or of a hub id."""
+    return DemoCodec() if model == DEMO else DiffusersCodec(model)

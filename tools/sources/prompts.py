@@ -24,7 +24,7 @@ def calibration_for(model: str, file: Path | None, prompts: Path | None) -> Cali
         from blockcache.tools.demo.model import default_prompts
 
         codec = DemoCodec()
-        return calibration.Calibration(codec.encode(texts or default_prompts()), codec.encode([""]))
+        return calibration.Calibration(*codec.encode(texts or default_prompts()))
     return calibration.encode_prompts(model, texts or calibration.PROMPTS)
 
 

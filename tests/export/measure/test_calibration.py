@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
@@ -12,50 +10,17 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.numpy import save_file  # noqa: E402
 
-from blockcache.export.measure.calibration import encode_prompts, read_calibration  # noqa: E402
+from blockcache.export.measure.calibration import (  # noqa: E402
+    Calibration,
+    check_calibration,
+    encode_prompts,
+    read_calibration,
+)
 from blockcache.runtime import ConfigError  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory, tiny_models):
-    """A Stable-Diffusion-like pipeline folder with a tiny random CLIP and a letter vocabulary."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    folder = tmp_path_factory.mktemp("pipeline")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [*letters, *(f"{letter}</w>" for letter in letters)]
-    vocabulary = {w: i for i, w in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=9
-    )
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=9,
-        bos_token_id=vocabulary["<|startoftext|>"],
-        eos_token_id=vocabulary["<|endoftext|>"],
-    )
-    model = tiny_models("sd")
-    StableDiffusionPipeline(
-        vae=None,
-        text_encoder=transformers.CLIPTextModel(config),
-        tokenizer=tokenizer,
-        unet=model.unet,
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder / "model")
-    return folder / "model"
-
-
-def test_prompts_are_encoded_by_the_pipelines_own_encoder(pipeline):
-    calibration = encode_prompts(pipeline, ["a cat", "a dog", "cat"])
+def test_prompts_are_encoded_by_the_pipelines_own_encoder(pipeline_folder):
+    calibration = encode_prompts(pipeline_folder("sd"), ["a cat", "a dog", "cat"])
     states = calibration.positive["encoder_hidden_states"]
     assert states.shape == (3, 9, 32)
     assert states.dtype == np.float32
@@ -85,3 +50,99 @@ def test_halves_are_picked_with_the_unconditional_one_first(tmp_path):
     save_file({"encoder_hidden_states": positive, "negative.encoder_hidden_states": negative}, file)
     picked = read_calibration(file).pick([1, 0], guided=True)["encoder_hidden_states"].numpy()
     np.testing.assert_array_equal(picked, np.concatenate([negative, negative, positive[::-1]]))
+
+
+# -- whether it fits the model ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def fitting(tiny_models, conditions_of):
+    """``fitting(kind, names...)``: a model and a calibration of three prompts that fits it."""
+
+    def get(kind):
+        model = tiny_models(kind)
+        halves = conditions_of(model, 3, seed=1), conditions_of(model, 1, seed=2)
+        return model, Calibration(*halves)
+
+    return get
+
+
+def fault(model, calibration, guided=True):
+    with pytest.raises(ConfigError) as caught:
+        check_calibration(model, calibration, guided)
+    return str(caught.value)
+
+
+def changed(calibration, name, values, side="positive"):
+    halves = {"positive": dict(calibration.positive), "negative": dict(calibration.negative)}
+    halves[side][name] = values
+    return Calibration(**halves)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "refiner", "class-conditioned"])
+def test_a_calibration_that_fits_passes(fitting, kind):
+    check_calibration(*fitting(kind), guided=True)
+
+
+STATES = "encoder_hidden_states"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "values", "text"),
+    [
+        ("sd", "text_embeds", np.zeros((3, 16), np.float32),
+         "expected the conditions ['encoder_hidden_states'] of 'tiny-sd', got 'text_embeds' too."),
+        ("sd", STATES, np.zeros((3, 7, 48), np.float32),
+         "of shape [1 or 3, tokens, 32] for 'tiny-sd', got [3, 7, 48]. Encode the prompts"),
+        ("sd", STATES, np.zeros((7, 32), np.float32), "got [7, 32]. Encode the prompts"),
+        ("sd", STATES, np.zeros((3, 7, 32), np.float16),
+         "in float32, got float16. Convert it with .astype(np.float32)."),
+        ("sd", STATES, np.full((3, 7, 32), np.nan, np.float32), "got NaN or infinity."),
+        ("sd", STATES, np.zeros((3, 5, 32), np.float32),
+         "of one length in both halves, got [5, 7] tokens. Pad the prompts alike."),
+        ("sdxl", "time_ids", np.zeros((3, 5), np.float32), "time_ids of shape [1 or 3, 6] for"),
+        ("sdxl", "text_embeds", np.zeros((2, 16), np.float32), "of shape [1 or 3, 16] for"),
+        ("class-conditioned", "class_labels", np.array([0, 1, 5]),
+         "class_labels of 0 to 4, the classes of 'tiny-class-conditioned', got 0 to 5."),
+        ("class-conditioned", "class_labels", np.array([0, -1, 1]), "got -1 to 1."),
+        ("class-conditioned", "class_labels", np.zeros(3, np.float32), "in int64, got float32."),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(fitting, kind, name, values, text):
+    model, calibration = fitting(kind)
+    assert text in fault(model, changed(calibration, name, values))
+
+
+def test_what_is_missing_is_named(fitting):
+    model, calibration = fitting("sdxl")
+    states = {STATES: calibration.positive[STATES]}
+    text = fault(model, Calibration(states, states))
+    assert text == (
+        "Calibration: expected text_embeds, which 'tiny-sdxl' needs, got "
+        "['encoder_hidden_states']. Add it."
+    )
+    text = fault(model, Calibration(calibration.positive, states))
+    assert text.startswith("Calibration: expected negative.text_embeds, guidance's unconditional")
+    check_calibration(model, Calibration(calibration.positive, {}), guided=False)
+
+
+def test_a_negative_half_is_checked_too(fitting):
+    model, calibration = fitting("sd")
+    other = changed(calibration, STATES, np.zeros((2, 7, 32), np.float32), "negative")
+    assert "expected negative.encoder_hidden_states of shape [1 or 3, " in fault(model, other)
+
+
+def test_the_unconditional_half_of_an_image_embedding_is_zeros():
+    """As unCLIP's pipelines have it; sizes and class numbers are those of the prompt."""
+    embedding = np.ones((2, 8), np.float32)
+    time_ids = np.full((2, 6), 64, np.float32)
+    states = np.ones((2, 7, 32), np.float32)
+    calibration = Calibration(
+        {STATES: states, "class_labels": embedding, "time_ids": time_ids}, {STATES: states[:1]}
+    )
+    picked = calibration.pick([0, 1], guided=True)
+    np.testing.assert_array_equal(picked["class_labels"][:2], np.zeros((2, 8)))
+    np.testing.assert_array_equal(picked["class_labels"][2:], embedding)
+    np.testing.assert_array_equal(picked["time_ids"], np.full((4, 6), 64))
+    numbers = Calibration({"class_labels": np.array([3, 4])}, {})
+    np.testing.assert_array_equal(numbers.pick([0, 1], guided=True)["class_labels"], [3, 4, 3, 4])

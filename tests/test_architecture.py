@@ -404,7 +404,7 @@ def test_the_guarded_process_sees_a_framework(tmp_path, statement):
 
 DOORS = {
     "diffusers": ("export/unet/", "tools/demo/", "tools/bench/", "tools/research/"),
-    "transformers": ("tools/demo/", "export/measure/calibration.py"),
+    "transformers": ("tools/demo/", "export/unet/text.py"),
     "huggingface_hub": ("export/unet/hub.py",),
     "torch": ("export/", "tools/"),
     "onnx": ("export/", "tools/"),

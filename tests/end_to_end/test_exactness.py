@@ -129,6 +129,74 @@ def test_the_loop_equals_the_reference_under_any_schedule(
     np.testing.assert_array_equal(ours.record.ran[:, blocks], preset.schedule.recompute)
 
 
+def drawing(compiled, conditions_of, outputs, seed, preset="dpm-20"):
+    """A session under a random schedule and alignment, its request, and the PyTorch loop's parts.
+
+    Without guidance, whose scale would multiply the rounding errors.
+    """
+    model, bundle = compiled("sd", outputs)
+    opened = Session.open(bundle, preset=preset, verify=False)
+    made = random_preset(opened.preset, seed, outputs)
+    session = Session(bundle, made, opened.backend)
+    conditions = conditions_of(model, 2, seed=1)
+    request = {
+        "noise": session.noise([0, 1]),
+        "prompt_embeds": conditions["encoder_hidden_states"],
+        "guidance_scale": 1.0,
+    }
+    tensors = {name: torch.from_numpy(values) for name, values in conditions.items()}
+    return session, request, model, tensors, solver_tables(SolverConfig.from_json(made.solver))
+
+
+@pytest.mark.parametrize("preset", ["dpm-20", "ddim-4"])
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("part", [0.25, 0.7, 1.0])
+def test_image_to_image_equals_the_reference(compiled, conditions_of, preset, outputs, part):
+    """Every block is recomputed at the first executed step, and so nothing may be aligned there;
+    the solver has no x0 of a step before, also where the whole run has one."""
+    found = drawing(compiled, conditions_of, outputs, seed=3, preset=preset)
+    session, request, model, conditions, tables = found
+    start = round(part * (session.steps - 1))
+    image = session.noise([7, 8])
+    late = {"image_latents": image, "start_step": start}
+    ours = session.denoise(**request, **late)
+    with CachedUNet(model, outputs) as cached:
+        reference = Denoiser(cached, tables, conditions, 1.0).denoise(
+            torch.from_numpy(request["noise"]),
+            session.preset.schedule,
+            session.preset.alignment,
+            image_latents=torch.from_numpy(image),
+            start_step=start,
+        )
+    assert relative(ours.latents, reference.numpy()) <= 1e-4
+    assert ours.record.steps == range(start, session.steps)
+
+
+@pytest.mark.parametrize("preset", ["dpm-20", "ddim-4"])
+def test_edits_in_a_callback_equal_edits_between_the_references_steps(
+    compiled, conditions_of, preset
+):
+    found = drawing(compiled, conditions_of, outputs=1, seed=4, preset=preset)
+    session, request, model, conditions, tables = found
+    edited = {0, 2}
+
+    def edit(progress):
+        if progress.step in edited:
+            progress.latents *= 0.5
+            progress.latents += 0.25
+
+    ours = session.denoise(**request, callback=edit).latents
+    with CachedUNet(model, 1) as cached, torch.no_grad():
+        denoiser = Denoiser(cached, tables, conditions, 1.0)
+        state = denoiser.start(torch.from_numpy(request["noise"]))
+        for step, recompute in enumerate(session.preset.schedule.recompute):
+            rows = [table[step] for table in session.preset.alignment.tables]
+            state = denoiser.step(state, step, recompute, rows)
+            if step in edited:
+                state = dataclasses.replace(state, latents=state.latents * 0.5 + 0.25)
+    assert relative(ours, state.latents.numpy()) <= 1e-4
+
+
 class Listener:
     """In a monitor's place: takes any preset, hears nothing."""
 

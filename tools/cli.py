@@ -22,6 +22,13 @@ DISK_ERRORS = {
 """What to do about an error of the disk; all others are faults of ours and keep their traceback."""
 
 
+EXPORT_PACKAGES = {
+    "PIL", "accelerate", "diffusers", "filelock", "matplotlib", "ml_dtypes", "onnx", "onnx_ir",
+    "onnxscript", "torch", "transformers",
+}  # fmt: skip
+"""What the extra ``export`` brings, as modules: a command that needs one says so."""
+
+
 def main() -> None:
     """Entry point of the ``blockcache`` script."""
     try:
@@ -33,6 +40,11 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except BlockCacheError as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXPORT_PACKAGES:
+            raise
+        _fail(str(MissingExtraError.of(package, "export", "This command")))
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:

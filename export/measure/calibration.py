@@ -10,14 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from blockcache.export.measure.encoded_prompts import NEGATIVE, read_encoded_prompts
 from blockcache.export.unet.model import Condition, SourceModel
 from blockcache.export.unet.text import encode_text
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import default_negative
-from blockcache.runtime.tensor_files import read_tensors
-
-NEGATIVE = "negative."
-"""Prefix of the unconditional prompt's tensors in a calibration file."""
 
 PROMPTS = (
     "a photograph of a lighthouse at dusk",
@@ -170,22 +167,8 @@ def _rows(values: np.ndarray, indices: Sequence[int]) -> np.ndarray:
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Read a safetensors file of conditions; ``negative.NAME`` is the unconditional NAME."""
-    if not path.is_file():
-        raise ConfigError(f"Expected a calibration file at {path}, found none.")
-    tensors = read_tensors(path)
-    negative = {
-        name.removeprefix(NEGATIVE): values
-        for name, values in tensors.items()
-        if name.startswith(NEGATIVE)
-    }
-    positive = {name: v for name, v in tensors.items() if not name.startswith(NEGATIVE)}
-    if "encoder_hidden_states" not in positive or "encoder_hidden_states" not in negative:
-        raise ConfigError(
-            f"Expected the tensors encoder_hidden_states [P, tokens, D] and "
-            f"negative.encoder_hidden_states [1, tokens, D] in {path}, got {sorted(tensors)}."
-        )
-    return Calibration(positive, negative)
+    """Read a file of encoded prompts."""
+    return Calibration(*read_encoded_prompts(path))
 
 
 def encode_prompts(source: str | Path, prompts: Sequence[str] = PROMPTS) -> Calibration:

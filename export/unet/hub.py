@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from blockcache.export.unet.weights import choose
 from blockcache.runtime.errors import ConfigError
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -27,6 +26,7 @@ def local_folder(
     Raises:
         ConfigError: no such folder, a single file, or a hub that cannot give the files.
     """
+    check_name(source)
     folder = Path(source)
     if folder.is_dir():
         parent = folder.resolve().parent
@@ -34,14 +34,18 @@ def local_folder(
             (parent / "model_index.json").is_file() or (parent / "scheduler").is_dir()
         )
         return parent if inside else folder
-    if folder.is_file():
-        raise ConfigError(_single_file(folder))
-    if not _HUB_ID.fullmatch(str(source)):
+    return _fetch(str(source), parts, variant)
+
+
+def check_name(source: str | Path) -> None:
+    """Raise ConfigError unless ``source`` is a folder or reads as a hub id; nothing is fetched."""
+    if Path(source).is_file():
+        raise ConfigError(_single_file(Path(source)))
+    if not Path(source).is_dir() and not _HUB_ID.fullmatch(str(source)):
         raise ConfigError(
             f"Expected a diffusers folder or a hub id such as 'owner/model', got {str(source)!r}; "
             f"no folder of that name exists."
         )
-    return _fetch(str(source), parts, variant)
 
 
 def model_name(source: str | Path) -> str:
@@ -59,6 +63,8 @@ def needed_files(
 
     A repository without ``unet/`` is a bare U-Net, whose files lie at the top.
     """
+    from blockcache.export.unet.weights import choose  # imports torch; names are checked without
+
     folders: dict[str, list[str]] = {}
     for path in map(PurePosixPath, names):
         folders.setdefault(str(path.parent), []).append(path.name)

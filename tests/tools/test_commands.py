@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -14,8 +17,10 @@ pytest.importorskip("diffusers")
 
 from safetensors.numpy import save_file
 
+from blockcache import __version__
 from blockcache.runtime import Bundle, DriftMonitor, Session
 from blockcache.tools import cli
+from blockcache.tools.commands.names import precision_for
 
 
 @pytest.fixture
@@ -53,21 +58,29 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
     bundle, calibration = tmp_path / "bundle", source / "calibration.safetensors"
     arguments = ["--calibration", calibration, "--profile-prompts", 2, "--profile-seeds", 1]
     presets = ["--preset", "ddim:4:0.2", "--preset", "ddim:4"]
-    code, out, _ = blockcache("compile", source, bundle, *arguments, *presets, "--json")
+    code, out, err = blockcache("compile", source, bundle, *arguments, *presets, "--json")
     assert code == 0
     facts = json.loads(out)
     assert set(facts["presets"]) == {"ddim-4-d0.2", "ddim-4"}
     assert len(facts["blocks"]) == 7
+    assert facts["recommended"] == "ddim-4-d0.2"
+    assert facts["presets"]["ddim-4"]["loss"] == 0
+    assert facts["presets"]["ddim-4"]["uncached_steps"] == 4
+    assert f"wrote {bundle / 'presets.svg'}" in err
+    assert "speed-up" in (bundle / "presets.svg").read_text()
 
-    drawn = ["--plot", tmp_path / "schedule.svg", "--plot-change", tmp_path / "change.svg"]
-    code, out, _ = blockcache("show", bundle, *drawn)
+    drawn = ["--plot", tmp_path / "schedule.svg", "--plot-change", tmp_path / "new/change.svg"]
+    code, out, err = blockcache("show", bundle, "--preset", "ddim:4:0.2", *drawn)
     assert code == 0
     assert "█" in out
+    assert "* ddim-4-d0.2" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert err.splitlines() == [f"wrote {drawn[1]}", f"wrote {drawn[3]}"]
     assert (tmp_path / "schedule.svg").read_text().lstrip().startswith("<?xml")
 
-    assert "<path" in (tmp_path / "change.svg").read_text()
+    assert "<path" in (tmp_path / "new/change.svg").read_text()
 
-    latents = tmp_path / "latents.npy"
+    latents = tmp_path / "drawn" / "latents.npy"
     run = ["run", bundle, "--embeddings", calibration, "--out", latents, "--json"]
     code, out, _ = blockcache(*run, "--seed", 3)
     assert code == 0
@@ -124,6 +137,16 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
         ),
         (["compile", "demo", "out", "--preset", "heun:9"], "error: Expected a solver of"),
         (["compile", "demo", "out", "--precision", "int8"], "error: Expected a precision of"),
+        (["compile", "demo", "out", "--blocks", "attentions"], "error: Expected blocks of"),
+        (["compile", "demo", "out", "--target", "voodoo"], "error: Expected a target such as sm80"),
+        (["compile", "demo", "out", "--calibration", "x"], "error: Expected a calibration file at"),
+        (["compile", "demo", "out", "--prompts", "x"], "error: Expected a file of prompts at x"),
+        (["compile", "demo", "/proc/out"], "error: Expected a folder that can be written at /proc"),
+        (["show", "x", "--plot", "x.jpg"], "error: Expected a file that ends in .png or .svg, got"),
+        (["run", "x", "--out", "x.jpg"], "error: Expected a file that ends in .png or .npy, got"),
+        (["run", "x", "--out", "/proc/new/x.npy"], "error: Expected a folder that can be written"),
+        (["estimate", "x", "--gpu", "voodoo"], "error: Expected a GPU of"),
+        (["build", "x", "--target", "voodoo"], "error: Expected a target such as sm80"),
         (["compile", "demo", "out", "--gpu", "voodoo"], "error: Expected a GPU of"),
         (
             ["compile", "demo", "out", "--preset", "dpm:20:ms250"],
@@ -133,7 +156,10 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
         ),
     ],
 )
-def test_expected_errors_are_one_line_and_exit_code_1(blockcache, arguments, message, tmp_path):
+def test_expected_errors_are_one_line_and_exit_code_1(
+    blockcache, arguments, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     code, out, err = blockcache(*arguments)
     assert code == 1
     assert out == ""
@@ -143,12 +169,145 @@ def test_expected_errors_are_one_line_and_exit_code_1(blockcache, arguments, mes
     assert "Traceback" not in err
 
 
+COMMANDS = ("demo", "compile", "run", "show", "build", "check", "bench", "estimate", "evaluate")
+
+
+def test_names_are_checked_before_anything_heavy_is_imported(tmp_path):
+    """A typing error costs a second, not the import of torch."""
+    for arguments in (
+        ["compile", "demo", "out", "--preset", "heun:9"],
+        ["compile", "nowhere", "out"],
+        ["compile", "demo", "out", "--precision", "int8"],
+        ["build", "nowhere", "--target", "voodoo"],
+    ):
+        made = in_a_process_without(("torch", "diffusers"), tmp_path, *arguments)
+        assert made.stderr.startswith("error: Expected a"), made.stderr
+
+
+def test_bundles_are_shown_run_and_timed_without_torch(compiled, conditions_of, tmp_path):
+    """What the extra ``cli`` is for."""
+    model, bundle = compiled("sd")
+    positive, negative = conditions_of(model, 1), conditions_of(model, 1, seed=1)
+    tensors = positive | {f"negative.{name}": values for name, values in negative.items()}
+    save_file(tensors, tmp_path / "prompts.safetensors")
+    absent = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "filelock", "matplotlib")
+    for arguments in (
+        ["show", bundle.folder],
+        ["run", bundle.folder, "--embeddings", "prompts.safetensors", "--out", "out.npy"],
+        ["bench", bundle.folder, "--engine", "ort", "--rounds", "1", "--no-warm-up"],
+    ):
+        made = in_a_process_without(absent, tmp_path, *arguments)
+        assert made.returncode == 0, made.stderr
+    assert np.isfinite(np.load(tmp_path / "out.npy")).all()
+    made = in_a_process_without(absent, tmp_path, "compile", bundle.folder, "out")
+    assert (made.returncode, made.stdout) == (1, "")
+    assert made.stderr.strip() == (
+        "error: This command needs the package torch, which is not installed. Install it with: "
+        "pip install 'blockcache[export]'"
+    )
+
+
+ABSENT = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {packages!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+from blockcache.tools.cli import main
+main()
+"""
+
+
+def in_a_process_without(packages, folder, *arguments):
+    """Run the command where some packages are not installed."""
+    return subprocess.run(
+        [sys.executable, "-c", ABSENT.format(packages=packages), *map(str, arguments)],
+        cwd=folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
 def test_help_names_every_command(blockcache):
     code, out, _ = blockcache("--help")
     assert code == 0
-    known = ("demo", "compile", "run", "show", "build", "check", "bench", "estimate", "evaluate")
-    for command in known:
+    for command in COMMANDS:
         assert f" {command} " in out
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_shows_flags_without_a_value(blockcache, command):
+    code, out, _ = blockcache(*([command] if command else []), "-h")
+    assert code == 0
+    assert "--help" in out
+    assert "bool" not in out.lower()
+
+
+def test_the_version_is_printed(blockcache):
+    assert blockcache("--version") == (0, f"blockcache {__version__}\n", "")
+
+
+def test_a_shell_can_complete_commands(monkeypatch, blockcache):
+    monkeypatch.setenv("_BLOCKCACHE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "blockcache be")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    code, out, _ = blockcache()
+    assert (code, out.split()) == (0, ["bench"])
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "error: No space left on device at there. Free some space and run the same"),
+        (errno.EROFS, "error: Read-only file system at there. Choose a folder that can be written"),
+        (errno.EACCES, "error: Permission denied at there. Choose a folder that can be written"),
+    ],
+)
+def test_the_disk_is_one_line(blockcache, monkeypatch, number, message):
+    def fail():
+        raise OSError(number, os.strerror(number), "there")
+
+    monkeypatch.setattr(cli, "_app", fail)
+    code, _, err = blockcache("show")
+    assert code == 1
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_other_errors_of_the_system_keep_their_traceback(blockcache, monkeypatch):
+    def fail():
+        raise OSError(errno.EBADF, "a fault of ours")
+
+    monkeypatch.setattr(cli, "_app", fail)
+    with pytest.raises(OSError, match="a fault of ours"):
+        blockcache("show")
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "precision"),
+    [
+        (None, None, "float32"),
+        (None, "a100", "bfloat16"),
+        (None, "t4", "float16"),
+        (None, "sm75+sm80", "float16"),
+        ("fp16", "a100", "float16"),
+        ("bf16", None, "bfloat16"),
+        ("fp32", "a100", "float32"),
+    ],
+)
+def test_a_target_sets_the_precision(text, target, precision):
+    assert precision_for(text, target) == precision
+
+
+def test_a_float32_bundle_for_a_gpu_is_warned_of(blockcache, compiled):
+    _, bundle = compiled("sd")
+    code, out, err = blockcache("estimate", bundle.folder, "--gpu", "a100")
+    assert code == 0
+    assert "Assumed precision: 16 bits, though the bundle computes in float32." in out
+    assert err.startswith(
+        "warning: this bundle computes in float32, in which TensorRT does not fuse attention: it "
+        "is slow on a100. Compile the model again with --target a100"
+    )
+    assert err.count("\n") == 1
 
 
 def test_a_run_without_text_encoder_says_what_to_give(blockcache, compiled):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,9 @@ WarmUp = Annotated[
 ReportFolder = Annotated[
     Path | None, typer.Option(help="Folder for report.md, report.json and latency.svg.")
 ]
+
+
+GPU_ENGINES = ("trt", "ort-tensorrt", "ort-cuda")
 
 
 def bench(
@@ -69,6 +73,8 @@ def bench(
     from blockcache.runtime import Bundle
     from blockcache.tools.bench.latency import BenchOptions, measure_latency
     from blockcache.tools.bench.report import report_json, report_text
+    from blockcache.tools.commands.names import warn_of_float32
+    from blockcache.tools.commands.outputs import check_file, check_folder, check_plots
     from blockcache.tools.report.progress import StageProgress
 
     options = BenchOptions(
@@ -81,9 +87,19 @@ def bench(
         threads=threads,
         cpu_time=cpu_time,
     )
+    if out is not None:
+        check_plots()
+        check_folder(out)
+    for file in (timings, history):
+        if file is not None:
+            check_file(file)
+    opened = Bundle.open(bundle)
     other = Bundle.open(against) if against is not None else None
+    gpu_engines = [name for name in options.engines if name in GPU_ENGINES]
+    if gpu_engines:
+        warn_of_float32(opened.model.precision, gpu_engines[0])
     with StageProgress() as progress:
-        report = measure_latency(Bundle.open(bundle), options, progress, other)
+        report = measure_latency(opened, options, progress, other)
     print(report_json(report) if as_json else report_text(report))
     _write(report, out, timings, history)
 
@@ -102,3 +118,6 @@ def _write(
         append_history(history, report)
     if timings is not None:  # the last one: it may find nothing to write
         write_timings(timings, own_timings(report))
+    for written in (out, history, timings):
+        if written is not None:
+            print(f"wrote {written}", file=sys.stderr)

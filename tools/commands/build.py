@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from blockcache.tools.commands.options import AsJson, BundleFolder
+
 if TYPE_CHECKING:
     from blockcache.export.engines.build import BuildOptions
+    from blockcache.export.engines.targets import Target
 
 
 def build(
-    bundle: Annotated[Path, typer.Argument(help="A folder that blockcache compile wrote.")],
+    bundle: BundleFolder,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -45,7 +48,7 @@ def build(
         typer.Option(help="Engines built at a time, each in a process of its own; 0: in this one."),
     ] = 1,
     memory_gb: Annotated[float, typer.Option(help="Memory that side-by-side builds may use.")] = 12,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Build TensorRT engines for one or several targets; no GPU needed with TensorRT-RTX.
 
@@ -55,7 +58,9 @@ def build(
     Example: blockcache build sd21 --target a100
     """
     from blockcache.export.engines.build import BuildOptions, ShapeOptions
+    from blockcache.export.engines.targets import Target
 
+    targets = [Target.parse(text) for text in target or ["sm80"]]
     options = BuildOptions(
         library=library,
         shapes=ShapeOptions(
@@ -71,21 +76,26 @@ def build(
         jobs=jobs,
         memory_gb=memory_gb,
     )
-    _build_all(bundle, target or ["sm80"], options, as_json=as_json)
+    _build_all(bundle, targets, options, as_json=as_json)
 
 
-def _build_all(folder: Path, targets: list[str], options: BuildOptions, *, as_json: bool) -> None:
+def _build_all(
+    folder: Path, targets: list[Target], options: BuildOptions, *, as_json: bool
+) -> None:
     from rich.console import Console
 
     from blockcache.export.engines.build import build_engines
     from blockcache.export.engines.report import report_table
-    from blockcache.export.engines.targets import Target
     from blockcache.runtime.bundle import Bundle
+    from blockcache.tools.commands.names import warn_of_float32
+    from blockcache.tools.commands.outputs import check_folder
     from blockcache.tools.report.progress import StageProgress
 
     opened = Bundle.open(folder)
+    check_folder(folder)
+    warn_of_float32(opened.model.precision, targets[0].name)
     reports = []
-    for target in [Target.parse(text) for text in targets]:
+    for target in targets:
         with StageProgress() as progress:
             reports.append(build_engines(opened, target, options, progress))
     if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockcache.tools.commands.options import AsJson, BundleFolder
+from blockcache.tools.commands.options import AsJson, BundleFolder, PresetName
 
 if TYPE_CHECKING:
     from blockcache.export.engines.reference import Comparison
@@ -20,7 +20,7 @@ def check(
     bundle: BundleFolder,
     backend: Annotated[str, typer.Option(help="trt, ort-cuda or ort-tensorrt.")] = "trt",
     target: Annotated[str, typer.Option(help="Whose engines; default what fits this GPU.")] = "",
-    preset: Annotated[str, typer.Option(help="Preset of the loop; default the first.")] = "",
+    preset: PresetName = None,
     batch: Annotated[int, typer.Option(help="Engine batch of the segment checks.")] = 2,
     loop: Annotated[bool, typer.Option(help="Also run the whole denoising loop.")] = True,
     times: Annotated[
@@ -42,12 +42,14 @@ def check(
     from blockcache.tools.check.loop import check_loop
     from blockcache.tools.check.segments import check_segments
     from blockcache.tools.check.times import time_segments
+    from blockcache.tools.commands.names import preset_of
+    from blockcache.tools.commands.outputs import check_folder
     from blockcache.tools.report.progress import StageProgress
 
     opened = Bundle.open(bundle)
     engines, layouts = _engines(opened, backend, target)
     if save is not None:
-        save.mkdir(parents=True, exist_ok=True)
+        check_folder(save)
     with StageProgress() as progress:
 
         def observe(_: str, done: int, total: int) -> None:
@@ -55,7 +57,7 @@ def check(
 
         found = check_segments(opened, engines, layouts, batch=batch, save=save, observer=observe)
         if loop:
-            found.append(check_loop(opened, engines, preset or opened.preset_names[0]))
+            found.append(check_loop(opened, engines, preset_of(opened, preset)))
         measured = time_segments(opened, engines, batch=batch) if times else {}
     if measured:
         _record(opened, engines, measured, batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,11 @@ from blockcache.tools.commands.options import AsJson
 if TYPE_CHECKING:
     from blockcache.export.pipeline import CompileOptions
     from blockcache.runtime import Bundle
+
+DEFAULT_PRESETS = ("dpm:20:0.5", "dpm:20")
+BLOCKS = ("transformers", "resnets")
+PLOT = "presets.svg"
+"""The plot that ends a compile, in the bundle's folder; no part of the bundle."""
 
 Presets = Annotated[
     list[str] | None,
@@ -29,6 +36,19 @@ CachedBlocks = Annotated[
 Hoist = Annotated[
     bool, typer.Option(help="Take what does not depend on the sample out of the loop.")
 ]
+EngineTarget = Annotated[
+    str | None,
+    typer.Option(
+        help="The GPU that 'blockcache build' will build for: a100, sm80, ...; sets the precision."
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="float32 (fp32) for ONNX Runtime on the CPU, bfloat16 (bf16) or float16 (fp16) for "
+        "TensorRT. Default float32; with --target bfloat16."
+    ),
+]
 BudgetTimings = Annotated[
     Path | None,
     typer.Option(help="Segment times for budgets (blockcache bench --timings); default FLOPs."),
@@ -44,9 +64,8 @@ def compile_bundle(
     out: Annotated[Path, typer.Argument(help="The bundle's folder; resumed if it is there.")],
     preset: Presets = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale, as in use.")] = 5.0,
-    precision: Annotated[
-        str, typer.Option(help="float32 (ONNX Runtime on CPU), bfloat16 or float16 (TensorRT).")
-    ] = "float32",
+    target: EngineTarget = None,
+    precision: Precision = None,
     history: Annotated[
         bool, typer.Option("--history", help="Let a reuse combine a block's last two outputs.")
     ] = False,
@@ -73,19 +92,30 @@ def compile_bundle(
 
     Example: blockcache compile stabilityai/stable-diffusion-2-1 sd21 --preset dpm:20:x1.5:history
     """
-    from blockcache.export.align.fit import AlignmentOptions
     from blockcache.export.choose.preset import PresetOptions
     from blockcache.export.costs.roofline import gpu as data_sheet
     from blockcache.export.costs.timings import read_timings
+    from blockcache.tools.commands.names import precision_for, warn_of_float32
+
+    presets = tuple(PresetOptions.parse(text) for text in preset or DEFAULT_PRESETS)
+    dtype = precision_for(precision, target)
+    times = None if timings is None else read_timings(timings)
+    processor = None if gpu is None else data_sheet(gpu)
+    _check(model, out, blocks, calibration, prompts)
+    if target is not None:
+        warn_of_float32(dtype, target)
+
+    from blockcache.export.align.fit import AlignmentOptions
     from blockcache.export.graph.to_onnx import ExportOptions
     from blockcache.export.measure.change import ProfileOptions
     from blockcache.export.measurements import CalibrationOptions
     from blockcache.export.pipeline import CompileOptions
-    from blockcache.tools.commands.show import print_bundle
 
     options = CompileOptions(
-        presets=tuple(PresetOptions.parse(text) for text in preset or ["dpm:20:0.5", "dpm:20"]),
-        export=ExportOptions(precision=precision, outputs=2 if history else 1, hoist=hoist),
+        presets=presets,
+        processor=processor,
+        timings=times,
+        export=ExportOptions(precision=dtype, outputs=2 if history else 1, hoist=hoist),
         calibration=CalibrationOptions(
             guidance_scale=guidance,
             profile=ProfileOptions(
@@ -93,11 +123,29 @@ def compile_bundle(
             ),
             alignment=AlignmentOptions(images=align_images),
         ),
-        timings=None if timings is None else read_timings(timings),
-        processor=None if gpu is None else data_sheet(gpu),
     )
     bundle = _compile(model, out, options, calibration, prompts, blocks)
-    print_bundle(bundle, as_json=as_json)
+    _report(bundle, as_json=as_json)
+
+
+def _check(
+    model: str, out: Path, blocks: str, calibration: Path | None, prompts: Path | None
+) -> None:
+    """Refuse what cannot work before torch is imported or anything is loaded."""
+    from blockcache.export.measure.encoded_prompts import read_encoded_prompts
+    from blockcache.runtime import ConfigError
+    from blockcache.tools.commands.outputs import check_folder
+    from blockcache.tools.sources.models import check_source
+    from blockcache.tools.sources.prompts import read_prompts
+
+    if blocks not in BLOCKS:
+        raise ConfigError(f"Expected blocks of {' or '.join(BLOCKS)}, got {blocks!r}.")
+    check_source(model)
+    if calibration is not None:
+        read_encoded_prompts(calibration)
+    if prompts is not None:
+        read_prompts(prompts)
+    check_folder(out)
 
 
 def _compile(
@@ -123,3 +171,17 @@ def _compile(
         encoded = calibration_for(model, calibration, prompts) if measured else None
         progress("load", 1, 1)
         return compile_model(source, out, options, encoded, progress)
+
+
+def _report(bundle: Bundle, *, as_json: bool) -> None:
+    """The bundle, its presets last, and these as a picture beside the manifest."""
+    from blockcache.tools.report.bundle import bundle_facts, print_bundle
+    from blockcache.tools.report.presets import plot_presets, preset_rows
+
+    if as_json:
+        print(json.dumps(bundle_facts(bundle), indent=1))
+    else:
+        print_bundle(bundle)
+    picture = bundle.folder / PLOT
+    plot_presets(preset_rows(bundle), picture, f"{bundle.model.name}, {bundle.model.precision}")
+    print(f"wrote {picture}", file=sys.stderr)

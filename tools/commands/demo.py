@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,10 +65,12 @@ def demo(
     aligned; and uncached with as few steps as that budget's cost allows. Ends in a picture.
     """
     from blockcache.runtime.files import write_text
+    from blockcache.tools.commands.outputs import check_folder
     from blockcache.tools.report.plots import save_grid
     from blockcache.tools.report.progress import StageProgress
     from blockcache.tools.sources.codecs import DemoCodec
 
+    check_folder(out)
     prompts = list(prompt or PROMPTS)
     with StageProgress() as progress:
         bundle, names = compile_demo(out / "bundle", steps, delta, speedup, guidance, progress)
@@ -119,14 +122,6 @@ def compile_demo(
     return compile_model(source, folder, options, calibration, progress), list(presets)
 
 
-def flops_of(bundle: Bundle, preset: str) -> float:
-    """FLOPs of one image with a preset, at the model's default sizes."""
-    entry = bundle.manifest.presets[preset]
-    trunk = sum(s.flops for s in bundle.segments if s.role in ("trunk", "condition"))
-    blocks = sum(s.flops for s in bundle.segments if s.role == "block")
-    return entry.steps * (trunk + blocks * entry.computed_fraction)
-
-
 def run_presets(
     bundle: Bundle,
     names: list[str],
@@ -139,6 +134,7 @@ def run_presets(
     import numpy as np
 
     from blockcache.runtime import Session
+    from blockcache.tools.report.presets import image_flops
     from blockcache.tools.sources.codecs import DemoCodec
 
     codec = DemoCodec()
@@ -161,7 +157,7 @@ def run_presets(
             preset=name,
             steps=bundle.manifest.presets[name].steps,
             blocks_computed=bundle.manifest.presets[name].computed_fraction,
-            flops_computed=round(flops_of(bundle, name) / flops_of(bundle, names[0]), 4),
+            flops_computed=round(image_flops(bundle, name) / image_flops(bundle, names[0]), 4),
             seconds=round(float(np.median(seconds[name])), 4),
             distance=round(
                 float(np.linalg.norm(latents[name] - reference) / np.linalg.norm(reference)), 4
@@ -184,12 +180,15 @@ def _print(rows: list[DemoRow], picture: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "picture": str(picture)}))
         return
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("preset", "steps")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("preset", overflow="fold")
+    table.add_column("steps", justify="right")
     for column in ("blocks computed", "FLOPs", "seconds", "speed-up", "distance"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.preset,
@@ -200,6 +199,5 @@ def _print(rows: list[DemoRow], picture: Path, as_json: bool) -> None:
             f"{rows[0].seconds / row.seconds:.2f}x",
             f"{row.distance:.3f}",
         )
-    console = Console()
-    console.print(table)
-    console.print(f"pictures: [bold]{picture}[/]")
+    Console().print(table)
+    print(f"wrote {picture}", file=sys.stderr)

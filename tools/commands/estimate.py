@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from blockcache.tools.bench.estimate import Estimate, PresetRow, SegmentRow
 
 
+HOST = "host"
+"""This machine's CPU, in place of a GPU's name."""
+
+
 def estimate(
     bundle: BundleFolder,
     gpu: Annotated[
@@ -43,15 +47,25 @@ def estimate(
     from blockcache.runtime import Bundle
     from blockcache.tools.bench.estimate import estimate as predict
     from blockcache.tools.bench.host import measure_host
+    from blockcache.tools.commands.names import warn_of_float32
 
+    names = gpu or ["a100"]
+    sheets = {name: data_sheet(name) for name in names if name != HOST}
     opened = Bundle.open(bundle, verify=False)
     measured = read_timings(timings) if timings is not None else None
-    made = []
-    for name in gpu or ["a100"]:
-        processor = measure_host() if name == "host" else data_sheet(name)
-        made.append(
-            predict(opened, processor, images=images, height=height, width=width, measured=measured)
+    for name in sheets:
+        warn_of_float32(opened.model.precision, name)
+    made = [
+        predict(
+            opened,
+            measure_host() if name == HOST else sheets[name],
+            images=images,
+            height=height,
+            width=width,
+            measured=measured,
         )
+        for name in names
+    ]
     if as_json:
         print(json.dumps([estimate_facts(each) for each in made], indent=1))
     else:
@@ -62,6 +76,7 @@ def estimate_facts(made: Estimate) -> dict[str, Any]:
     """The figures as plain data."""
     return {
         "processor": made.processor.name,
+        "assumed_bits": 8 * made.processor.item_bytes,
         "sizes": made.sizes.to_json(),
         "step_ms": made.step_ms,
         "block_share": made.block_share,
@@ -98,7 +113,7 @@ def estimate_text(made: Estimate) -> str:
         "",
         f"Peak {processor.tflops:.4g} TFLOP/s of which {share.compute:.0%}, "
         f"{processor.gb_per_s:.4g} GB/s of which {share.memory:.0%}, "
-        f"{share.launch_us:g} µs a launch.",
+        f"{share.launch_us:g} µs a launch. Assumed precision: {_assumed(made)}.",
         "",
         markdown_table(columns, [_segment_cells(row, measured is not None) for row in made.rows]),
         "",
@@ -115,6 +130,13 @@ def estimate_text(made: Estimate) -> str:
     return "\n".join(
         [*lines, "", markdown_table(columns, [_preset_cells(r) for r in made.presets()])]
     )
+
+
+def _assumed(made: Estimate) -> str:
+    """The precision that a prediction is for, and the bundle's own where that is another."""
+    bits, own = 8 * made.processor.item_bytes, made.bundle.model.precision
+    differs = bits == 16 and own == "float32"
+    return f"{bits} bits" + (f", though the bundle computes in {own}" if differs else "")
 
 
 def _segment_cells(row: SegmentRow, measured: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -80,6 +81,8 @@ def evaluate(
     Example: blockcache evaluate demo-out/bundle --reference-work ~/.cache/blockcache/demo/cpu
     """
     from blockcache.runtime import Bundle
+    from blockcache.tools.commands.names import preset_of
+    from blockcache.tools.commands.outputs import check_folder
     from blockcache.tools.evaluation import run
     from blockcache.tools.evaluation.markdown import markdown
     from blockcache.tools.evaluation.options import DrawOptions, EvaluationOptions, TimingOptions
@@ -90,9 +93,12 @@ def evaluate(
     )
     timing = TimingOptions(rounds=rounds, images=timed_images)
     options = EvaluationOptions(draw=draw, timing=timing, resamples=resamples)
+    check_folder(out)
     opened = Bundle.open(bundle)
+    names = tuple(preset_of(opened, name) for name in preset or ())
+    if reference is not None:
+        reference = preset_of(opened, reference)
     subject = _subject(opened.model.name, model, images, seed, reference_work, prompts, embeddings)
-    names = tuple(preset or ())
     with StageProgress() as progress:
         if only_timing:
             kept = work or out / run.WORK
@@ -100,6 +106,7 @@ def evaluate(
             return
         report = run.evaluate(opened, subject, options, out, names, progress, work, reference)
     print(report.to_json() if as_json else markdown(report))
+    print(f"wrote {out}", file=sys.stderr)
 
 
 def _subject(

@@ -66,7 +66,8 @@ BundleFolder: TypeAlias = Annotated[
     Path, typer.Argument(help="A folder that 'blockcache compile' wrote.")
 ]
 PresetName: TypeAlias = Annotated[
-    str | None, typer.Option("--preset", help="A preset of the bundle; default the first cached.")
+    str | None,
+    typer.Option("--preset", help="A preset of the bundle; default the recommended one."),
 ]
 ModelName: TypeAlias = Annotated[
     str | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
     from blockcache.runtime import Bundle
     from blockcache.tools.sources.codecs import Codec
+
+
+OUTPUTS = (".png", ".npy")
+"""What ``--out`` may be: a picture, or latents."""
 
 
 def run(
@@ -54,11 +59,13 @@ def run(
     Example: blockcache run demo-out/bundle --prompt "twitter emoji, red apple" --out apple.png
     """
     from blockcache.runtime import Bundle, Session
-    from blockcache.tools.commands.show import default_preset
+    from blockcache.tools.commands.names import preset_of
+    from blockcache.tools.commands.outputs import check_file
     from blockcache.tools.report.progress import StageProgress
 
+    check_file(out, OUTPUTS)
     opened = Bundle.open(bundle)
-    name = preset or default_preset(opened)
+    name = preset_of(opened, preset)
     codec = _codec(opened, model, embeddings, out)
     sizes = opened.model.sizes
     size = (height or sizes.height, width or sizes.width)
@@ -77,6 +84,7 @@ def run(
             callback=lambda at: progress(f"denoise {name}", at.step + 1, at.steps),
         )
     _write(result.latents, codec, out)
+    print(f"wrote {out}", file=sys.stderr)
     facts = {"preset": name, "images": images, "out": str(out), **result.record.summary()}
     print(json.dumps(facts) if as_json else "  ".join(f"{k} {v}" for k, v in facts.items()))
 
@@ -87,8 +95,6 @@ def _codec(bundle: Bundle, model: str | None, embeddings: Path | None, out: Path
     from blockcache.tools.sources.codecs import codec_for
     from blockcache.tools.sources.models import DEMO
 
-    if out.suffix not in (".png", ".npy"):
-        raise ConfigError(f"Expected --out FILE.png or FILE.npy, got {out}.")
     name = model or (DEMO if bundle.model.name == DEMO else None)
     if name is None and (embeddings is None or out.suffix == ".png"):
         raise ConfigError(
@@ -108,10 +114,9 @@ def _conditions(
     from blockcache.runtime import ConfigError
 
     if embeddings is not None:
-        from blockcache.export.measure.calibration import read_calibration
+        from blockcache.export.measure.encoded_prompts import read_encoded_prompts
 
-        read = read_calibration(embeddings)
-        return dict(read.positive), dict(read.negative)
+        return read_encoded_prompts(embeddings)
     if not prompts or codec is None:
         raise ConfigError("Expected at least one --prompt or --embeddings FILE, got none.")
     return codec.encode(prompts, size)
@@ -126,4 +131,7 @@ def _write(latents: np.ndarray, codec: Codec | None, out: Path) -> None:
     else:
         import numpy as np
 
-        np.save(out, latents)
+        from blockcache.runtime.files import replacing
+
+        with replacing(out) as file:
+            np.save(file, latents)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,10 +14,7 @@ import typer
 from blockcache.tools.commands.options import AsJson, BundleFolder, PresetName
 
 if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.text import Text
-
-    from blockcache.runtime import Bundle, Schedule
+    from blockcache.runtime import Bundle
 
 
 def show(
@@ -42,23 +42,42 @@ def show(
     verify: Annotated[bool, typer.Option(help="Check the sha256 of every file.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Print a bundle: segments, presets, and a schedule as a picture (blocks by steps)."""
+    """Print a bundle: segments, what each preset gains and loses, and a schedule as a picture.
+
+    Example: blockcache show demo-out/bundle --plot schedule.svg
+    """
     from blockcache.runtime import Bundle
+    from blockcache.tools.commands.names import preset_of
+    from blockcache.tools.commands.outputs import check_picture
+    from blockcache.tools.report.bundle import bundle_facts, print_bundle
 
+    drawn: dict[Callable[[Bundle, str, Path], None], Path | None] = {
+        _plot_schedule: plot,
+        _plot_change: plot_change,
+        _plot_alignment: plot_alignment,
+        partial(_plot_features, model): plot_features,
+    }
+    for file in drawn.values():
+        if file is not None:
+            check_picture(file)
     opened = Bundle.open(bundle, verify=verify)
-    print_bundle(opened, preset=preset, as_json=as_json)
-    name = preset or default_preset(opened)
-    if plot is not None:
-        from blockcache.tools.report.plots import plot_schedule
+    name = preset_of(opened, preset)
+    if as_json:
+        print(json.dumps(bundle_facts(opened), indent=1))
+    else:
+        print_bundle(opened, name)
+    for draw, file in drawn.items():
+        if file is not None:
+            draw(opened, name, file)
+            print(f"wrote {file}", file=sys.stderr)
 
-        paths = [block.path for block in opened.model.blocks]
-        plot_schedule(opened.preset(name).schedule, paths, plot)
-    if plot_change is not None:
-        _plot_change(opened, name, plot_change)
-    if plot_alignment is not None:
-        _plot_alignment(opened, name, plot_alignment)
-    if plot_features is not None:
-        _plot_features(opened, name, model, plot_features)
+
+def _plot_schedule(bundle: Bundle, preset: str, file: Path) -> None:
+    """Which block runs at which step, as the paper's Fig. 4."""
+    from blockcache.tools.report import plots
+
+    paths = [block.path for block in bundle.model.blocks]
+    plots.plot_schedule(bundle.preset(preset).schedule, paths, file)
 
 
 def _plot_change(bundle: Bundle, preset: str, file: Path) -> None:
@@ -100,7 +119,7 @@ def _plot_alignment(bundle: Bundle, preset: str, file: Path) -> None:
     plots.plot_alignment(before, after, paths, file, title)
 
 
-def _plot_features(bundle: Bundle, preset: str, model: str | None, file: Path) -> None:
+def _plot_features(model: str | None, bundle: Bundle, preset: str, file: Path) -> None:
     """Outputs of the first, the middle and the last block, as the paper's Fig. 2a."""
     from blockcache.export.measure.sampling import Sampling
     from blockcache.runtime import ConfigError, SolverConfig
@@ -124,114 +143,3 @@ def _plot_features(bundle: Bundle, preset: str, model: str | None, file: Path) -
     plots.plot_features(
         [(bundle.model.blocks[k].path, output[:, -1]) for k, output in outputs.items()], file
     )
-
-
-def default_preset(bundle: Bundle) -> str:
-    """The first preset that reuses anything, else the first."""
-    for name, entry in bundle.manifest.presets.items():
-        if entry.computed_fraction < 1:
-            return name
-    return bundle.preset_names[0]
-
-
-def print_bundle(bundle: Bundle, *, preset: str | None = None, as_json: bool = False) -> None:
-    """Print a bundle for people, or its facts as JSON."""
-    if as_json:
-        print(json.dumps(bundle_facts(bundle), indent=1))
-        return
-    from rich.console import Console
-
-    console = Console()
-    console.print(_header(bundle))
-    console.print(_segments_table(bundle))
-    console.print(_presets_table(bundle))
-    chosen = preset or default_preset(bundle)
-    console.print(f"\nschedule of [bold]{chosen}[/]: █ recomputed, · reused")
-    paths = [block.path for block in bundle.model.blocks]
-    console.print(schedule_text(bundle.preset(chosen).schedule, paths))
-
-
-def bundle_facts(bundle: Bundle) -> dict[str, object]:
-    """The figures of ``print_bundle``."""
-    return {
-        "folder": str(bundle.folder),
-        "model": bundle.model.name,
-        "precision": bundle.model.precision,
-        "blocks": [block.path for block in bundle.model.blocks],
-        "bytes": sum(entry.bytes for entry in bundle.manifest.files.values()),
-        "segments": [
-            {"name": s.name, "role": s.role, "gflops": round(s.flops / 1e9, 4)}
-            for s in bundle.segments
-        ],
-        "presets": {
-            name: {"steps": entry.steps, "computed_fraction": entry.computed_fraction}
-            for name, entry in bundle.manifest.presets.items()
-        },
-    }
-
-
-def _header(bundle: Bundle) -> str:
-    model = bundle.model
-    total = sum(entry.bytes for entry in bundle.manifest.files.values())
-    return (
-        f"[bold]{model.name}[/]  {model.precision}, {len(model.blocks)} blocks, "
-        f"{total / 1e6:.1f} MB, latents {model.channels} x {model.sizes.height} x "
-        f"{model.sizes.width}"
-    )
-
-
-def _segments_table(bundle: Bundle) -> Table:
-    from rich.table import Table
-
-    table = Table("segment", "source", title="segments", title_justify="left")
-    for column in ("GFLOP", "share", "inputs", "outputs"):
-        table.add_column(column, justify="right")
-    loop = sum(s.flops for s in bundle.segments if s.role in ("trunk", "block", "condition"))
-    for segment in bundle.segments:
-        block = segment.block
-        source = bundle.model.blocks[block].path if block is not None else segment.role
-        in_loop = segment.role in ("trunk", "block", "condition")
-        table.add_row(
-            segment.name,
-            source,
-            f"{segment.flops / 1e9:.3f}",
-            f"{segment.flops / loop:.1%}" if in_loop else "",
-            str(len(segment.inputs)),
-            str(len(segment.outputs)),
-            style="cyan" if segment.role == "block" else "",
-        )
-    return table
-
-
-def _presets_table(bundle: Bundle) -> Table:
-    from rich.table import Table
-
-    table = Table("preset", "solver", "policy", title="presets", title_justify="left")
-    for column in ("steps", "blocks computed", "guidance"):
-        table.add_column(column, justify="right")
-    for name, entry in bundle.manifest.presets.items():
-        shown = ("value", "alignment", "images", "costs")
-        made = entry.provenance.to_json()
-        policy = " ".join(f"{k}={v}" for k, v in made.items() if k in shown)
-        table.add_row(
-            name,
-            str(entry.solver["solver"]),
-            f"{entry.provenance.kind} {policy}".strip(),
-            str(entry.steps),
-            f"{entry.computed_fraction:.1%}",
-            f"{entry.guidance_scale:g}",
-        )
-    return table
-
-
-def schedule_text(schedule: Schedule, paths: list[str]) -> Text:
-    """Blocks by steps, as in the paper's Fig. 4."""
-    from rich.text import Text
-
-    width = max(len(path) for path in paths)
-    lines = []
-    for k, path in enumerate(paths):
-        marks = "".join("█" if on else "·" for on in schedule.recompute[:, k])
-        count = int(schedule.recompute[:, k].sum())
-        lines.append(f"{path:>{width}} {marks} {count:>3}/{schedule.steps}")
-    return Text("\n".join(lines))

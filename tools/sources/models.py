@@ -11,6 +11,23 @@ DEMO = "demo"
 """The name under which the shipped demo model is known."""
 
 
+def check_source(model: str) -> None:
+    """Raise an error where ``model`` cannot be loaded, judged by its name alone: no file is read.
+
+    Raises:
+        ConfigError: neither "demo", a folder, nor a hub id.
+        MissingExtraError: the demo model's weights are not installed.
+    """
+    from blockcache.export.unet.hub import check_name
+
+    if model == DEMO:
+        from blockcache.tools.demo.model import weights_dir
+
+        weights_dir()
+    else:
+        check_name(model)
+
+
 def load_source(model: str, dtype: str = "float32", cached: str = "transformers") -> SourceModel:
     """The source model of ``demo``, a diffusers folder or a hub id.
 

@@ -18,6 +18,7 @@ _MODEL = ("export/unet/model.py", "export/unet/precision.py")
 _SAMPLING = (
     *_MODEL,
     "export/measure/calibration.py",
+    "export/measure/encoded_prompts.py",
     "export/measure/sampling.py",
     "export/unet/cached_unet.py",
     "export/unet/torch_kernels.py",
@@ -47,18 +48,18 @@ REVISIONS: Mapping[str, Revision] = {
             "export/graph/work.py",
         ),
     ),
-    "profile": Revision(1, "a21e1de9c03b3d9a", (*_SAMPLING, "export/measure/change.py")),
-    "sensitivity": Revision(1, "aedebb6f1aa1f6f2", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "profile": Revision(1, "11f4bee15f90d6d8", (*_SAMPLING, "export/measure/change.py")),
+    "sensitivity": Revision(1, "bfbbed587d219b97", (*_SAMPLING, "export/measure/sensitivity.py")),
     "residuals": Revision(
         1,
-        "1138536cfbc06965",
+        "5ccf98daab44adbe",
         (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
     ),
-    "alignment": Revision(1, "534afe1d3f97c3bb", (*_SAMPLING, "export/align/*.py")),
-    "trial": Revision(1, "eea0258f3c571662", (*_SAMPLING, "export/measure/trial.py")),
+    "alignment": Revision(1, "2f14b4faa8b71464", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(1, "ff7e63b392c2e095", (*_SAMPLING, "export/measure/trial.py")),
     "preset": Revision(
         1,
-        "a8f6cda764ca4261",
+        "6c63394510db9eba",
         (
             "export/choose/*.py",
             "export/costs/*.py",

@@ -98,7 +98,7 @@ class Bundle:
     @property
     def preset_names(self) -> tuple[str, ...]:
         """Names that ``preset`` takes."""
-        return tuple(self.manifest.presets)
+        return tuple(self.presets)
 
     def preset(self, name: str) -> Preset:
         """A preset, as it was read when the bundle opened.

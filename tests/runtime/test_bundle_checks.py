@@ -94,8 +94,8 @@ CONTRADICTIONS = {
         lambda c: c.update(segments=[]), "segments: expected the blocks [0, 1, 2, 3, 4, 5, 6] in "
         "this order, got []."),
     "trunks out of order": (
-        swap("trunk_01", "trunk_02"), "Segment 'trunk_02', input 'block_1': expected a tensor written "
-        "before, got one that is not."),
+        swap("trunk_01", "trunk_02"), "Segment 'trunk_02', input 'block_1': expected a tensor "
+        "written before, got one that is not."),
     "blocks out of order": (
         swap("block_01", "block_02"), "segments: expected the blocks [0, 1, 2, 3, 4, 5, 6] in this "
         "order, got [0, 2, 1, 3, 4, 5, 6]."),

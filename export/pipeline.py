@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ from blockcache.export.measurements import (
 from blockcache.export.observer import Observer, unobserved
 from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import SourceModel
+from blockcache.export.unet.scheduler import other_kind
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.errors import BundleError, ConfigError
 from blockcache.runtime.files import write_text
@@ -159,6 +161,10 @@ def _compile(
     for preset in options.presets:  # what cannot work is refused before any work
         solver_tables(solver_config(model, preset))
         measurements.check(preset)
+    for solver in sorted({preset.solver for preset in options.presets}):
+        told = other_kind(model.name, model.scheduler, solver)
+        if told is not None:
+            warnings.warn(told, stacklevel=1)  # of this file, which the command line shows
     segments = _export_stage(model, store, options.export, observer)
     facts = _model_facts(model, options.export, segments)
     costs = _costs(segments, folder, options, facts)

@@ -389,6 +389,14 @@ def test_a_missing_scheduler_is_refused(model, calls, tmp_path):
     )
 
 
+def test_a_scheduler_of_another_kind_is_told_once(model, calls, tmp_path):
+    distilled = {**model.scheduler, "_class_name": "LCMScheduler"}
+    other = dataclasses.replace(model, scheduler=distilled)
+    with pytest.warns(UserWarning, match="its scheduler is LCMScheduler, which") as told:
+        compile_model(other, tmp_path / "bundle", options("ddim:2", "ddim:4"))
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize("preset", ["ddim:2", "ddim:2000"])
 def test_a_solver_that_cannot_work_is_refused_before_the_export(model, calls, tmp_path, preset):
     source = without_scheduler(model) if preset == "ddim:2" else model

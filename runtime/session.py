@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,7 +75,7 @@ class Session:
         needed = [s for s in bundle.segments if s.role in (*LOOP_ROLES, "prompt")]
         self._engines = load_engines(backend, bundle, needed)
         self._tables = solver_tables(SolverConfig.from_json(preset.solver))
-        self._programs: dict[tuple[int, ...], Program] = {}
+        self._programs: dict[tuple[Sizes, int], Program] = {}
         self._lock = backend.device.session_lock()
         self._running = self._closed = False
         self._process = os.getpid()
@@ -366,12 +366,12 @@ class Session:
         if self._graphs is None:
             return None
         modes = modes_of(request.guidance)
-        shape = (*astuple(request.sizes), request.images, request.first, *modes)
+        shape = (request.sizes, request.images, request.first, *modes)
         return LoopGraphs(self._graphs, shape, program.tensors)
 
     def _program(self, sizes: Sizes, images: int) -> Program:
         """The program of these sizes; bound on first use, kept while among the last ``SHAPES``."""
-        key = (*astuple(sizes), images)
+        key = (sizes, images)
         program = self._programs.pop(key, None)
         while program is None and len(self._programs) >= SHAPES:
             oldest = next(iter(self._programs))

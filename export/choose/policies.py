@@ -105,18 +105,16 @@ class Policy(abc.ABC):
         """Read one of the texts in this module's table; ConfigError where it is none."""
         if text.endswith(".json"):
             return Table(Path(text))
-        number = r"(?P<number>(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)"
-        match = re.fullmatch(rf"(?P<prefix>[a-z]*?)(?:{number}|[:-]?max)", text, re.ASCII)
+        match = _TEXT.fullmatch(text)
         kind = _BY_PREFIX.get(match["prefix"]) if match else None
-        value = float(match["number"] or MOST) if match else MOST
-        most = match is not None and match["number"] is None
-        if kind is None or (not kind.takes_most if most else value == MOST):
-            raise ConfigError(
-                f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), xmax (the most "
-                f"there is), ms250 (latency), every3, deepcache3, smooth0.1 or FILE.json, got "
-                f"{text!r}."
-            )
-        return kind(int(value) if kind.whole and value.is_integer() else value)
+        if match and kind and match["number"] is None and kind.takes_most:
+            return kind(MOST)
+        if match and kind and match["number"] and math.isfinite(number := float(match["number"])):
+            return kind(int(number) if kind.whole and number.is_integer() else number)
+        raise ConfigError(
+            f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), xmax (the most there "
+            f"is), ms250 (latency), every3, deepcache3, smooth0.1 or FILE.json, got {text!r}."
+        )
 
 
 @dataclass(frozen=True)
@@ -367,6 +365,9 @@ _NUMBERED: tuple[type[Numbered], ...] = (
     SmoothCache,
 )  # fmt: skip
 KINDS: tuple[type[Policy], ...] = (Uncached, *_NUMBERED, Table)
+_TEXT = re.compile(
+    r"(?P<prefix>[a-z]*?)(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)|[:-]?max)", re.ASCII
+)
 _BY_PREFIX: dict[str, type[Numbered]] = {"": Threshold, **{kind.prefix: kind for kind in _NUMBERED}}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -31,7 +31,9 @@ Enqueue: TypeAlias = Callable[[], None]
 class GraphKey:
     """Everything that decides what a graph launches, within one session (one preset)."""
 
-    shape: tuple[int, ...]  # sizes, images, first executed step, guidance: one set of addresses
+    shape: tuple[
+        Hashable, ...
+    ]  # sizes, images, first executed step, guidance: one set of addresses
     step: int  # or WHOLE_LOOP
     scratch: int  # generation of the shared activation memory
 
@@ -77,7 +79,7 @@ class GraphPlayer:
             self._settled()
         return False
 
-    def forget(self, sizes: tuple[int, ...]) -> None:
+    def forget(self, sizes: tuple[Hashable, ...]) -> None:
         """Drop the graphs of shapes that begin with ``sizes``: their memory is about to go."""
         for key in [key for key in self._captured if key.shape[: len(sizes)] == sizes]:
             del self._captured[key]
@@ -104,7 +106,7 @@ class LoopGraphs:
     def __init__(
         self,
         player: GraphPlayer,
-        shape: tuple[int, ...],
+        shape: tuple[Hashable, ...],
         tensors: Mapping[str, Tensor],
     ) -> None:
         self._player, self._shape = player, shape

@@ -77,9 +77,10 @@ def options(*presets, **changes):
 def calls(compiled):
     """Names of the measurements that ran; the export copies segments made before."""
     made = []
-    _, source = compiled("sd", 2)
+    bundles = {name: compiled("sd", 2, name)[1] for name in ("float32", "bfloat16")}
 
     def export(model, folder, options, entered):
+        source = bundles[options.precision]
         shutil.copytree(source.folder / "segments", folder, dirs_exist_ok=True)
         return source.segments
 

@@ -33,6 +33,7 @@ from blockcache.export.measure.trial import TrialOptions, mean_distance, trial_l
 from blockcache.export.observer import Observer, qualified
 from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import SourceModel
+from blockcache.runtime.diffusers_config import solver_from_diffusers
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solver import SolverConfig
@@ -279,7 +280,7 @@ def solver_config(model: SourceModel, preset: PresetOptions) -> SolverConfig:
             f"noise schedule it was trained with is in no other place. Save the pipeline's "
             f"scheduler there."
         )
-    return SolverConfig.from_diffusers(model.scheduler, solver=preset.solver, steps=preset.steps)
+    return solver_from_diffusers(model.scheduler, solver=preset.solver, steps=preset.steps)
 
 
 def _digest(*arrays: np.ndarray) -> str:

@@ -28,11 +28,12 @@ from blockcache.runtime.errors import (
 )
 from blockcache.runtime.loop import Denoised, Progress
 from blockcache.runtime.manifest import Manifest
+from blockcache.runtime.noise import NoiseSchedule
 from blockcache.runtime.plan import Alignment, Preset, Schedule, Segment, TensorSpec
 from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.record import RunRecord
 from blockcache.runtime.session import Session
-from blockcache.runtime.solver import NoiseSchedule, SolverConfig
+from blockcache.runtime.solver import SolverConfig
 
 __all__ = [
     "Alignment",

@@ -38,7 +38,11 @@ def finite_number(name: str, value: object) -> float:
         >>> finite_number("guidance_scale", 7.5)
         7.5
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        got = repr(value) if isinstance(value, Real | str) else type(value).__name__
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
+    if isinstance(value, bool) or not math.isfinite(number):
+        got = repr(value) if isinstance(value, float | bool | str) else type(value).__name__
         raise InputError(f"{name}: expected one finite number, got {got}. Pass a float.")
-    return float(value)
+    return number

@@ -181,7 +181,7 @@ def _set_latents(device: Device, program: Program, request: Request, tables: Sol
     """Put the sample and the model input of the first step in place."""
     start = _start(request, tables)
     device.upload(program.tensors["latents"], start)
-    device.upload(program.tensors["history"], np.zeros_like(start))
+    device.upload(program.tensors["previous_x0"], np.zeros_like(start))
     halves = [start * tables.input_scale[request.first]] * (1 if request.guidance is None else 2)
     device.upload(program.tensors["sample"], np.concatenate(halves))
 
@@ -207,7 +207,7 @@ def _solver(
         coefficients,
         request.guidance,
         tensors["latents"],
-        tensors["history"],
+        tensors["previous_x0"],
         tensors["model_output"],
         tensors["sample"],
     )

@@ -86,7 +86,7 @@ class Program:
             self._allocate(spec.name, spec.shape(sizes), spec.dtype)
         latents = (images, *self.tensors["sample"].shape[1:])
         self._allocate("latents", latents, "float32")
-        self._allocate("history", latents, "float32")
+        self._allocate("previous_x0", latents, "float32")
         row_bytes = self._place_row(sizes)
         self.memory = MemoryReport(
             arena=arena_bytes,

@@ -14,152 +14,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.grid import Grid
+from blockcache.runtime.noise import Float32, Float64, NoiseSchedule
+from blockcache.runtime.options import check_types, from_mapping, require
 
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-_Config = TypeVar("_Config", "NoiseSchedule", "SolverConfig")
+SOLVERS = ("ddim", "dpm", "euler")
 
-_ALL = ("ddim", "dpm", "euler")
+READ_BY: dict[str, tuple[str, ...]] = {
+    "set_alpha_to_one": ("ddim",),
+    **dict.fromkeys(("karras", "final_sigma"), ("dpm", "euler")),
+    **dict.fromkeys(("lower_order_final", "euler_at_final"), ("dpm",)),
+}
+"""Options that only some solvers read; with the others they keep their default."""
+
+DERIVES_LEVELS = ("spacing", "steps_offset", "set_alpha_to_one", "karras", "final_sigma")
+"""What decides where the levels lie, unless a grid says it."""
+
 _CHOICES = {
-    "solver": _ALL,
+    "solver": SOLVERS,
     "prediction": ("epsilon", "v_prediction", "sample"),
     "spacing": ("leading", "trailing", "linspace"),
     "final_sigma": ("zero", "sigma_min"),
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
 }
-# Options, ours and diffusers', that only some solvers read. Ours keep their default elsewhere.
-_READ_BY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("set_alpha_to_one", "clip_sample"), ("ddim",)),
-    **dict.fromkeys(("karras", "final_sigma"), ("dpm", "euler")),
-    **dict.fromkeys(("lower_order_final", "euler_at_final", "lambda_min_clipped"), ("dpm",)),
-    **dict.fromkeys(("algorithm_type", "solver_order", "solver_type"), ("dpm",)),
-    **dict.fromkeys(("timestep_type", "interpolation_type", "sigma_min", "sigma_max"), ("euler",)),
-}
-# What decides where the levels lie, unless a grid says it.
-_DERIVES_LEVELS = ("spacing", "steps_offset", "set_alpha_to_one", "karras", "final_sigma")
-# diffusers' options that change the result, and the values that we support.
-_SUPPORTED: dict[str, tuple[object, ...]] = {
-    **dict.fromkeys(("thresholding", "clip_sample", "use_flow_sigmas", "use_lu_lambdas"), (False,)),
-    **dict.fromkeys(("use_exponential_sigmas", "use_beta_sigmas"), (False,)),
-    **dict.fromkeys(("sigma_min", "sigma_max", "snr_shift_scale"), (None,)),
-    **{"solver_order": (2,), "timestep_type": ("discrete",), "interpolation_type": ("linear",)},
-    "algorithm_type": ("dpmsolver++", "deis"),  # diffusers reads deis as dpmsolver++
-    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # and the last three as midpoint
-    "lambda_min_clipped": (-np.inf,),
-    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-}
-_RENAMED = {
-    "num_train_timesteps": "train_timesteps",
-    "rescale_betas_zero_snr": "rescale_zero_snr",
-    "prediction_type": "prediction",
-    "timestep_spacing": "spacing",
-    "use_karras_sigmas": "karras",
-    "final_sigmas_type": "final_sigma",
-}
-_CLASSES = {"DPMSolverMultistepScheduler": "dpm", "EulerDiscreteScheduler": "euler"}
-_CLASSES |= dict.fromkeys(("DDIMScheduler", "DDPMScheduler", "PNDMScheduler"), "ddim")
-
-
-def _require(allowed: bool | np.bool_, name: str, wanted: object, got: object, advice: str) -> None:
-    if not allowed:
-        raise ConfigError(f"{name}: expected {wanted}, got {got!r}. {advice}")
-
-
-def _check_types(config: NoiseSchedule | SolverConfig) -> None:
-    for item in fields(config):
-        value, least = getattr(config, item.name), int(item.name != "steps_offset")
-        checks = {
-            "str": (value in _CHOICES.get(item.name, ()), f"one of {_CHOICES.get(item.name)}"),
-            "bool": (isinstance(value, bool), "true or false"),
-            "int": (type(value) is int and value >= least, f"a whole number >= {least}"),
-            "float": (type(value) in (int, float) and 0 < value < 1, "a number between 0 and 1"),
-        }
-        allowed, wanted = checks.get(str(item.type), (True, ""))
-        _require(allowed, item.name, wanted, value, "Correct it.")
-
-
-def _from_mapping(cls: type[_Config], mapping: Mapping[str, Any]) -> _Config:
-    """``cls(**mapping)``, where unknown and missing keys are a ConfigError."""
-    try:
-        return cls(**mapping)
-    except TypeError as error:
-        wanted = [item.name for item in fields(cls)]
-        raise ConfigError(f"Expected {wanted}, got {mapping!r}. Correct it: {error}.") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseSchedule:
-    """The training noise schedule, by its betas (Ho et al. 2020, eq. 2).
-
-    ``trained_betas`` replace the formula; ``rescale_zero_snr``: Lin et al. 2024, alg. 1.
-    """
-
-    train_timesteps: int = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"
-    trained_betas: tuple[float, ...] | None = None
-    rescale_zero_snr: bool = False
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        if self.trained_betas is not None:
-            object.__setattr__(self, "trained_betas", tuple(map(float, self.trained_betas)))
-            count, T = len(self.trained_betas), self.train_timesteps
-            _require(count == T, "trained_betas", f"{T} (train_timesteps)", count, "Correct it.")
-        levels = self.alphas_cumprod()
-        noisy = levels[:-1] if self.rescale_zero_snr else levels
-        falling = np.all((noisy > 0) & (noisy < 1)) and np.all(np.diff(levels) < 0)
-        wanted = "1 - beta whose products fall, in float32, from below 1 to above 0"
-        _require(falling, "noise", wanted, levels[[0, -1]].tolist(), "Correct the betas.")
-
-    def alphas_cumprod(self) -> Float64:
-        """Cumulative product of 1 - beta (α²), float64 [T]; the last is 0 at zero terminal SNR."""
-        levels = _cumulative_product(self._betas())
-        if self.rescale_zero_snr:
-            root = np.sqrt(levels)
-            root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-            squared = root * root
-            ratios = np.append(squared[:1], squared[1:] / squared[:-1])
-            levels = _cumulative_product(np.float32(1) - ratios)
-        return levels.astype(np.float64)
-
-    def sigmas(self) -> Float64:
-        """Noise-to-signal ratio σ/α, float64 [T]; the last is 4096 at zero terminal SNR."""
-        levels = self.alphas_cumprod().astype(np.float32)
-        if self.rescale_zero_snr:
-            levels[-1] = 2.0**-24  # as diffusers, so that it is finite
-        return np.asarray(np.sqrt((np.float32(1) - levels) / levels), dtype=np.float64)
-
-    def _betas(self) -> Float32:
-        T = self.train_timesteps
-        if self.trained_betas is not None:
-            return np.asarray(self.trained_betas, dtype=np.float32)
-        if self.beta_schedule == "squaredcos_cap_v2":
-            bar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
-            return np.asarray(np.minimum(1 - bar[1:] / bar[:-1], 0.999), dtype=np.float32)
-        power = 2 if self.beta_schedule == "scaled_linear" else 1
-        root = _linspace32(self.beta_start ** (1 / power), self.beta_end ** (1 / power), T)
-        return np.asarray(root**power, dtype=np.float32)
-
-
-def _cumulative_product(betas: Float32) -> Float32:
-    return np.cumprod((np.float32(1) - betas).astype(np.float64)).astype(np.float32)
-
-
-def _linspace32(start: float, end: float, count: int) -> Float32:
-    """torch.linspace in float32: float32 ends and step, each half counted from its own end."""
-    first, last, index = np.float32(start), np.float32(end), np.arange(count)
-    step = float((last - first) / np.float32(max(count - 1, 1)))
-    low, high = float(first) + step * index, float(last) - step * (count - 1 - index)
-    return np.where(index < max(count // 2, 1), low, high).astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,54 +73,26 @@ class SolverConfig:
     grid: Grid | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self, _CHOICES)
         T = self.noise.train_timesteps
         if self.grid is not None:
             self._check_grid(self.grid)
-        _require(self.steps <= T, "steps", f"at most {T}", self.steps, "Training had no more.")
+        require(self.steps <= T, "steps", f"at most {T}", self.steps, "Training had no more.")
         for item in fields(self):
-            value, readers = getattr(self, item.name), _READ_BY.get(item.name, _ALL)
+            value, readers = getattr(self, item.name), READ_BY.get(item.name, SOLVERS)
             read, wanted = self.solver in readers, f"{item.default!r} with solver {self.solver!r}"
             advice = f"Only {' and '.join(readers)} read it: leave it out."
-            _require(read or value == item.default, item.name, wanted, value, advice)
+            require(read or value == item.default, item.name, wanted, value, advice)
 
     def _check_grid(self, grid: Grid) -> None:
         """A grid fits the steps, and nothing else says where they lie."""
         S, T = self.steps, self.noise.train_timesteps
-        _require(grid.steps == S, "grid", f"{S} levels, one a step", grid.steps, "Correct it.")
+        require(grid.steps == S, "grid", f"{S} levels, one a step", grid.steps, "Correct it.")
         wanted = f"timesteps below {T} (train_timesteps)"
-        _require(max(grid.timesteps) < T, "grid", wanted, max(grid.timesteps), "Correct it.")
-        for name in _DERIVES_LEVELS:
+        require(max(grid.timesteps) < T, "grid", wanted, max(grid.timesteps), "Correct it.")
+        for name in DERIVES_LEVELS:
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            _require(value == default, name, f"{default!r} beside a grid", value, "Leave it out.")
-
-    @classmethod
-    def from_diffusers(
-        cls, scheduler_config: Mapping[str, Any], *, solver: str | None = None, steps: int,
-        spacing: str | None = None, grid: Grid | None = None,
-    ) -> SolverConfig:  # fmt: skip
-        """Read a ``scheduler_config.json`` of diffusers, whichever scheduler wrote it.
-
-        It means what ``Target.from_config`` makes of it there: an absent option has the target's
-        default, except that an absent ``clip_sample`` is true only for DDIM and DDPM. ``solver``
-        None: the class's own (DDPM, PNDM: ddim). ``spacing`` and ``grid`` take the place of where
-        the config puts the levels. ConfigError names what would change the result.
-        """
-        unset = scheduler_config.get("_use_default_values", ())
-        given = {k: v for k, v in scheduler_config.items() if k not in unset and v is not None}
-        solver = solver or _CLASSES.get(str(scheduler_config.get("_class_name")), "")
-        _refuse_unsupported(scheduler_config, given, solver)
-        given = {_RENAMED.get(key, key): value for key, value in given.items()}
-        noise = {f.name: given[f.name] for f in fields(NoiseSchedule) if f.name in given}
-        read = [f.name for f in fields(cls) if solver in _READ_BY.get(f.name, _ALL)]
-        options: dict[str, Any] = {"spacing": "leading" if solver == "ddim" else "linspace"}
-        options |= {name: given[name] for name in read if name in given}
-        options |= {} if spacing is None else {"spacing": spacing}
-        if spacing is not None or grid is not None:
-            options.pop("karras", None)
-        if grid is not None:
-            options = {k: v for k, v in options.items() if k not in _DERIVES_LEVELS}
-        return cls(solver=solver, steps=steps, noise=NoiseSchedule(**noise), grid=grid, **options)
+            require(value == default, name, f"{default!r} beside a grid", value, "Leave it out.")
 
     def to_json(self) -> dict[str, Any]:
         """Every option, as values that JSON has."""
@@ -250,37 +102,25 @@ class SolverConfig:
     def from_json(cls, mapping: Mapping[str, Any]) -> SolverConfig:
         """The inverse of ``to_json``; unknown and missing keys are a ConfigError."""
         if isinstance(mapping, Mapping) and "noise" in mapping:
-            mapping = {**mapping, "noise": _from_mapping(NoiseSchedule, mapping["noise"])}
+            mapping = {**mapping, "noise": from_mapping(NoiseSchedule, mapping["noise"])}
         if isinstance(mapping, Mapping) and mapping.get("grid") is not None:
             mapping = {**mapping, "grid": Grid.from_json(mapping["grid"])}
-        return _from_mapping(cls, mapping)
-
-
-def _refuse_unsupported(source: Mapping[str, Any], given: Mapping[str, Any], solver: str) -> None:
-    name, advice = source.get("_class_name"), "Name one: this scheduler stands for none."
-    _require(solver in _ALL, "solver", f"one of {_ALL} for {name}", solver, advice)
-    betas, advice = {"beta_schedule", "trained_betas"} & set(source), "Use a DDPM-like model."
-    _require(bool(betas), "beta_schedule", "the noise schedule of the training", name, advice)
-    if name in ("DDIMScheduler", "DDPMScheduler"):
-        given = {"clip_sample": True, **given}
-    for key, values in _SUPPORTED.items():
-        if key in given and solver in _READ_BY.get(key, _ALL):
-            advice = f"Solver {solver!r} has nothing else; change it only if the model allows."
-            _require(given[key] in values, key, f"one of {values}", given[key], advice)
+        return from_mapping(cls, mapping)
 
 
 @dataclass(frozen=True, eq=False)
 class SolverTables:
     """A solver bound to its steps: tables indexed by step 0 ... S-1.
 
-    A row is c_sample, c_model, c_history0, c_history1, d_sample, d_model, next_input_scale, 0:
-    x' = c_sample x + c_model g + c_history0 h0 + c_history1 h1, then h0' = d_sample x + d_model g,
-    and the model sees next_input_scale x'. A history whose coefficient is 0 is never read.
+    A row is c_sample, c_model, c_previous, 0, d_sample, d_model, next_input_scale, 0. With h the x0
+    that the step before predicted, the step makes x' = c_sample x + c_model g + c_previous h, then
+    h' = d_sample x + d_model g, and the model sees next_input_scale x'. Where c_previous is 0, h is
+    never read. (The kernels could read two tensors of this kind: their history0 and history1.)
     """
 
     timesteps: Float32  # [S], what the model is conditioned on; fractional for some Euler steps
     coefficients: Float32  # [S, 8]
-    first: Float32  # [S, 8], the row of a step that is the first one executed: no history yet
+    first: Float32  # [S, 8], the row of a step that is the first one executed: no h yet
     input_scale: Float32  # [S], model input = input_scale * sample
     noising: Float32  # [S, 2], sample of the step = noising[:, 0] * x0 + noising[:, 1] * noise
     initial_scale: float  # sample at step 0 = initial_scale * standard normal noise
@@ -296,15 +136,16 @@ def solver_tables(config: SolverConfig) -> SolverTables:
     timesteps, alpha, sigma, alpha_to, sigma_to = _visited_levels(config)
     kept, weight = sigma_to / sigma, alpha_to - alpha * sigma_to / sigma
     p_sample, p_model = _data_prediction(config.prediction, alpha, sigma)
-    one, history = np.ones_like(alpha), float(config.solver == "dpm")
+    one, multistep = np.ones_like(alpha), float(config.solver == "dpm")
     # Euler's sample is x/α: c_sample and c_model change unit, from this level's to the next one's.
     scale, scale_to = (alpha, alpha_to) if config.solver == "euler" else (one, one)
 
     def rows(k: Float64) -> Float32:
         c_sample = (kept + weight * (1 + k) * p_sample) * scale / scale_to
-        c_model, c_history = weight * (1 + k) * p_model / scale_to, -weight * k
-        prediction, next_scale = (history * p_sample, history * p_model), np.append(scale[1:], 1.0)
-        columns = (c_sample, c_model, c_history, 0 * one, *prediction, next_scale, 0 * one)
+        c_model, c_previous = weight * (1 + k) * p_model / scale_to, -weight * k
+        prediction = multistep * p_sample, multistep * p_model
+        next_scale = np.append(scale[1:], 1.0)
+        columns = (c_sample, c_model, c_previous, 0 * one, *prediction, next_scale, 0 * one)
         return np.stack(columns, axis=1).astype(np.float32)
 
     initial = 1 / scale[0] if config.spacing == "leading" else np.max(sigma / scale)
@@ -326,7 +167,7 @@ def _data_prediction(prediction: str, alpha: Float64, sigma: Float64) -> tuple[F
         return alpha, -sigma
     wanted = "v_prediction or sample, as the first step is pure noise (rescale_zero_snr)"
     advice = "Use spacing 'leading' if the model does predict epsilon."
-    _require(np.all(alpha > 0), "prediction", wanted, prediction, advice)
+    require(np.all(alpha > 0), "prediction", wanted, prediction, advice)
     return 1 / alpha, -sigma / alpha
 
 
@@ -338,7 +179,7 @@ def _extrapolation(config: SolverConfig, *levels: Float64) -> Float64:
         end = config.steps - low_end
         alpha, sigma, alpha_to, sigma_to = (level[:end] for level in levels)
         h = np.log(alpha_to * sigma / (alpha * sigma_to))
-        _require(np.all(h[:-1] > 0), "steps", "noise to fall at each", config.steps, "Use fewer.")
+        require(np.all(h[:-1] > 0), "steps", "noise to fall at each", config.steps, "Use fewer.")
         k[1:end] = h[1:] / h[:-1] / 2
     return k
 
@@ -354,7 +195,7 @@ def _timesteps(config: SolverConfig) -> Float64:
         spaced = spaced.astype(np.float32) if config.solver == "euler" else np.round(spaced)
     else:
         spaced = np.round(np.arange(T, 0, -T / S)) - 1
-    _require(len(spaced) == S, "steps", "a number that 'trailing' can do", S, "Take one less.")
+    require(len(spaced) == S, "steps", "a number that 'trailing' can do", S, "Take one less.")
     return spaced.astype(np.float64)
 
 
@@ -378,7 +219,7 @@ def _ddim_levels(config: SolverConfig) -> tuple[Float64, ...]:
     """Timesteps, then α, σ of each step and α', σ' that it goes to: T // S timesteps below."""
     levels, timesteps = config.noise.alphas_cumprod(), _timesteps(config)
     index, T = timesteps.astype(np.int64), config.noise.train_timesteps
-    _require(index[0] < T, "steps_offset", f"timesteps below {T}", int(index[0]), "Lower it.")
+    require(index[0] < T, "steps_offset", f"timesteps below {T}", int(index[0]), "Lower it.")
     below = index - T // config.steps
     end = 1.0 if config.set_alpha_to_one else levels[0]
     here, there = levels[index], np.where(below >= 0, levels[np.maximum(below, 0)], end)
@@ -401,24 +242,24 @@ def _sigma_levels(config: SolverConfig) -> tuple[Float64, ...]:
 
 
 def solver_step_numpy(
-    row: Float32, guidance_scale: float | None, sample: Float32, history: Float32 | None,
+    row: Float32, guidance_scale: float | None, sample: Float32, previous_x0: Float32 | None,
     model_output: Float32, next_input: Float32 | None, scratch: Float32,
 ) -> None:  # fmt: skip
-    """Run one table row in place: ``sample`` and ``history`` [N, M] become the next step's.
+    """Run one table row in place: ``sample`` and ``previous_x0`` [N, M] become the next step's.
 
     ``model_output`` is [N, M], or with guidance [2N, M], the unconditional half first; likewise
     ``next_input``, whose halves are equal. ``scratch`` [N, M] is overwritten. Nothing is allocated.
     """
-    if history is None:
+    if previous_x0 is None:
         sample *= row[0]
     else:
         scratch.fill(0)
-        if row[2]:  # an unwritten history may hold NaN
-            np.multiply(history, row[2], out=scratch)
-        np.multiply(sample, row[4], out=history)
+        if row[2]:  # what no step has written may be NaN
+            np.multiply(previous_x0, row[2], out=scratch)
+        np.multiply(sample, row[4], out=previous_x0)
         sample *= row[0]
         sample += scratch
-        history += _guided(model_output, guidance_scale, row[5], scratch)
+        previous_x0 += _guided(model_output, guidance_scale, row[5], scratch)
     sample += _guided(model_output, guidance_scale, row[1], scratch)
     if next_input is not None:
         np.multiply(sample, row[6], out=next_input[: len(sample)])

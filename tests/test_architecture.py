@@ -97,7 +97,8 @@ BELOW = {
     "kernels": ("kernels",),
 }
 EXPORT_MAY_USE = (
-    ("plan",), ("provenance",), ("grid",), ("solver",), ("errors",), ("files",),
+    ("plan",), ("provenance",), ("grid",), ("noise",), ("solver",), ("diffusers_config",),
+    ("errors",), ("files",),
     ("bundle",), ("bundle_files",), ("manifest",), ("tensor_files",), ("strict_json",),
     ("engines", "files"), ("engines", "onnxruntime_library"),
 )  # fmt: skip

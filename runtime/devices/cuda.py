@@ -230,12 +230,12 @@ class CudaDevice:
         coefficients: np.ndarray,
         guidance: Guidance | None,
         latents: Tensor,
-        history: Tensor,
+        previous_x0: Tensor,
         model_output: Tensor,
         model_input: Tensor,
     ) -> StepFunction:
         """The fused CUDA kernel; tables keep their address from request to request."""
-        tensors = (latents, history, model_output, model_input)
+        tensors = (latents, previous_x0, model_output, model_input)
         return self._solvers.bind(self, self.stream, coefficients, guidance, *tensors)
 
     def model_input(self, scales: np.ndarray, latents: Tensor, model_input: Tensor) -> StepFunction:

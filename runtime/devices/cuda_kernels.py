@@ -77,7 +77,7 @@ class SolverKernel:
         guided: bool,
         rescaled: bool,
         latents: Tensor,
-        history: Tensor,
+        previous_x0: Tensor,
         model_output: Tensor,
         model_input: Tensor,
     ) -> None:
@@ -92,11 +92,11 @@ class SolverKernel:
             self._rescale = (*(tensor.pointer for tensor in tensors), images, M, dtype)
         self._arguments = kernels.GuidedSolverStepArgs(
             next_sample=latents.pointer,
-            history_out=history.pointer,
+            history_out=previous_x0.pointer,
             next_input=model_input.pointer,
             sample=latents.pointer,
             model_out=model_output.pointer,
-            history0=history.pointer,
+            history0=previous_x0.pointer,
             table=self._table.pointer,
             guidance=self._guidance.pointer if guided else None,
             rescale=self._factors.pointer if rescaled else None,
@@ -129,7 +129,7 @@ def bind_model_input(
 ) -> StepFunction:
     """The solver's kernel with rows that leave the sample as it is and write the model input.
 
-    Their coefficients of model output and history are 0: the kernel reads neither.
+    Their coefficients of model output and previous x0 are 0: the kernel reads neither.
     """
     library, images = cuda_library(), latents.shape[0]
     rows = np.zeros((len(scales), kernels.ROW), np.float32)

@@ -65,14 +65,19 @@ class Device(Protocol):
         coefficients: np.ndarray,
         guidance: Guidance | None,
         latents: Tensor,
-        history: Tensor,
+        previous_x0: Tensor,
         model_output: Tensor,
         model_input: Tensor,
     ) -> StepFunction:
         """A function that does guidance and the solver update of ``step``, in place.
 
-        ``coefficients`` is float32 [S, 8] (``SolverTables``), latents and history float32
-        [N, C, H, W], model output and input [2N, C, H, W], or [N, ...] without guidance.
+        Args:
+            coefficients: float32 [S, 8], see ``SolverTables``.
+            guidance: None without guidance.
+            latents: float32 [N, C, H, W], read and written.
+            previous_x0: float32 [N, C, H, W], what the step before predicted; read and written.
+            model_output: [2N, C, H, W], the unconditional half first, or [N, ...] without guidance.
+            model_input: shaped alike; the next step's is written.
         """
 
     def model_input(self, scales: np.ndarray, latents: Tensor, model_input: Tensor) -> StepFunction:

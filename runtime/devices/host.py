@@ -58,13 +58,13 @@ class HostDevice:
         coefficients: np.ndarray,
         guidance: Guidance | None,
         latents: Tensor,
-        history: Tensor,
+        previous_x0: Tensor,
         model_output: Tensor,
         model_input: Tensor,
     ) -> StepFunction:
         """The compiled kernel, or numpy."""
         images = latents.shape[0]
-        sample, past = (_view(t).reshape(images, -1) for t in (latents, history))
+        sample, past = (_view(t).reshape(images, -1) for t in (latents, previous_x0))
         output, following = (_view(t).reshape(t.shape[0], -1) for t in (model_output, model_input))
         bind = _bind_kernels if kernels.host_available() else _bind_numpy
         with kernel_errors():
@@ -131,15 +131,15 @@ def _bind_kernels(
     following: np.ndarray,
 ) -> StepFunction:
     """The solver step as one pass of compiled code, and one before it for the rescale's factors."""
-    uses_history = bool(coefficients[:, 2:6].any())
+    is_multistep = bool(coefficients[:, 2:6].any())
     factors = np.empty(len(sample), np.float32) if modes_of(guidance)[1] else None
     solver_step = kernels.bind_guided_solver_step(
         sample,
         sample=sample,
         model_out=output,
         table=coefficients,
-        history_out=past if uses_history else None,
-        history0=past if uses_history else None,
+        history_out=past if is_multistep else None,
+        history0=past if is_multistep else None,
         next_input=following,
         guidance=None if guidance is None else guidance.scale,
         rescale=factors,

@@ -35,7 +35,7 @@ from blockcache.export.measure.change import ProfileOptions, measure_change
 from blockcache.export.measure.sampling import Sampling
 from blockcache.export.measurements import CalibrationOptions
 from blockcache.export.pipeline import CompileOptions, compile_model
-from blockcache.runtime.solver import SolverConfig
+from blockcache.runtime.diffusers_config import solver_from_diffusers
 
 PROFILE = ProfileOptions(prompts=2, seeds=2, images_at_once=2)  # four images in two batches
 
@@ -411,7 +411,7 @@ def test_a_solver_that_cannot_work_is_refused_before_the_export(model, calls, tm
 def test_a_profile_is_the_same_in_any_batching_and_after_any_interrupt(
     model, calibration, tmp_path, monkeypatch
 ):
-    solver = SolverConfig.from_diffusers(model.scheduler, solver="ddim", steps=2)
+    solver = solver_from_diffusers(model.scheduler, solver="ddim", steps=2)
     sampling = Sampling(model, solver, calibration, 3.0)
 
     def measured(images_at_once, checkpoint=None):

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockcache.runtime import solver as module
+from blockcache.runtime.diffusers_config import solver_from_diffusers
 from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.noise import NoiseSchedule
 from blockcache.runtime.solver import (
-    NoiseSchedule,
     SolverConfig,
     SolverTables,
     solver_step_numpy,
@@ -144,7 +145,7 @@ def compare(solver, steps, options, starts=(0,)):
     x = random.normal(size=(N, M)).astype(np.float32)
     source = json.loads(scheduler.to_json_string())
     try:
-        tables = solver_tables(SolverConfig.from_diffusers(source, steps=steps))
+        tables = solver_tables(solver_from_diffusers(source, steps=steps))
     except ConfigError:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -249,7 +250,7 @@ def test_dpm_timesteps_may_repeat():
     options = {**SD, **KARRAS, "timestep_spacing": "linspace"}
     assert compare("dpm", 50, options)
     source = {"_class_name": "DPMSolverMultistepScheduler", **options}
-    times = solver_tables(SolverConfig.from_diffusers(source, steps=50)).timesteps
+    times = solver_tables(solver_from_diffusers(source, steps=50)).timesteps
     assert len(set(times.tolist())) < len(times)
 
 
@@ -263,7 +264,7 @@ def test_reads_every_class_as_diffusers_does(source, solver):
     saved = own(**{key: value for key, value in options.items() if key in parameters})
     target = diffusers_class(solver).from_config(saved.config)
     target.set_timesteps(10)
-    tables = solver_tables(SolverConfig.from_diffusers(saved.config, solver=solver, steps=10))
+    tables = solver_tables(solver_from_diffusers(saved.config, solver=solver, steps=10))
     np.testing.assert_allclose(tables.timesteps, target.timesteps.numpy(), rtol=1e-6)
     if not getattr(target.config, "clip_sample", False):
         x = np.random.default_rng(1).normal(size=(N, M)).astype(np.float32)
@@ -397,7 +398,7 @@ def test_json_keeps_trained_betas():
 
 def step_arrays(rows):
     random = np.random.default_rng(4)
-    shapes = {"sample": N, "history": N, "model_output": rows, "next_input": rows, "scratch": N}
+    shapes = {"sample": N, "previous_x0": N, "model_output": rows, "next_input": rows, "scratch": N}
     return {k: random.normal(size=(n, M)).astype(np.float32) for k, n in shapes.items()}
 
 
@@ -405,12 +406,12 @@ def step_arrays(rows):
 def test_step_is_the_documented_formula(rows):
     row = np.array([0.9, -0.3, 0.2, 0, 1.1, -0.7, 0.5, 0], dtype=np.float32)
     now = step_arrays(rows)
-    x, h, out = (now[k].astype(np.float64) for k in ("sample", "history", "model_output"))
+    x, h, out = (now[k].astype(np.float64) for k in ("sample", "previous_x0", "model_output"))
     g = out if rows == N else out[:N] + 7.5 * (out[N:] - out[:N])
     solver_step_numpy(row, 7.5, **now)
     wanted = row[0] * x + row[1] * g + row[2] * h
     np.testing.assert_allclose(now["sample"], wanted, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(now["history"], row[4] * x + row[5] * g, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(now["previous_x0"], row[4] * x + row[5] * g, rtol=1e-5, atol=1e-5)
     repeated = np.tile(row[6] * now["sample"], (rows // N, 1))
     np.testing.assert_array_equal(now["next_input"], repeated)
 
@@ -419,7 +420,7 @@ def test_step_without_history_or_next_input():
     row = np.array([0.9, -0.3, 0, 0, 0, 0, 1, 0], dtype=np.float32)
     now = step_arrays(N)
     wanted = row[0] * now["sample"] + row[1] * now["model_output"]
-    solver_step_numpy(row, None, **{**now, "history": None, "next_input": None})
+    solver_step_numpy(row, None, **{**now, "previous_x0": None, "next_input": None})
     np.testing.assert_allclose(now["sample"], wanted, rtol=1e-6)
 
 
@@ -527,20 +528,20 @@ def test_table_errors(options, message):
 )
 def test_diffusers_options_refused_by_name(solver, options, name):
     with pytest.raises(ConfigError, match=f"^{name}: expected .*, got .*"):
-        SolverConfig.from_diffusers({**SD, **options}, solver=solver, steps=10)
+        solver_from_diffusers({**SD, **options}, solver=solver, steps=10)
 
 
 def test_a_config_without_betas_is_refused():
     source = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
     with pytest.raises(ConfigError, match=r"beta_schedule: expected .*, got 'FlowMatchEuler"):
-        SolverConfig.from_diffusers(source, solver="euler", steps=10)
+        solver_from_diffusers(source, solver="euler", steps=10)
 
 
 def test_options_of_other_solvers_are_not_read():
     source = {**SD, "clip_sample": True, "solver_order": 3, "use_karras_sigmas": True}
-    assert SolverConfig.from_diffusers(source, solver="euler", steps=5).karras
+    assert solver_from_diffusers(source, solver="euler", steps=5).karras
     source["clip_sample"] = False
-    assert not SolverConfig.from_diffusers(source, solver="ddim", steps=5).karras
+    assert not solver_from_diffusers(source, solver="ddim", steps=5).karras
 
 
 @pytest.mark.parametrize(

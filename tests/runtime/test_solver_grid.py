@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from blockcache.runtime import ConfigError, SolverConfig
+from blockcache.runtime.diffusers_config import solver_from_diffusers
 from blockcache.runtime.grid import Grid
-from blockcache.runtime.solver import NoiseSchedule, solver_tables
+from blockcache.runtime.noise import NoiseSchedule
+from blockcache.runtime.solver import solver_tables
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SOURCE = {"_class_name": "DPMSolverMultistepScheduler", **BETAS, "prediction_type": "v_prediction"}
@@ -79,7 +81,7 @@ def test_a_grid_that_does_not_fit_is_refused(options, message):
 
 def test_a_grid_takes_the_place_of_what_the_scheduler_says():
     source = {**SOURCE, "use_karras_sigmas": True, "timestep_spacing": "trailing"}
-    made = SolverConfig.from_diffusers(source, solver="dpm", steps=GRID.steps, grid=GRID)
+    made = solver_from_diffusers(source, solver="dpm", steps=GRID.steps, grid=GRID)
     assert (made.grid, made.karras) == (GRID, False)
 
 

@@ -15,7 +15,7 @@ from blockcache.export.choose.grids import (
 )
 from blockcache.runtime import ConfigError
 from blockcache.runtime.grid import Grid
-from blockcache.runtime.solver import NoiseSchedule
+from blockcache.runtime.noise import NoiseSchedule
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TRAINING = NoiseSchedule(**NOISE).sigmas()

@@ -19,7 +19,7 @@ from blockcache.export.measure.residuals import (  # noqa: E402
 from blockcache.export.measure.reuse import HISTORY, PLAIN, REUSES, SCALE_SHIFT  # noqa: E402
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.runtime import ConfigError  # noqa: E402
-from blockcache.runtime.solver import SolverConfig  # noqa: E402
+from blockcache.runtime.diffusers_config import solver_from_diffusers  # noqa: E402
 
 STEPS, CHANNELS, SAMPLES = 5, 3, 40
 seeds = st.integers(0, 2**32 - 1)
@@ -131,7 +131,7 @@ def test_a_u_net_is_measured_on_its_own_outputs(tiny_models, conditions_of):
     """All channels and positions sampled: plain ratios are those of the whole outputs."""
     model = tiny_models("one-level")
     calibration = Calibration(conditions_of(model, 4), conditions_of(model, 1, seed=5))
-    solver = SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=3)
+    solver = solver_from_diffusers(model.scheduler, solver="dpm", steps=3)
     sampling = Sampling(model, solver, calibration, 3.0)
     options = ResidualOptions(images=2, channels=999, positions=9999)
     heard = []

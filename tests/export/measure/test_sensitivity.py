@@ -15,7 +15,7 @@ from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.export.measure.sensitivity import SensitivityOptions, measure_sensitivity  # noqa: E402
 from blockcache.runtime import ConfigError, Schedule  # noqa: E402
-from blockcache.runtime.solver import SolverConfig  # noqa: E402
+from blockcache.runtime.diffusers_config import solver_from_diffusers  # noqa: E402
 
 STEPS, SCALE = 3, 3.0
 OPTIONS = SensitivityOptions(images=2)
@@ -29,7 +29,7 @@ def model(tiny_models):
 @pytest.fixture(scope="module")
 def sampling(model, conditions_of):
     calibration = Calibration(conditions_of(model, 4), conditions_of(model, 1, seed=5))
-    solver = SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=STEPS)
+    solver = solver_from_diffusers(model.scheduler, solver="dpm", steps=STEPS)
     return Sampling(model, solver, calibration, SCALE)
 
 

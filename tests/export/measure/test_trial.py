@@ -12,7 +12,7 @@ from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.export.measure.trial import TrialOptions, mean_distance, trial_latents  # noqa: E402
 from blockcache.runtime import Alignment, ConfigError, Schedule  # noqa: E402
-from blockcache.runtime.solver import SolverConfig  # noqa: E402
+from blockcache.runtime.diffusers_config import solver_from_diffusers  # noqa: E402
 
 
 def test_the_distance_is_relative_and_a_mean_over_images():
@@ -29,7 +29,7 @@ def test_a_trial_of_nothing_is_refused():
 def test_a_trial_is_the_cached_loop_on_its_own_noise(tiny_models, conditions_of):
     model = tiny_models("one-level")
     calibration = Calibration(conditions_of(model, 4), conditions_of(model, 1, seed=5))
-    solver = SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=2)
+    solver = solver_from_diffusers(model.scheduler, solver="dpm", steps=2)
     sampling = Sampling(model, solver, calibration, 3.0)
     schedule = Schedule(np.array([[True] * len(model.blocks), [False] * len(model.blocks)]))
     alignment = Alignment.identity(2, tuple(block.channels for block in model.blocks), 2)

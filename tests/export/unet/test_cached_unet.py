@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.runtime import Alignment, Schedule  # noqa: E402
-from blockcache.runtime.solver import SolverConfig  # noqa: E402
+from blockcache.runtime.diffusers_config import solver_from_diffusers  # noqa: E402
 
 STEPS = 4
 
@@ -22,7 +22,7 @@ STEPS = 4
 def sampling(tiny_models, conditions_of):
     model = tiny_models("one-level")
     calibration = Calibration(conditions_of(model, 2), conditions_of(model, 1, seed=5))
-    solver = SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=STEPS)
+    solver = solver_from_diffusers(model.scheduler, solver="dpm", steps=STEPS)
     return Sampling(model, solver, calibration, 3.0)
 
 

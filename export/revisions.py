@@ -59,7 +59,7 @@ REVISIONS: Mapping[str, Revision] = {
     "trial": Revision(1, "ff7e63b392c2e095", (*_SAMPLING, "export/measure/trial.py")),
     "preset": Revision(
         1,
-        "6c63394510db9eba",
+        "012e0e463f7c79f4",
         (
             "export/choose/*.py",
             "export/costs/*.py",

@@ -142,8 +142,8 @@ class Table(Policy):
 
     @property
     def text(self) -> str:
-        """The file's name, in the letters that names may have."""
-        return re.sub(r"[^A-Za-z0-9._-]", "-", self.file.stem)
+        """The file's name, 60 characters at most, in the letters that names may have."""
+        return re.sub(r"[^A-Za-z0-9._-]", "-", self.file.stem[:60])
 
     def check_blocks(self, steps: int, blocks: int) -> None:
         """The file is there and fits."""

@@ -122,6 +122,7 @@ def test_different_kinds_with_the_same_value_have_different_names():
 
 def test_a_table_is_named_after_its_file():
     assert Policy.parse("/some/where/my best (2).json").text == "my-best--2-"
+    assert Policy.parse(f"{'long' * 50}.json").text == "long" * 15
 
 
 UNREADABLE = [

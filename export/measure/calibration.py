@@ -69,9 +69,9 @@ class Calibration:
     def sha256(self) -> str:
         """Of all names, shapes and values."""
         digest = hashlib.sha256()
-        for side in (self.positive, self.negative):
-            for name, values in sorted(side.items()):
-                digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        for side, tensors in (("positive", self.positive), ("negative", self.negative)):
+            for name, values in sorted(tensors.items()):
+                digest.update(f"{side} {name} {values.dtype} {values.shape}".encode())
                 digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()
 

@@ -146,3 +146,20 @@ def test_the_unconditional_half_of_an_image_embedding_is_zeros():
     np.testing.assert_array_equal(picked["time_ids"], np.full((4, 6), 64))
     numbers = Calibration({"class_labels": np.array([3, 4])}, {})
     np.testing.assert_array_equal(numbers.pick([0, 1], guided=True)["class_labels"], [3, 4, 3, 4])
+
+
+def test_the_hash_tells_calibrations_apart():
+    """By names, sides, types, shapes and values, and by nothing else."""
+    states = np.arange(8, dtype=np.float32).reshape(1, 2, 4)
+    plain = Calibration({"a": states, "b": states}, {"a": states})
+    assert Calibration({"b": states, "a": states.copy()}, {"a": states}).sha256 == plain.sha256
+    others = [
+        Calibration({"a": states, "c": states}, {"a": states}),
+        Calibration({"a": states, "b": states}, {"a": states + 1}),
+        Calibration({"a": states, "b": states.reshape(1, 4, 2)}, {"a": states}),
+        Calibration({"a": states, "b": states.view(np.int32)}, {"a": states}),
+        Calibration({"a": states}, {"b": states, "a": states}),
+        Calibration({"a": states, "b": states, "c": states}, {}),
+        Calibration({"a": states, "b": states}, {"c": states}),
+    ]
+    assert len({calibration.sha256 for calibration in [plain, *others]}) == len(others) + 1

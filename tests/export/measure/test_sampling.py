@@ -1,0 +1,97 @@
+"""What a measurement runs on: noise, prompts, guidance, and weights of the precision asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from blockcache.export.measure.calibration import Calibration  # noqa: E402
+from blockcache.export.measure.sampling import Sampling  # noqa: E402
+from blockcache.runtime.solver import SolverConfig  # noqa: E402
+
+PROMPTS = 3
+jobs = st.tuples(st.integers(0, PROMPTS - 1), st.integers(0, 2**31))
+
+
+@pytest.fixture(scope="module")
+def sampling(tiny_models, conditions_of):
+    model = tiny_models("one-level")
+    calibration = Calibration(conditions_of(model, PROMPTS), conditions_of(model, 1, seed=5))
+    solver = SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=4)
+    return Sampling(model, solver, calibration, 3.0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(jobs, min_size=1, max_size=4))
+def test_a_job_has_its_noise_in_any_batch(sampling, many):
+    together = sampling.noise(many)
+    assert together.shape == (len(many), 4, 16, 16)
+    for each, job in zip(together, many, strict=True):
+        assert torch.equal(each, sampling.noise([job])[0])
+
+
+def test_other_seeds_and_other_prompts_are_other_noise(sampling):
+    noise = sampling.noise([(0, 0), (1, 0), (0, 1)])
+    assert not any(torch.equal(noise[a], noise[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+@given(st.integers(1, 40))
+def test_prompts_are_spread_evenly(sampling, images):
+    spread = sampling.spread_prompts(images)
+    counts = np.bincount(spread, minlength=PROMPTS)
+    assert len(spread) == images
+    assert spread == sorted(spread)
+    if images >= PROMPTS:
+        assert counts.max() - counts.min() <= 1
+    else:
+        assert counts.max() == 1
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_denoiser_sees_both_halves_where_guidance_is_on(sampling, guidance_scale):
+    """Off, the unconditional prompt does not matter; on, it does."""
+    ends = []
+    for shift in (0.0, 1.0):
+        negative = {
+            name: values + np.float32(shift)
+            for name, values in sampling.calibration.negative.items()
+        }
+        calibration = dataclasses.replace(sampling.calibration, negative=negative)
+        changed = dataclasses.replace(
+            sampling, calibration=calibration, guidance_scale=guidance_scale
+        )
+        with changed.cached_unet() as cached:
+            denoiser, noise = changed.begin(cached, [(0, 0)])
+            ends.append(denoiser.denoise(noise, changed.uncached))
+    assert torch.equal(*ends) == (guidance_scale == 1.0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_the_unet_has_weights_of_the_precision_in_float32(sampling, precision):
+    weights = dict(sampling.model.unet.named_parameters())
+    with dataclasses.replace(sampling, precision=precision).cached_unet() as cached:
+        for name, weight in cached.model.unet.named_parameters():
+            original = weights[name.replace(".inner.", ".")]
+            assert torch.equal(weight, original.to(getattr(torch, precision)).float())
+    assert not any("inner" in name for name, _ in sampling.model.unet.named_parameters())
+
+
+def test_the_model_is_whole_again_after_an_error(sampling):
+    names = list(sampling.model.unet.state_dict())
+    with pytest.raises(ZeroDivisionError), sampling.cached_unet():
+        raise ZeroDivisionError
+    assert list(sampling.model.unet.state_dict()) == names
+
+
+def test_the_schedule_and_the_steps_are_the_solvers(sampling):
+    assert sampling.steps == 4
+    assert sampling.uncached.recompute.shape == (4, len(sampling.model.blocks))
+    assert sampling.uncached.recompute.all()
+    assert sampling.tables is sampling.tables, "made once"

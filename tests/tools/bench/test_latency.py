@@ -15,7 +15,6 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("diffusers")
 
 from blockcache.runtime import (
-    Bundle,
     ConfigError,
     EmptyBackend,
     EngineError,
@@ -68,29 +67,10 @@ def preset_of(bundle, solver, steps, reuse=False):
     )
 
 
-class MadeBundle(Bundle):
-    """A bundle with made-up presets."""
-
-    def __init__(self, bundle, *presets):
-        super().__init__(
-            bundle.folder, bundle.manifest, bundle.presets, bundle.graphs, bundle.files
-        )
-        object.__setattr__(self, "made", {preset.name: preset for preset in presets})
-
-    @property
-    def preset_names(self):
-        return tuple(self.made)
-
-    def preset(self, name):
-        if name not in self.made:
-            raise UnknownPresetError(f"Expected a preset of {list(self.made)}, got {name!r}.")
-        return self.made[name]
-
-
 @pytest.fixture(scope="module")
-def made(bundle):
+def made(bundle, with_presets):
     """Cached at 5 and 8 steps; uncached at 3, 5, 6 and, with another solver, 4."""
-    return MadeBundle(
+    return with_presets(
         bundle,
         preset_of(bundle, "ddim", 5, reuse=True),
         preset_of(bundle, "ddim", 8, reuse=True),
@@ -357,8 +337,7 @@ def test_the_report_has_every_figure(made, report):
 def test_another_bundle_takes_its_turns_beside(made, tmp_path):
     folder = tmp_path / "other"
     folder.symlink_to(made.folder)
-    other = MadeBundle(made, *made.made.values())
-    object.__setattr__(other, "folder", folder)
+    other = dataclasses.replace(made, folder=folder)
     presets = ("ddim-5-cached", "ddim-3")
     options = BenchOptions(engines=("ort",), presets=presets, rounds=1, threads=1, cpu_time=True)
     report = measure_latency(made, options, against=other)
@@ -386,17 +365,15 @@ def test_another_bundle_takes_its_turns_beside(made, tmp_path):
         own_timings(alone)
 
 
-def test_another_bundle_must_be_of_the_model_and_have_the_same_steps(made, bundle):
-    larger = dataclasses.replace(
-        bundle.model, sizes=dataclasses.replace(bundle.model.sizes, height=96)
-    )
-    manifest = dataclasses.replace(bundle.manifest, model=larger)
+def test_another_bundle_must_be_of_the_model_and_have_the_same_steps(made, with_presets):
+    larger = dataclasses.replace(made.model, sizes=dataclasses.replace(made.model.sizes, height=96))
+    manifest = dataclasses.replace(made.manifest, model=larger)
     options = BenchOptions(engines=("ort",), presets=("ddim-5-cached",))
     with pytest.raises(ConfigError, match=r"another bundle of the model .*height 96"):
-        measure_latency(made, options, against=dataclasses.replace(bundle, manifest=manifest))
+        measure_latency(made, options, against=dataclasses.replace(made, manifest=manifest))
     uncached = dataclasses.replace(made.preset("ddim-5"), name="ddim-5-cached")
     with pytest.raises(ConfigError, match=r"'ddim-5-cached' with as many steps in both bundles"):
-        measure_latency(made, options, against=MadeBundle(bundle, uncached))
+        measure_latency(made, options, against=with_presets(made, uncached))
 
 
 def test_the_report_reads_as_markdown(report):

@@ -15,7 +15,6 @@ pytest.importorskip("matplotlib")
 
 from safetensors.numpy import save_file
 
-from blockcache.runtime import Bundle
 from blockcache.runtime.provenance import Provenance
 from blockcache.tools import cli
 from blockcache.tools.evaluation import features, figures, run
@@ -24,7 +23,7 @@ from blockcache.tools.evaluation.subject import RealPictures
 
 
 @pytest.fixture
-def bundle(compiled):
+def bundle(compiled, with_presets):
     """The tiny bundle as if it also held two cached presets and a shorter run."""
     _, opened = compiled("sd")
     base = opened.preset("ddim-4")
@@ -45,30 +44,13 @@ def bundle(compiled):
         alignment=type(base.alignment)(tuple(t[:2] for t in base.alignment.tables)),
         time_tables={name: table[::2] for name, table in base.time_tables.items()},
     )
-    made = {
-        preset.name: preset
-        for preset in (
-            dataclasses.replace(base, provenance=Provenance(kind="uncached")),
-            shorter,
-            cached("ddim-4-d0.1", [1], kind="threshold", value=0.1),
-            cached("ddim-4-d0.9", [1, 3], kind="threshold", value=0.9),
-        )
-    }
-    return InMemory(opened.folder, opened.manifest, made)
-
-
-@dataclasses.dataclass(frozen=True)
-class InMemory(Bundle):
-    """A bundle with other presets."""
-
-    made: dict
-
-    @property
-    def preset_names(self):
-        return tuple(self.made)
-
-    def preset(self, name):
-        return self.made[name]
+    return with_presets(
+        opened,
+        dataclasses.replace(base, provenance=Provenance(kind="uncached")),
+        shorter,
+        cached("ddim-4-d0.1", [1], kind="threshold", value=0.1),
+        cached("ddim-4-d0.9", [1, 3], kind="threshold", value=0.9),
+    )
 
 
 class FakeExtractor:
@@ -167,7 +149,7 @@ def test_the_command_compares_latents_of_encoded_prompts(
     monkeypatch.setattr(sys, "argv", ["blockcache", *map(str, arguments[:-1]), "ddim-9"])
     with pytest.raises(SystemExit, match="1"):
         cli.main()
-    assert "uncached preset of the bundle, got 'ddim-9'" in capsys.readouterr().err
+    assert "Expected a preset of ['ddim-4', 'dpm-20'], got 'ddim-9'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -175,7 +157,7 @@ def test_the_command_compares_latents_of_encoded_prompts(
     [
         ([], "error: Expected --model FOLDER (for text encoder and VAE) or --embeddings FILE"),
         (["--model", "demo", "--reference-work", "nowhere"], "error: Expected the demo's pictures"),
-        (["--model", "nowhere"], "error: Expected 'demo' or a diffusers folder, got 'nowhere'"),
+        (["--model", "nowhere"], "error: Expected a diffusers folder or a hub id"),
         (["--images", "1"], "error: Expected 2 images or more, for a spread"),
         (["--resamples", "3"], "error: Expected 20 resamples or more for a 90 % interval, got 3."),
         (
@@ -191,4 +173,4 @@ def test_errors_come_before_any_work(compiled, tmp_path, monkeypatch, capsys, mo
     with pytest.raises(SystemExit, match="1"):
         cli.main()
     assert capsys.readouterr().err.startswith(message)
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

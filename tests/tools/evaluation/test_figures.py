@@ -117,7 +117,8 @@ def test_fewer_steps_with_caching_are_lines_of_their_own(group, monkeypatch, tmp
 
 
 def test_a_line_of_the_alignment_table_is_of_one_step_count(group):
-    lines = alignment_tables(reported(group, {}, ["distance"]))[3:]
+    (table,) = alignment_tables(reported(group, {}, ["distance"]))
+    lines = table.splitlines()[2:]
     assert [line.split(" | ")[:1] for line in lines] == [
         ["| `dpm-4-d0.1`"],
         ["| `dpm-4-d0.5`"],

@@ -40,7 +40,7 @@ def local_folder(
 def check_name(source: str | Path) -> None:
     """Raise ConfigError unless ``source`` is a folder or reads as a hub id; nothing is fetched."""
     if Path(source).is_file():
-        raise ConfigError(_single_file(Path(source)))
+        raise ConfigError(single_file(Path(source)))
     if not Path(source).is_dir() and not _HUB_ID.fullmatch(str(source)):
         raise ConfigError(
             f"Expected a diffusers folder or a hub id such as 'owner/model', got {str(source)!r}; "
@@ -77,7 +77,7 @@ def needed_files(
             needed += [f"{folder}/{file}" for file in files]
         elif part in parts:
             of = variant if part == "unet" else None
-            chosen = choose(files, f"{where}/{folder}", of)
+            chosen = choose(files, where if folder == "." else f"{where}/{folder}", of)
             needed += [str(PurePosixPath(folder) / file) for file in chosen.names]
     return sorted(set(needed))
 
@@ -107,7 +107,7 @@ def _unreachable(source: str, error: Exception) -> ConfigError:
     )
 
 
-def _single_file(path: Path) -> str:
+def single_file(path: Path) -> str:
     """What to do with a file in the place of a folder."""
     if path.name.startswith("diffusion_pytorch_model"):
         return f"Expected a diffusers folder, got the file {path}. Give the folder it lies in."

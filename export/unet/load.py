@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 
 from blockcache.export.unet.configs import read_json
-from blockcache.export.unet.hub import local_folder, model_name
+from blockcache.export.unet.hub import local_folder, model_name, single_file
 from blockcache.export.unet.model import (
     DEFAULT_TOKENS,
     TORCH_DTYPES,
@@ -50,6 +50,9 @@ def load_model(
     folder = local_folder(source, variant=variant)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     if not (unet_folder / "config.json").is_file():
+        for checkpoint in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.ckpt")):
+            if not checkpoint.name.startswith("diffusion_pytorch_model"):
+                raise ConfigError(single_file(checkpoint))
         raise ConfigError(
             f"Expected a diffusers folder with unet/config.json at {folder}; it has none. "
             f"Give the folder that save_pretrained wrote."

@@ -69,9 +69,13 @@ def choose(names: Iterable[str], where: object, variant: str | None = None) -> W
     wanted = PREFERRED if variant is None else (variant,)
     taken = next((each for each in wanted if each in variants), None)
     if taken is None:
+        asked = (
+            "without a variant, or of fp16, bf16 or fp32," if variant is None else f"of {variant}"
+        )
         raise ConfigError(
-            f"Expected weights of the variant {' or '.join(repr(each) for each in wanted)} in "
-            f"{where}, found {sorted(variants)}. Choose one by name: load_model(..., variant=...)."
+            f"Expected weights {asked} in {where}, found "
+            f"{', '.join(sorted(each or 'some without a variant' for each in variants))}. Choose "
+            f"one by name: --variant, or load_model(..., variant=...)."
         )
     index = next((match.string for match in variants[taken] if match["index"]), None)
     files = tuple(match.string for match in variants[taken] if not match["index"])
@@ -92,10 +96,8 @@ def check_weights(folder: Path, variant: str | None = None) -> WeightFiles:
     """
     chosen = choose([path.name for path in folder.iterdir()], folder, variant)
     files = set(chosen.files)
-    expected: Mapping[str, str] = {}
-    if chosen.index is not None:
-        expected = read_json(folder / chosen.index).get("weight_map", {})
-        files |= set(expected.values())
+    expected = {} if chosen.index is None else _weight_map(folder / chosen.index)
+    files |= set(expected.values())
     held = {name: _header(folder / name) for name in sorted(files)}
     for tensor, file in expected.items():
         if tensor not in held[file]:
@@ -107,6 +109,19 @@ def check_weights(folder: Path, variant: str | None = None) -> WeightFiles:
         _refuse_adapters(tensors, folder / name)
         _refuse_quantized(tensors, folder / name)
     return chosen
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Which shard holds a tensor, by the tensor's name, as the index says."""
+    held = read_json(path).get("weight_map")
+    if not isinstance(held, dict) or not all(
+        isinstance(file, str) and _NAME.fullmatch(file) for file in held.values()
+    ):
+        raise ConfigError(
+            f"Expected a weight_map of tensors to the files beside it in {path}, got something "
+            f"else. Fetch the folder again."
+        )
+    return held
 
 
 def load_part(
@@ -211,7 +226,16 @@ def _refuse_quantized(tensors: Mapping[str, str], path: Path) -> None:
 
 
 def _no_weights(names: Iterable[str], where: object) -> str:
-    pickles = [n for n in names if n.endswith((".bin", ".ckpt", ".pt", ".pth", ".bin.index.json"))]
+    names = list(names)
+    single = next((name for name in names if name.endswith((".safetensors", ".ckpt"))), None)
+    if single is not None:
+        return (
+            f"Expected diffusion_pytorch_model*.safetensors or model*.safetensors in {where}, "
+            f"found the single-file checkpoint {single}. Convert it once, in Python: "
+            f"StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER); for an XL "
+            f"model with StableDiffusionXLPipeline. Then give the folder."
+        )
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
     if not pickles:
         return (
             f"Expected diffusion_pytorch_model*.safetensors or model*.safetensors in {where}, "

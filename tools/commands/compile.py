@@ -59,10 +59,20 @@ BudgetGpu = Annotated[
 ]
 
 
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        help="Which of the model's weights: fp16, bf16, ema, ... Default those without a variant, "
+        "else fp16, bf16 or fp32."
+    ),
+]
+
+
 def compile_bundle(
     model: Annotated[str, typer.Argument(help="A diffusers folder, a hub id, or 'demo'.")],
     out: Annotated[Path, typer.Argument(help="The bundle's folder; resumed if it is there.")],
     preset: Presets = None,
+    variant: Variant = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale, as in use.")] = 5.0,
     target: EngineTarget = None,
     precision: Precision = None,
@@ -124,7 +134,7 @@ def compile_bundle(
             alignment=AlignmentOptions(images=align_images),
         ),
     )
-    bundle = _compile(model, out, options, calibration, prompts, blocks)
+    bundle = _compile(model, out, options, calibration, prompts, blocks, variant)
     _report(bundle, as_json=as_json)
 
 
@@ -155,6 +165,7 @@ def _compile(
     calibration: Path | None,
     prompts: Path | None,
     blocks: str,
+    variant: str | None,
 ) -> Bundle:
     """Load, encode and compile under a progress bar."""
     from blockcache.export.pipeline import compile_model
@@ -167,7 +178,7 @@ def _compile(
         measured = any(made.calibrated for made in options.presets)
         # Profiles are measured in float32; the export converts the weights afterwards.
         dtype = "float32" if measured else options.export.precision
-        source = load_source(model, dtype, blocks)
+        source = load_source(model, dtype, blocks, variant)
         encoded = calibration_for(model, calibration, prompts) if measured else None
         progress("load", 1, 1)
         return compile_model(source, out, options, encoded, progress)

@@ -28,10 +28,19 @@ def check_source(model: str) -> None:
         check_name(model)
 
 
-def load_source(model: str, dtype: str = "float32", cached: str = "transformers") -> SourceModel:
+def load_source(
+    model: str,
+    dtype: str = "float32",
+    cached: str = "transformers",
+    variant: str | None = None,
+) -> SourceModel:
     """The source model of ``demo``, a diffusers folder or a hub id.
 
-    ``cached`` says what its blocks are: "transformers" or "resnets".
+    Args:
+        model: which.
+        dtype: of the weights in memory.
+        cached: what its blocks are: "transformers" or "resnets".
+        variant: of a folder's or hub id's weights, as ``load_model`` has it.
     """
     from blockcache.export.unet.load import load_model
 
@@ -39,4 +48,4 @@ def load_source(model: str, dtype: str = "float32", cached: str = "transformers"
         from blockcache.tools.demo.model import weights_dir
 
         return load_model(weights_dir(), dtype=dtype, name=DEMO, cached=cached)
-    return load_model(model, dtype=dtype, cached=cached)
+    return load_model(model, dtype=dtype, cached=cached, variant=variant)

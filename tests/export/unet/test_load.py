@@ -102,6 +102,12 @@ def test_weights_that_are_no_safetensors_are_refused(saved, tmp_path):
     )
 
 
+def test_a_folder_with_a_single_file_checkpoint_says_how_to_convert_it(tmp_path):
+    (tmp_path / "dream.safetensors").write_bytes(b"")
+    text = refusal(ConfigError, tmp_path)
+    assert f"got the single-file checkpoint {tmp_path}/dream.safetensors. Convert it" in text
+
+
 @pytest.mark.parametrize(
     "file", ["unet/config.json", "scheduler/scheduler_config.json",
              "tokenizer/tokenizer_config.json"],

@@ -100,6 +100,12 @@ def test_what_cannot_be_chosen_is_refused():
         "Expected diffusion_pytorch_model*.safetensors or model*.safetensors in here, found none. "
         "Give a folder that save_pretrained wrote."
     )
+    assert refused(["README.md", "dream.safetensors"]) == (
+        "Expected diffusion_pytorch_model*.safetensors or model*.safetensors in here, found the "
+        "single-file checkpoint dream.safetensors. Convert it once, in Python: "
+        "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER); for an XL model "
+        "with StableDiffusionXLPipeline. Then give the folder."
+    )
     assert refused([f"{STEM}.bin"]) == (
         "Expected safetensors in here, found the pickle diffusion_pytorch_model.bin. blockcache "
         "does not open pickles, which can run code. Where you trust it, convert it once, in "
@@ -107,10 +113,12 @@ def test_what_cannot_be_chosen_is_refused():
         ".save_pretrained(FOLDER)."
     )
     assert refused([file_of("ema"), file_of("non_ema")]) == (
-        "Expected weights of the variant '' or 'fp16' or 'bf16' or 'fp32' in here, found "
-        "['ema', 'non_ema']. Choose one by name: load_model(..., variant=...)."
+        "Expected weights without a variant, or of fp16, bf16 or fp32, in here, found ema, "
+        "non_ema. Choose one by name: --variant, or load_model(..., variant=...)."
     )
-    assert "of the variant 'ema' in here, found ['']" in refused([ONE], "ema")
+    assert refused([ONE], "ema").startswith(
+        "Expected weights of ema in here, found some without a variant. Choose one by name"
+    )
     assert refused([f"{STEM}-00001-of-00002.safetensors"]) == (
         "Expected shards and their index (*.safetensors.index.json) in here, found "
         "diffusion_pytorch_model-00001-of-00002.safetensors only. Fetch the folder again."
@@ -169,6 +177,18 @@ def test_a_shard_that_lacks_what_its_index_names_is_refused(shards):
     del tensors[name]
     save_file(tensors, file)
     assert f"Expected the tensor {name!r} in {file}, as {STEM}.safetensors.index" in fault(shards)
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "../b"}}]
+)
+def test_an_index_that_is_none_is_refused(shards, content):
+    index = shards / f"{STEM}.safetensors.index.json"
+    index.write_text(json.dumps(content))
+    assert fault(shards) == (
+        f"Expected a weight_map of tensors to the files beside it in {index}, got something else. "
+        f"Fetch the folder again."
+    )
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, -1])

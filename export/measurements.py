@@ -179,7 +179,8 @@ class Measurements:
             outputs=preset.outputs,
             distillation=training and dataclasses.asdict(training),
         )
-        file = f"{RECORDS if trial else 'profiles'}/{preset.name}-alignment.safetensors"
+        folder = RECORDS if trial else "profiles"
+        file = f"{folder}/{preset.name}-alignment-{stage.key[:8]}.safetensors"
 
         def measure() -> dict[str, np.ndarray]:
             heard = self._heard_of(preset)
@@ -230,7 +231,6 @@ class Measurements:
         if self._store.reuse(stage.name, stage.key) is not None:
             return read_tensors(self._store.folder / file)
         tensors = measure()
-        self._store.invalidate()
         write_tensors(self._store.folder / file, tensors)
         self._store.commit(stage.name, stage.key, [file], {})
         return tensors

@@ -10,13 +10,22 @@ import dataclasses
 import errno
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
 
+from blockcache.export.bundle_writer import (
+    SEGMENTS,
+    check_folders,
+    collect,
+    place_segments,
+    preset_entry,
+    switch,
+    write_preset,
+)
 from blockcache.export.choose.joint import candidates, check_reach
 from blockcache.export.choose.policies import Evidence, Joint, Needs
 from blockcache.export.choose.preset import PresetOptions
@@ -24,6 +33,7 @@ from blockcache.export.choose.schedule import total_loss
 from blockcache.export.costs.costs import Costs, counted
 from blockcache.export.costs.roofline import Processor, predict
 from blockcache.export.costs.timings import Timings
+from blockcache.export.earlier import Earlier, KeptPresets, keep_presets
 from blockcache.export.graph.time_tables import time_tables
 from blockcache.export.graph.to_onnx import (
     EXPORT_STAGES,
@@ -42,8 +52,9 @@ from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import SourceModel
 from blockcache.export.unet.scheduler import other_kind
 from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundle_files import hash_files
 from blockcache.runtime.errors import BundleError, ConfigError
-from blockcache.runtime.files import write_text
+from blockcache.runtime.files import new_folder
 from blockcache.runtime.manifest import (
     MANIFEST,
     Manifest,
@@ -63,7 +74,6 @@ from blockcache.runtime.plan import (
 from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.solver import solver_tables
 from blockcache.runtime.strict_json import Field
-from blockcache.runtime.tensor_files import preset_bytes, write_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +85,7 @@ class CompileOptions:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     timings: Timings | None = None  # what budgets count with; default FLOPs
     processor: Processor | None = None  # in their place: predicted times of one image
+    recommended: str | None = None  # a preset's name; default the first given that caches
 
     def __post_init__(self) -> None:
         if self.timings is not None and self.processor is not None:
@@ -92,10 +103,18 @@ class CompileOptions:
                 "bench BUNDLE --timings FILE, then --timings FILE here), or a GPU to predict them "
                 "for (--gpu a100)."
             )
-        needed = max(preset.outputs for preset in self.presets)
-        if needed > self.export.outputs:
-            export = dataclasses.replace(self.export, outputs=needed)
-            object.__setattr__(self, "export", export)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What ``compile_model`` made of a folder: the bundle, and what became of its presets."""
+
+    bundle: Bundle
+    added: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()  # made again, with another content
+    kept: tuple[str, ...] = ()  # as they were before
+    removed: Mapping[str, str] = field(default_factory=dict)  # name -> why it could not stay
+    unreadable: str = ""  # why a bundle that was there gave nothing
 
 
 def compile_model(
@@ -104,8 +123,12 @@ def compile_model(
     options: CompileOptions,
     calibration: Calibration | None = None,
     observer: Observer = unobserved,
-) -> Bundle:
-    """Compile a U-Net into a bundle; resumes where an earlier call was interrupted.
+) -> Compiled:
+    """Compile a U-Net into a bundle, or add presets to one.
+
+    Until the new bundle is whole the one that is there opens and runs as before, also where this
+    call fails or is killed; the same call then resumes. Presets that are there stay where they
+    still fit the model.
 
     Args:
         model: as ``load_model`` returned it, float32 where a preset needs a profile.
@@ -116,13 +139,13 @@ def compile_model(
 
     Raises:
         ConfigError: options that do not fit the model, or a folder in use by another compile.
-        BundleError: the disk is full.
+        BundleError: the disk is full, or a folder of the bundle is a link to somewhere else.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(folder)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            _compile(model, folder, options, calibration, observer)
+            return _compile(model, folder, options, calibration, observer)
     except Timeout as error:
         raise ConfigError(
             f"Another compile is writing to {folder}. Wait for it, or choose another folder."
@@ -135,16 +158,17 @@ def compile_model(
             f"The disk is full ({free / 1e9:.1f} GB free at {folder}). Free some space and run "
             f"the same command again: it resumes."
         ) from error
-    return Bundle.open(folder, verify=False)
 
 
 def _refuse_foreign(folder: Path) -> None:
     """Do not mix a bundle into a folder that holds something else."""
-    if not (folder / RECORDS).is_dir() and any(folder.iterdir()):
+    ours = (folder / RECORDS).is_dir() or (folder / MANIFEST).is_file()
+    if not ours and any(folder.iterdir()):
         raise ConfigError(
             f"Expected an empty folder or a bundle at {folder}, it holds other files. "
             f"Choose another folder."
         )
+    check_folders(folder)
 
 
 def _compile(
@@ -153,11 +177,15 @@ def _compile(
     options: CompileOptions,
     calibration: Calibration | None,
     observer: Observer,
-) -> None:
+) -> Compiled:
+    """The stages, in order; each takes what those before it made."""
     store = StageStore(folder)
+    earlier = Earlier.read(folder)
+    export = _export_options(options, earlier, model)
     measurements = Measurements(
-        model, options.export.precision, calibration, options.calibration, store, observer
+        model, export.precision, calibration, options.calibration, store, observer
     )
+    _check_recommended(options, [*earlier.preset_names, *(p.name for p in options.presets)])
     for preset in options.presets:  # what cannot work is refused before any work
         solver_tables(solver_config(model, preset))
         measurements.check(preset)
@@ -165,25 +193,26 @@ def _compile(
         told = other_kind(model.name, model.scheduler, solver)
         if told is not None:
             warnings.warn(told, stacklevel=1)  # of this file, which the command line shows
-    segments = _export_stage(model, store, options.export, observer)
-    facts = _model_facts(model, options.export, segments)
+    segments = _export_stage(model, store, export, observer)
+    facts = _model_facts(model, export, segments)
     costs = _costs(segments, folder, options, facts)
     for preset in options.presets:  # what cannot be as fast is refused before any measurement
         check_reach(preset, costs)
-    presets = {}
-    for done, preset in enumerate(options.presets):
-        observer("presets", done, len(options.presets))
-        made = _make_preset(measurements, folder, preset, costs, segments, facts)
-        name = f"presets/{preset.name}.safetensors"
-        path = folder / name
-        if not path.is_file() or path.read_bytes() != preset_bytes(made):
-            store.invalidate()
-            write_preset(path, made)
-        store.commit(f"preset-{preset.name}", stage_key("preset", preset=preset), [name], {})
-        presets[preset.name] = _preset_entry(name, made, segments)
-    observer("presets", len(options.presets), len(options.presets))
-    manifest = Manifest(facts, segments, presets, store.files, store.keys)
-    write_text(folder / MANIFEST, manifest.to_json())
+    made = _preset_stage(measurements, folder, options.presets, costs, segments, facts, observer)
+    kept = keep_presets(earlier, folder, facts, segments, made)
+    presets = _in_order(earlier, {**kept.entries, **made})
+    _check_recommended(options, presets)
+    manifest = Manifest(
+        model=facts,
+        segments=segments,
+        recommended=_recommended(options, earlier, presets),
+        presets=presets,
+        files={**kept.files, **store.files, **hash_files(folder, _tables(made))},
+    )
+    bundle = Bundle.of(folder, manifest, verify=False)  # what does not open replaces nothing
+    switch(folder, manifest)
+    collect(folder, {*manifest.files, *store.recorded_files()})
+    return _compiled(bundle, earlier, kept)
 
 
 # -- stages ----------------------------------------------------------------------------------------
@@ -198,17 +227,17 @@ def _export_stage(
     observer("export", 0, parts)
     facts = store.reuse("export", key)
     if facts is None:
-        store.invalidate()
-        target = store.folder / "segments"
-        shutil.rmtree(target, ignore_errors=True)
 
         def entered(part: str) -> None:
             observer("export", EXPORT_STAGES.index(part), parts)
 
-        segments = export_segments(model, target, options, entered)
-        observer("export", len(EXPORT_STAGES), parts)
+        with new_folder(store.folder / SEGMENTS) as fresh:
+            made = export_segments(model, fresh, options, entered)
+            observer("export", len(EXPORT_STAGES), parts)
+            segments = place_segments(store.folder, fresh, made)
         facts = {"segments": [to_plain(segment) for segment in segments]}
-        names = sorted(f"segments/{path.name}" for path in target.iterdir())
+        placed = (store.folder / segments[0].file).parent
+        names = sorted(path.relative_to(store.folder).as_posix() for path in placed.iterdir())
         store.commit("export", key, names, facts)
     observer("export", parts, parts)
     found = Field(facts["segments"], "segments", "the record of the export")
@@ -223,7 +252,7 @@ def _costs(
     guided = options.calibration.guidance_scale != 1.0
     sizes = facts.sizes.for_images(1, guided=guided)
     if options.processor is not None:
-        timings = predict(segments, folder / "segments", options.processor, sizes)
+        timings = predict(segments, folder, options.processor, sizes)
     timed = [p.name for p in options.presets if Needs.MILLISECONDS in p.policy.needs]
     if timed and timings is not None and timings.sizes != sizes:
         raise ConfigError(
@@ -233,6 +262,25 @@ def _costs(
             + " them with --gpu."
         )
     return counted(segments) if timings is None else timings.costs(segments)
+
+
+def _preset_stage(
+    measurements: Measurements,
+    folder: Path,
+    wanted: Sequence[PresetOptions],
+    costs: Costs,
+    segments: tuple[Segment, ...],
+    facts: ModelFacts,
+    observer: Observer,
+) -> dict[str, PresetEntry]:
+    """The presets that were asked for, written; their lines of the manifest by name."""
+    entries = {}
+    for done, preset in enumerate(wanted):
+        observer("presets", done, len(wanted))
+        made = _make_preset(measurements, folder, preset, costs, segments, facts)
+        entries[made.name] = preset_entry(write_preset(folder, made), made, segments)
+    observer("presets", len(wanted), len(wanted))
+    return entries
 
 
 def _make_preset(
@@ -283,7 +331,7 @@ def _make_preset(
         solver=config.to_json(),
         schedule=schedule,
         alignment=alignment.combining(facts.outputs),
-        time_tables=time_tables(segments, folder / "segments", solver_tables(config).timesteps),
+        time_tables=time_tables(segments, folder, solver_tables(config).timesteps),
         guidance_scale=measurements.guidance_scale,
         provenance=provenance,
     )
@@ -325,15 +373,56 @@ def _make_joint(
 # -- what the manifest says ------------------------------------------------------------------------
 
 
-def _preset_entry(file: str, preset: Preset, segments: Sequence[Segment]) -> PresetEntry:
-    flops = np.array([s.flops for s in segments if s.role == "block"], np.float64)
-    return PresetEntry(
-        file=file,
-        steps=preset.schedule.steps,
-        computed_fraction=round(preset.schedule.computed_fraction(flops), 6),
-        guidance_scale=preset.guidance_scale,
-        solver=preset.solver,
-        provenance=preset.provenance,
+def _check_recommended(options: CompileOptions, known: Collection[str]) -> None:
+    if options.recommended is not None and options.recommended not in known:
+        raise ConfigError(
+            f"Expected a recommended preset of {list(known)}, got {options.recommended!r}."
+        )
+
+
+def _export_options(options: CompileOptions, earlier: Earlier, model: SourceModel) -> ExportOptions:
+    """With as many outputs as any preset combines, whether it is made now or stays."""
+    needed = [preset.outputs for preset in options.presets]
+    outputs = max(options.export.outputs, earlier.outputs(model.sha256), *needed)
+    return dataclasses.replace(options.export, outputs=outputs)
+
+
+def _in_order(earlier: Earlier, presets: Mapping[str, PresetEntry]) -> dict[str, PresetEntry]:
+    """Presets that were there before first, in the order that they had."""
+    before = [name for name in earlier.preset_names if name in presets]
+    names = dict.fromkeys([*before, *presets])
+    return {name: presets[name] for name in names}
+
+
+def _recommended(
+    options: CompileOptions, earlier: Earlier, presets: Mapping[str, PresetEntry]
+) -> str:
+    """The preset asked for; else the one recommended before; else the first that caches."""
+    if options.recommended is not None:
+        return options.recommended
+    before = [] if earlier.bundle is None else [earlier.bundle.recommended]
+    given = [preset.name for preset in options.presets]
+    names = [name for name in (*before, *given, *presets) if name in presets]
+    return next((name for name in names if presets[name].computed_fraction < 1), names[0])
+
+
+def _tables(presets: Mapping[str, PresetEntry]) -> list[str]:
+    return [entry.file for entry in presets.values()]
+
+
+def _compiled(bundle: Bundle, earlier: Earlier, kept: KeptPresets) -> Compiled:
+    """What became of every preset, old and new."""
+    before = {} if earlier.bundle is None else earlier.bundle.manifest.presets
+    now = bundle.manifest.presets
+    common = [name for name in now if name in before]
+    same = [name for name in common if name in kept.entries or now[name] == before[name]]
+    return Compiled(
+        bundle=bundle,
+        added=tuple(name for name in now if name not in before),
+        replaced=tuple(name for name in common if name not in same),
+        kept=tuple(same),
+        removed=kept.removed,
+        unreadable=earlier.unreadable,
     )
 
 

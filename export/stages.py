@@ -19,7 +19,7 @@ from typing import Any
 from blockcache.export.revisions import REVISIONS
 from blockcache.runtime.bundle_files import hash_files
 from blockcache.runtime.files import write_text
-from blockcache.runtime.manifest import MANIFEST, FileEntry
+from blockcache.runtime.manifest import FileEntry
 
 RECORDS = ".stages"
 """Folder of what only a compile reads; nothing in it is part of the bundle."""
@@ -83,9 +83,10 @@ class StageStore:
         write_text(self._record(stage), json.dumps(content, indent=1, sort_keys=True))
         self._note(stage, key, entries)
 
-    def invalidate(self) -> None:
-        """From here on the folder is not a bundle until a new manifest is written."""
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+    def recorded_files(self) -> set[str]:
+        """The files of all stages that a later compile may take as they are."""
+        records = (self.folder / RECORDS).glob("*.json")
+        return {name for record in records for name in json.loads(record.read_text())["files"]}
 
     def scratch(self, stage: str) -> Path:
         """A file in which an unfinished stage may keep what it has so far."""

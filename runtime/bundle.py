@@ -2,23 +2,27 @@
 
 ::
 
-    manifest.json            format version, model facts, segments, presets, sha256 of every file
-    segments/*.onnx          one graph a segment
-    segments/weights.bin     the weights, once, shared by all graphs
-    presets/*.safetensors    schedule, alignment and time tables of a preset
-    profiles/*.safetensors   measured change[S, K]: mean and standard deviation (not read here)
-    engines/<target>/        built engines (only where ``blockcache build`` ran)
-    times/*.json             measured segment times (only where ``blockcache check`` ran)
+    manifest.json                   format version, model facts, segments, presets, files
+    segments/<content>/*.onnx       one graph a segment
+    segments/<content>/weights.bin  the weights, once, shared by all graphs
+    presets/<name>-<content>.safetensors    schedule, alignment and time tables of a preset
+    profiles/*.safetensors          measured change[S, K]: mean, deviation (not read here)
+    engines/<target>/               built engines (only where ``blockcache build`` ran)
+    times/*.json                    measured times (only where ``blockcache check`` ran)
 
-A folder without ``manifest.json`` is not a bundle: writers put the manifest last. Loading executes
-no code. Everything is checked when the bundle opens, so that nothing is left for the first request
+``<content>`` is the start of a hash: what the manifest names never changes, other content has
+another name. Only ``manifest.json`` is ever replaced, by one rename, when all that it names is on
+the disk. So a folder without one is not a bundle, and a compile that stops anywhere leaves the
+bundle that was there. Loading executes no code.
+
+Everything is checked when the bundle opens, so that nothing is left for the first request
 to find out: what opens, runs. Whoever can write to the folder can still put other weights in, with
 hashes that agree; only a signature over the manifest could tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -33,7 +37,7 @@ from blockcache.runtime.bundle_files import (
     safe_path,
 )
 from blockcache.runtime.errors import BundleFormatError, UnknownPresetError
-from blockcache.runtime.manifest import MANIFEST, FileEntry, Manifest
+from blockcache.runtime.manifest import MANIFEST, WEIGHTS_FILE, FileEntry, Manifest
 from blockcache.runtime.onnx_signature import OnnxSignature, read_signature
 from blockcache.runtime.plan import ModelFacts, Preset, Segment, preset_name
 from blockcache.runtime.strict_json import MOST_BYTES
@@ -68,11 +72,16 @@ class Bundle:
         """
         root = Path(folder)
         manifest = Manifest.from_json(_manifest_bytes(root), str(root / MANIFEST))
+        return cls.of(root, manifest, verify=verify)
+
+    @classmethod
+    def of(cls, root: Path, manifest: Manifest, *, verify: bool = True) -> Bundle:
+        """A bundle as a manifest has it, after the same checks: before it is written, too."""
         check_segments(manifest.model, manifest.segments)
-        graphs = {segment.name: _graph_file(segment) for segment in manifest.segments}
+        graphs = {segment.name: segment.file for segment in manifest.segments}
         tables = {name: entry.file for name, entry in manifest.presets.items()}
         read = {*graphs.values(), *tables.values()}
-        _require_listed(read, manifest.files)
+        _require_listed({*read, weights_beside(manifest.segments)}, manifest.files)
         opened = open_files(root, manifest.files, read=read, verify=verify)
         return cls(
             folder=root,
@@ -96,18 +105,29 @@ class Bundle:
         return self.manifest.segments
 
     @property
+    def weights(self) -> FileEntry:
+        """The file of weights that all segments share."""
+        return self.manifest.files[weights_beside(self.segments)]
+
+    @property
+    def recommended(self) -> str:
+        """The preset to take where none is named."""
+        return self.manifest.recommended
+
+    @property
     def preset_names(self) -> tuple[str, ...]:
         """Names that ``preset`` takes."""
         return tuple(self.presets)
 
-    def preset(self, name: str) -> Preset:
-        """A preset, as it was read when the bundle opened.
+    def preset(self, name: str | None = None) -> Preset:
+        """A preset, as it was read when the bundle opened; by default the recommended one.
 
         ``dpm:20:x1.5`` is taken for ``dpm-20-x1.5``.
 
         Raises:
             UnknownPresetError: there is none of this name; the error lists those there are.
         """
+        name = self.recommended if name is None else name
         known = name if name in self.presets else preset_name(name)
         if known not in self.presets:
             raise UnknownPresetError(
@@ -122,11 +142,11 @@ class Bundle:
 
     def segment_path(self, segment: Segment) -> Path:
         """The segment's ONNX file."""
-        return self.path(_graph_file(segment))
+        return self.path(segment.file)
 
     def segment_files(self, segment: Segment) -> tuple[str, ...]:
         """Names of the files that a segment is made of: its graph, then its weights."""
-        graph = PurePosixPath(_graph_file(segment))
+        graph = PurePosixPath(segment.file)
         weights = {str(graph.with_name(w.file)) for w in self.graphs[segment.name].weights}
         return (str(graph), *sorted(weights))
 
@@ -165,8 +185,9 @@ def _manifest_bytes(root: Path) -> bytes:
         ) from error
 
 
-def _graph_file(segment: Segment) -> str:
-    return f"segments/{segment.file}"
+def weights_beside(segments: Sequence[Segment]) -> str:
+    """The weights' name in the manifest: all segments and their weights lie in one folder."""
+    return str(PurePosixPath(segments[0].file).with_name(WEIGHTS_FILE))
 
 
 def _require_listed(names: Iterable[str], files: Mapping[str, FileEntry]) -> None:

@@ -53,23 +53,44 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
+def new_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder in ``parent``, to be filled and renamed; deleted where that did not happen.
+
+    Raises:
+        OSError: the disk is full, or ``parent`` cannot be written to.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    fresh = _partial_of(parent / "any")
+    fresh.mkdir()
+    try:
+        yield fresh
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """An empty folder that takes the place of ``folder`` at the end, or vanishes on an error.
 
     A reader that comes between the two renames finds no folder: for what can be made again.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh, stale = _partial_of(folder), _partial_of(folder)
-    fresh.mkdir()
-    try:
+    with new_folder(folder.parent) as fresh:
         yield fresh
+        stale = _partial_of(folder)
         if folder.exists():
             folder.rename(stale)
-        fresh.rename(folder)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
+        settle(fresh, folder)
     shutil.rmtree(stale, ignore_errors=True)
+
+
+def settle(fresh: Path, folder: Path) -> None:
+    """Flush the files of a new folder, then rename it to ``folder``, which is not there yet."""
+    for path in fresh.iterdir():
+        if path.is_file():
+            _flush(path)
+    _flush_folder(fresh)
+    fresh.rename(folder)
+    _flush_folder(folder.parent)
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
@@ -101,11 +122,15 @@ def _no_follow(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _flush(path: Path) -> None:
+    """Make a file's content, or the names in a folder, last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot, and do not need to
+        _flush(folder)

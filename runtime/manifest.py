@@ -31,8 +31,9 @@ from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.strict_json import Field, parse_json
 
 FORMAT = "blockcache-bundle"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
+WEIGHTS_FILE = "weights.bin"
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 MOST_STEPS = 10_000
@@ -88,9 +89,9 @@ class Manifest:
 
     model: ModelFacts
     segments: tuple[Segment, ...]
+    recommended: str  # the preset to take where none is named
     presets: Mapping[str, PresetEntry]
     files: Mapping[str, FileEntry]
-    stages: Mapping[str, str]  # stage name -> key of what made its files (for resuming)
 
     def to_json(self) -> str:
         """The manifest as text: one way only to write it; presets keep their order."""
@@ -100,9 +101,9 @@ class Manifest:
                 "version": VERSION,
                 "model": to_plain(self.model),
                 "segments": [to_plain(segment) for segment in self.segments],
+                "recommended": self.recommended,
                 "presets": {name: to_plain(entry) for name, entry in self.presets.items()},
                 "files": {name: to_plain(entry) for name, entry in sorted(self.files.items())},
-                "stages": dict(sorted(self.stages.items())),
             }
         )
 
@@ -133,12 +134,13 @@ class Manifest:
                 f"The content of {where} does not match its own checksum: it was altered. Copy "
                 f"the bundle again or compile again."
             )
+        presets = _table(found["presets"], _PRESET, _preset_entry)
         return cls(
             model=_model_facts(found["model"]),
             segments=tuple(segment_from_plain(field) for field in found["segments"].items()),
-            presets=_table(found["presets"], _PRESET, _preset_entry),
+            recommended=found["recommended"].choice(list(presets)),
+            presets=presets,
             files=_table(found["files"], _PATH, _file_entry),
-            stages=_table(found["stages"], _NAME, Field.text),
         )
 
 

@@ -103,7 +103,7 @@ class Session:
 
         Args:
             bundle: A folder that ``blockcache compile`` wrote, or an opened Bundle.
-            preset: One of the bundle's presets; default its first.
+            preset: One of the bundle's presets; default the recommended one.
             backend: "auto", "trt", "ort", "ort-cuda", "empty", or a Backend.
             threads: CPU threads of ONNX Runtime; default one a physical core.
             stream: The caller's CUDA stream: a number or an object with ``__cuda_stream__``. It
@@ -120,8 +120,7 @@ class Session:
             EngineError: the library refuses a segment.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
-        name = opened.preset_names[0] if preset is None and opened.preset_names else preset
-        chosen = opened.preset(name or "")
+        chosen = opened.preset(preset)
         if not isinstance(backend, str):
             refuse_options(type(backend).__name__, threads=threads, stream=stream, graphs=graphs)
         else:

@@ -58,11 +58,6 @@ def preset_bytes(preset: Preset) -> bytes:
     return save({name: np.ascontiguousarray(table) for name, table in tensors.items()})
 
 
-def write_preset(path: Path, preset: Preset) -> None:
-    """Write a preset's tables atomically."""
-    write_bytes(path, preset_bytes(preset))
-
-
 def parse_preset(content: bytes, name: str, entry: PresetEntry) -> Preset:
     """A preset from the bytes of its tables.
 

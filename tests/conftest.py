@@ -150,7 +150,7 @@ def compiled(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
             options = CompileOptions(presets=presets, export=export)
             single = precision == "float32"
             model = tiny_models(kind) if single else make_tiny_model(kind, precision)
-            made[key] = (model, compile_model(model, folder, options))
+            made[key] = (model, compile_model(model, folder, options).bundle)
         return made[key]
 
     return get
@@ -263,6 +263,20 @@ def pipeline_folder(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) 
         return made[kind]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def copied_segments() -> Any:
+    """``copied_segments(bundle, folder)`` stands in for an export: segments made before."""
+    import dataclasses
+    import shutil
+
+    def copy(bundle: Any, folder: Path) -> tuple[Any, ...]:
+        for path in bundle.segment_path(bundle.segments[0]).parent.iterdir():
+            shutil.copy(path, folder)
+        return tuple(dataclasses.replace(s, file=Path(s.file).name) for s in bundle.segments)
+
+    return copy
 
 
 @pytest.fixture

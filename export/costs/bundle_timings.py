@@ -40,5 +40,5 @@ def bundle_timings(bundle: Bundle) -> tuple[Timings, ...]:
 def _graphs(bundle: Bundle) -> str:
     """A short hash of all segments' graphs."""
     files = bundle.manifest.files
-    hashes = [files[f"segments/{segment.file}"].sha256 for segment in bundle.segments]
+    hashes = [files[segment.file].sha256 for segment in bundle.segments]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]

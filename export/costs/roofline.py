@@ -107,7 +107,7 @@ def segment_work(
 
     Args:
         segments: of a bundle.
-        folder: where their files lie, a bundle's ``segments/``.
+        folder: the bundle's, where their files lie.
         processor: says what is fused, and the size of a number.
         sizes: the engines' batch (with guidance twice the images), height, width, tokens.
 

@@ -25,7 +25,6 @@ from blockcache.export.observer import Observer, unobserved
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.engines.files import (
     ENGINES_FILE,
-    WEIGHTS_FILE,
     EngineEntry,
     EngineSet,
     ShapeProfile,
@@ -210,7 +209,7 @@ def _build(
         capabilities=capabilities,
         precision=bundle.model.precision,
         weights=options.weights,
-        weights_sha256=_weights_sha256(bundle),
+        weights_sha256=bundle.weights.sha256,
         profiles=options.shapes.profiles(bundle.model),
         engines={segment.name: entries[segment.name] for segment in segments},
     )
@@ -246,7 +245,7 @@ def _plan_jobs(
     for recipe in recipes:
         name = recipe.segment.name
         weights = segment_weights(recipe.onnx)
-        onnx = bundle.manifest.files[f"segments/{recipe.segment.file}"].sha256
+        onnx = bundle.manifest.files[recipe.segment.file].sha256
         key = engine_key(recipe, version, onnx, weights.sha256 if fixed else "")
         entry = store.reuse(name, key)
         if entry is None:
@@ -265,8 +264,8 @@ def _entry(bundle: Bundle, job: Job, built: BuiltEngine) -> EngineEntry:
         key=job.key,
         bytes=file.bytes,
         sha256=file.sha256,
-        onnx_sha256=bundle.manifest.files[f"segments/{segment.file}"].sha256,
-        weights_file_sha256=_weights_sha256(bundle),
+        onnx_sha256=bundle.manifest.files[segment.file].sha256,
+        weights_file_sha256=bundle.weights.sha256,
         seconds=round(built.seconds, 3),
         formats=built.formats,
         kernels=seen.kernels,
@@ -274,10 +273,6 @@ def _entry(bundle: Bundle, job: Job, built: BuiltEngine) -> EngineEntry:
         facts=seen.counts,
         copied=seen.copied,
     )
-
-
-def _weights_sha256(bundle: Bundle) -> str:
-    return bundle.manifest.files.get(WEIGHTS_FILE, FileEntry(0, "")).sha256
 
 
 def _attentions(onnx: Path) -> int:

@@ -29,12 +29,12 @@ from blockcache.export.graph.work import graph_flops
 from blockcache.export.unet.model import SourceModel, UNetCall
 from blockcache.export.unet.precision import converted
 from blockcache.runtime.errors import ConfigError, ExportError
+from blockcache.runtime.manifest import WEIGHTS_FILE
 from blockcache.runtime.plan import DTYPE_BYTES, Dim, Segment, Sizes, TensorSpec
 
 OPSET = 22
 """Opset 20 has no bf16 normalisation; 23 emits Attention, which engines build worse."""
 
-WEIGHTS_FILE = "weights.bin"
 EXPORT_STAGES = ("trace", "weights", "cut")
 """What ``export_segments`` does, in order."""
 
@@ -132,8 +132,7 @@ def _trace(model: SourceModel, code: SizeCode) -> ir.Model:
 
 def _save(program: ir.Model, path: Path) -> None:
     """The graph to ``path``, the weights to ``weights.bin`` beside it."""
-    ir.save(program, path, external_data=f"{WEIGHTS_FILE}.partial")
-    path.with_name(f"{WEIGHTS_FILE}.partial").replace(path.with_name(WEIGHTS_FILE))
+    ir.save(program, path, external_data=WEIGHTS_FILE)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,6 @@ from blockcache.runtime.plan import AXES, Segment, Sizes
 FORMAT = "blockcache-engines"
 VERSION = 1
 ENGINES_FILE = "engines.json"
-WEIGHTS_FILE = "segments/weights.bin"
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class EngineEntry:
     bytes: int
     sha256: str
     onnx_sha256: str
-    weights_file_sha256: str  # of segments/weights.bin when this engine was built
+    weights_file_sha256: str  # of the bundle's weights.bin when this engine was built
     seconds: float
     formats: Mapping[str, str]  # tensor name -> "linear" or "hwc8"
     kernels: int  # launches of one execution
@@ -91,7 +90,7 @@ class EngineSet:
     capabilities: tuple[str, ...]  # "8.0", ...
     precision: str
     weights: str  # "included" in the plans, "refittable", or "stripped" from them
-    weights_sha256: str  # of segments/weights.bin at the last build
+    weights_sha256: str  # of the bundle's weights.bin at the last build
     profiles: tuple[ShapeProfile, ...]
     engines: Mapping[str, EngineEntry]  # by segment name
 
@@ -174,8 +173,7 @@ def check_engines(
             f"engines {engines.target!r}, got {capability}. Build for this one: blockcache build "
             f"{bundle.folder} --target sm{capability.replace('.', '')}"
         )
-    weights = bundle.manifest.files.get(WEIGHTS_FILE)
-    changed = weights is not None and weights.sha256 != engines.weights_sha256
+    changed = bundle.weights.sha256 != engines.weights_sha256
     if changed and engines.weights == "included":  # others are refitted when they are opened
         raise EnginesStaleError(
             f"Expected engines built from this bundle's weights, {engines.target!r} was built "
@@ -201,7 +199,7 @@ def check_engine(
             f"Expected an engine of segment {segment.name!r} among those for "
             f"{engines.target!r}, found none. {again}"
         )
-    if entry.onnx_sha256 != bundle.manifest.files[f"segments/{segment.file}"].sha256:
+    if entry.onnx_sha256 != bundle.manifest.files[segment.file].sha256:
         raise EnginesStaleError(
             f"Expected an engine built from this bundle's {segment.file}, found one of an earlier "
             f"compile. {again}"

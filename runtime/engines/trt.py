@@ -18,7 +18,6 @@ from blockcache.runtime.devices.cuda import CudaDevice
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.engine import Launch
 from blockcache.runtime.engines.files import (
-    WEIGHTS_FILE,
     EngineSet,
     built_targets,
     check_engine,
@@ -148,10 +147,7 @@ def refit(
     Raises:
         EngineError: the library refuses the weights.
     """
-    weights = bundle.manifest.files.get(WEIGHTS_FILE)
-    current = engines.engines[segment.name].weights_file_sha256 == (
-        weights.sha256 if weights else ""
-    )
+    current = engines.engines[segment.name].weights_file_sha256 == bundle.weights.sha256
     if engines.weights == "included" or (engines.weights == "refittable" and current):
         return False
     refitter = library.module.Refitter(engine, library.logger)

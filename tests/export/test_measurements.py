@@ -74,15 +74,13 @@ def options(*presets, **changes):
 
 
 @pytest.fixture(scope="module")
-def calls(compiled):
+def calls(compiled, copied_segments):
     """Names of the measurements that ran; the export copies segments made before."""
     made = []
     bundles = {name: compiled("sd", 2, name)[1] for name in ("float32", "bfloat16")}
 
     def export(model, folder, options, entered):
-        source = bundles[options.precision]
-        shutil.copytree(source.folder / "segments", folder, dirs_exist_ok=True)
-        return source.segments
+        return copied_segments(bundles[options.precision], folder)
 
     def counted(name, function):
         def call(*args, **kwargs):
@@ -107,7 +105,7 @@ def made(model, calibration, calls, tmp_path_factory):
     bundle = compile_model(
         model, tmp_path_factory.mktemp("budget") / "b", options(BUDGET), calibration,
         lambda *progress: heard.append(progress),
-    )  # fmt: skip
+    ).bundle  # fmt: skip
     return bundle, list(calls), heard
 
 
@@ -127,13 +125,11 @@ def test_a_latency_on_a_gpu_that_is_not_at_hand(made, copy, model, calibration, 
     """The budget counts in the milliseconds that the roofline predicts."""
     bundle = made[0]
     sizes = dataclasses.replace(bundle.model.sizes, batch=2)  # guidance
-    costs = predict(bundle.segments, bundle.folder / "segments", gpu("a100"), sizes).costs(
-        bundle.segments
-    )
+    costs = predict(bundle.segments, bundle.folder, gpu("a100"), sizes).costs(bundle.segments)
     within = costs.uncached(4) / 1.2
     preset = PresetOptions.parse(f"dpm:4:ms{within:.4f}:history")
     wanted = dataclasses.replace(options(BUDGET), presets=(preset,), processor=gpu("a100"))
-    made_for_it = compile_model(model, copy, wanted, calibration).preset(preset.name)
+    made_for_it = compile_model(model, copy, wanted, calibration).bundle.preset(preset.name)
     assert made_for_it.provenance.costs == "a100, roofline"
     schedule = made_for_it.schedule
     assert 0.9 * within < costs.image(schedule) <= within * 1.001
@@ -258,7 +254,7 @@ def test_a_budget_with_history_over_500_steps_is_refused_at_once(model, calibrat
 
 def test_presets_share_measurements_but_not_fits(made, model, calibration, calls, copy):
     wanted = [BUDGET, "dpm:4:x1.2:history", "dpm:4:c1.1", "dpm:4:0.5", "dpm:4:every2:least-squares"]
-    bundle = compile_model(model, copy, options(*wanted), calibration)
+    bundle = compile_model(model, copy, options(*wanted), calibration).bundle
     assert calls == ["fit_alignment", "fit_alignment"]
     plain = bundle.preset("dpm-4-every2-least-squares").alignment
     assert plain.outputs == 2, "the segments combine two"
@@ -267,7 +263,7 @@ def test_presets_share_measurements_but_not_fits(made, model, calibration, calls
 
 
 def test_a_distilled_preset_is_fitted_trained_and_judged(made, model, calibration, calls, copy):
-    bundle = compile_model(model, copy, options("dpm:4:every2:history-distil"), calibration)
+    bundle = compile_model(model, copy, options("dpm:4:every2:history-distil"), calibration).bundle
     assert calls == ["fit_alignment", "distil", "judge_alignment"]
     preset = bundle.preset("dpm-4-every2-history-distil")
     report = read_tensors(copy / preset.provenance.alignment_report)
@@ -322,7 +318,7 @@ def test_measuring_on_half_precision_is_refused(model, calibration, tmp_path):
 
 
 def test_a_preset_that_reuses_nothing_is_not_fitted(made, model, calibration, calls, copy):
-    bundle = compile_model(model, copy, options("dpm:4:every1:history"), calibration)
+    bundle = compile_model(model, copy, options("dpm:4:every1:history"), calibration).bundle
     assert calls == []
     assert bundle.preset("dpm-4-every1-history").provenance.alignment is None
 
@@ -351,7 +347,7 @@ def test_a_table_of_ones_own_becomes_the_schedule(model, calls, tmp_path):
     path = tmp_path / "mine.json"
     table = [[1] * 7, [0, 1, 0, 1, 0, 1, 0]]
     path.write_text(json.dumps(table))
-    bundle = compile_model(model, tmp_path / "b", options(f"ddim:2:{path}"))
+    bundle = compile_model(model, tmp_path / "b", options(f"ddim:2:{path}")).bundle
     made = bundle.preset("ddim-2-mine")
     assert made.schedule.recompute.astype(int).tolist() == table
     speedup = made.provenance.predicted_speedup

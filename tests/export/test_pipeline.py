@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
+import os
 import re
 import shutil
 
@@ -15,8 +17,10 @@ from blockcache.runtime import (
     Bundle,
     BundleError,
     BundleFormatError,
+    BundlePathError,
     ConfigError,
     Provenance,
+    Session,
     files,
 )
 
@@ -25,7 +29,6 @@ pytest.importorskip("diffusers")
 from filelock import FileLock
 
 from blockcache.export import measurements, pipeline
-from blockcache.export.choose.policies import Threshold
 from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.costs.costs import counted
 from blockcache.export.graph.to_onnx import ExportOptions
@@ -54,15 +57,14 @@ def calibration(conditions_of, model):
 
 
 @pytest.fixture
-def calls(compiled, monkeypatch):
+def calls(compiled, copied_segments, monkeypatch):
     """Names of the expensive stages that ran; they copy segments and make changes up."""
-    _, source = compiled("sd")
     made = []
 
     def export(model, folder, options, entered):
         made.append("export")
-        shutil.copytree(source.folder / "segments", folder, dirs_exist_ok=True)
-        return source.segments
+        _, source = compiled("sd", options.outputs, options.precision)
+        return copied_segments(source, folder)
 
     def profile(*args, **kwargs):
         made.append("profile")
@@ -103,7 +105,7 @@ def test_a_compile_gives_a_bundle_that_verifies(model, calibration, calls, tmp_p
     made = compile_model(
         model, tmp_path / "b", options("ddim:2:0.1", "dpm:3"), calibration,
         lambda *progress: heard.append(progress),
-    )  # fmt: skip
+    ).bundle  # fmt: skip
     assert calls == ["export", "profile"]
     assert Bundle.open(tmp_path / "b").manifest == made.manifest
     assert made.manifest.presets["dpm-3"].computed_fraction == 1.0
@@ -133,12 +135,12 @@ def test_an_unchanged_compile_redoes_nothing(model, calibration, calls, tmp_path
     assert manifest(tmp_path / "b") == before
 
 
-def test_another_delta_redoes_presets_only(model, calibration, calls, tmp_path):
+def test_another_delta_makes_one_preset_more(model, calibration, calls, tmp_path):
     compile_model(model, tmp_path / "b", options("ddim:2:0.1"), calibration)
     calls.clear()
-    made = compile_model(model, tmp_path / "b", options("ddim:2:9"), calibration)
+    made = compile_model(model, tmp_path / "b", options("ddim:2:9"), calibration).bundle
     assert calls == []
-    assert list(made.preset_names) == ["ddim-2-d9"]
+    assert list(made.preset_names) == ["ddim-2-d0.1", "ddim-2-d9"]
     assert not made.preset("ddim-2-d9").schedule.recompute[1:].any()
 
 
@@ -163,7 +165,7 @@ def test_other_export_options_export_again(model, calls, tmp_path):
 
 def test_a_damaged_file_is_made_again(model, calls, tmp_path):
     compile_model(model, tmp_path / "b", options("ddim:2"))
-    path = tmp_path / "b" / "segments" / "trunk_00.onnx"
+    path = next((tmp_path / "b").glob("segments/*/trunk_00.onnx"))
     path.write_bytes(path.read_bytes()[:-1])
     compile_model(model, tmp_path / "b", options("ddim:2"))
     assert calls == ["export", "export"]
@@ -190,7 +192,7 @@ def interrupted(function, times=1, error=SystemExit):
 STAGES = {
     "after the profile": (measurements, "write_tensors", ["profile"]),
     "after the export": (pipeline, "_model_facts", ["profile"]),
-    "before the manifest": (pipeline, "_preset_entry", []),
+    "before the manifest": (pipeline, "keep_presets", []),
 }
 
 
@@ -235,39 +237,6 @@ def test_an_interrupted_profile_goes_on_where_it_stopped(
     assert not list(folder.rglob("*.partial*"))
 
 
-def test_an_interrupted_export_leaves_no_old_manifest(model, calls, tmp_path, monkeypatch):
-    """The segments of the old manifest are gone: it must not be opened any more."""
-    folder = tmp_path / "b"
-    compile_model(model, folder, options("ddim:2"))
-    other = dataclasses.replace(options("ddim:2"), export=ExportOptions(hoist=False))
-
-    def killed(*args):
-        raise SystemExit
-
-    monkeypatch.setattr(pipeline, "export_segments", killed)
-    with pytest.raises(SystemExit):
-        compile_model(model, folder, other)
-    with pytest.raises(BundleFormatError):
-        Bundle.open(folder)
-
-
-def test_an_interrupted_preset_leaves_no_old_manifest(
-    model, calibration, calls, tmp_path, monkeypatch
-):
-    """The same preset name with other content: the old manifest promises the old file."""
-    folder = tmp_path / "b"
-    compile_model(model, folder, options("ddim:2:0.1"), calibration)
-    named = PresetOptions(solver="ddim", steps=2, policy=Threshold(9.0), name="ddim-2-d0.1")
-    monkeypatch.setattr(pipeline, "write_preset", interrupted(pipeline.write_preset))
-    with pytest.raises(SystemExit):
-        compile_model(model, folder, dataclasses.replace(options(), presets=(named,)), calibration)
-    try:
-        opened = Bundle.open(folder, verify=False)
-    except BundleFormatError:
-        return
-    assert opened.preset("ddim-2-d0.1").schedule.recompute[1:].any(), "new tables, old manifest"
-
-
 def test_an_interrupted_first_call_may_be_followed_by_any_other(
     model, calls, tmp_path, monkeypatch
 ):
@@ -276,9 +245,275 @@ def test_an_interrupted_first_call_may_be_followed_by_any_other(
         patch.setattr(pipeline, "time_tables", interrupted(pipeline.time_tables))
         with pytest.raises(SystemExit):
             compile_model(model, folder, options("ddim:2"))
-    made = compile_model(model, folder, options("ddim:3"))
+    made = compile_model(model, folder, options("ddim:3")).bundle
     assert list(made.preset_names) == ["ddim-3"]
     assert not any("ddim-2" in name for name in made.manifest.files)
+
+
+# -- old until new is whole ------------------------------------------------------------------------
+
+WRITES = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")
+"""What changes a disk; every write of ours ends in one of them."""
+
+
+class Stop:
+    """Lets ``at`` changes of the disk happen; then one fails, or all, as after a kill."""
+
+    def __init__(self, at, forever):
+        self.at, self.forever, self.count = at, forever, 0
+
+    def around(self, function):
+        def call(*args, **kwargs):
+            self.count += 1
+            if self.count > self.at and (self.forever or self.count == self.at + 1):
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return call
+
+
+def stopped_compile(compile_again, at, forever):
+    """Run a compile that stops at a change of the disk; False where it was finished before."""
+    stop = Stop(at, forever)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in WRITES:
+            patch.setattr(os, name, stop.around(getattr(os, name)))
+        with contextlib.suppress(KeyboardInterrupt):
+            compile_again()
+    return stop.count > at
+
+
+def files_of(folder):
+    """All files of a finished bundle with their content, but for the records of the stages."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and ".stages" not in path.parts and path.name != ".lock"
+    }
+
+
+CHANGES = {
+    "another preset": (("ddim:2:9",), 5.0, ExportOptions()),
+    "another export": (("ddim:2:0.1", "ddim:3"), 5.0, ExportOptions(outputs=2)),
+    "the same name with another content": (("ddim:2:0.1",), 3.0, ExportOptions()),
+}
+
+
+@pytest.mark.parametrize("forever", [False, True], ids=["interrupted", "killed"])
+@pytest.mark.parametrize(
+    ("presets", "guidance", "export"), CHANGES.values(), ids=[*CHANGES]
+)  # fmt: skip
+def test_wherever_a_compile_stops_the_old_bundle_or_the_new_one_is_whole(
+    model, calibration, calls, tmp_path, presets, guidance, export, forever
+):
+    calibrated = CalibrationOptions(profile=PROFILE, guidance_scale=guidance)
+    wanted = dataclasses.replace(options(*presets, export=export), calibration=calibrated)
+    first, whole = tmp_path / "first", tmp_path / "whole"
+    old = compile_model(model, first, options("ddim:2:0.1", "dpm:2"), calibration).bundle
+    shutil.copytree(first, whole)
+    new = compile_model(model, whole, wanted, calibration).bundle
+    assert new.manifest != old.manifest
+    at, stopped, seen = 0, True, set()
+    while stopped:
+        folder = tmp_path / str(at)
+        shutil.copytree(first, folder)
+        stopped = stopped_compile(
+            lambda folder=folder: compile_model(model, folder, wanted, calibration), at, forever
+        )
+        opened = Bundle.open(folder)  # every file is there, with the content that is promised
+        assert opened.manifest in (old.manifest, new.manifest)
+        seen.add(opened.manifest == new.manifest)
+        for name in opened.preset_names:
+            assert opened.preset(name).name == name
+        compile_model(model, folder, wanted, calibration)
+        assert files_of(folder) == files_of(whole)
+        shutil.rmtree(folder)
+        at += 1
+    assert at > 10
+    assert seen == {False, True}
+
+
+def test_the_old_bundle_still_draws_after_a_failed_export(
+    model, conditions_of, calls, tmp_path, monkeypatch
+):
+    folder = tmp_path / "b"
+    compile_model(model, folder, options("ddim:2"))
+
+    def drawn():
+        session = Session.open(folder, backend="ort", threads=1)
+        prompt = conditions_of(model, 1)["encoder_hidden_states"]
+        return session.denoise(session.noise([0]), prompt, guidance_scale=1).latents
+
+    before = drawn()
+
+    def fails(model, fresh, options, entered):
+        (fresh / "trunk_00.onnx").write_bytes(b"half")
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pipeline, "export_segments", fails)
+    other = dataclasses.replace(options("ddim:2"), export=ExportOptions(hoist=False))
+    with pytest.raises(RuntimeError):
+        compile_model(model, folder, other)
+    np.testing.assert_array_equal(drawn(), before)
+    assert len(list((folder / "segments").iterdir())) == 1
+
+
+def test_a_preset_more_does_not_write_the_segments_again(model, calls, tmp_path):
+    folder = tmp_path / "b"
+    compile_model(model, folder, options("ddim:2"))
+    before = {path: path.stat().st_mtime_ns for path in (folder / "segments").rglob("*")}
+    compile_model(model, folder, options("ddim:3"))
+    assert {path: path.stat().st_mtime_ns for path in (folder / "segments").rglob("*")} == before
+
+
+def test_what_nobody_names_any_more_is_deleted_and_the_rest_is_left(model, calls, tmp_path):
+    folder = tmp_path / "b"
+    compile_model(model, folder, options("ddim:2"))
+    for name in ("engines/sm80/engines.json", "times/a.json"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("{}")
+    (folder / "presets" / ".0123.partial").write_text("half")
+    (folder / "segments" / "old").mkdir()
+    (folder / "segments" / "old" / "weights.bin").write_text("of another export")
+    bundle = compile_model(model, folder, options("ddim:2")).bundle
+    others = {"manifest.json", "engines/sm80/engines.json", "times/a.json"}
+    assert files_of(folder).keys() == {*bundle.manifest.files, *others}
+    assert not (folder / "segments" / "old").exists()
+
+
+# -- presets are added to those that are there -----------------------------------------------------
+
+
+def test_the_result_says_what_became_of_every_preset(model, calibration, calls, tmp_path):
+    folder = tmp_path / "b"
+    made = compile_model(model, folder, options("ddim:2:0.1", "ddim:3"), calibration)
+    assert (made.added, made.replaced, made.kept) == (("ddim-2-d0.1", "ddim-3"), (), ())
+    assert (made.removed, made.unreadable) == ({}, "")
+    again = compile_model(model, folder, options("ddim:2:0.1"), calibration)
+    assert (again.added, again.replaced) == ((), ())
+    assert again.kept == ("ddim-2-d0.1", "ddim-3")
+    named = dataclasses.replace(PresetOptions.parse("ddim:2:9"), name="ddim-2-d0.1")
+    other = dataclasses.replace(options("dpm:2"), presets=(named, *options("dpm:2").presets))
+    changed = compile_model(model, folder, other, calibration)
+    assert changed.added == ("dpm-2",)
+    assert changed.replaced == ("ddim-2-d0.1",)
+    assert changed.kept == ("ddim-3",)
+    assert changed.bundle.preset_names == ("ddim-2-d0.1", "ddim-3", "dpm-2")
+
+
+def test_a_kept_preset_brings_its_reports(model, calibration, calls, tmp_path):
+    folder = tmp_path / "b"
+    first = compile_model(model, folder, options("ddim:2:0.1"), calibration).bundle
+    profile = first.preset("ddim-2-d0.1").provenance.profile
+    shutil.rmtree(folder / ".stages")
+    bundle = compile_model(model, folder, options("dpm:2")).bundle
+    assert profile in bundle.manifest.files
+    assert bundle.preset("ddim-2-d0.1") == first.preset("ddim-2-d0.1")
+
+
+def test_presets_of_another_precision_are_removed_and_it_is_said(model, calls, tmp_path):
+    folder = tmp_path / "b"
+    compile_model(model, folder, options("ddim:2"))
+    half = dataclasses.replace(options("dpm:2"), export=ExportOptions(precision="bfloat16"))
+    made = compile_model(model, folder, half)
+    assert made.removed == {"ddim-2": "it was made for a U-Net of another precision"}
+    assert made.bundle.preset_names == ("dpm-2",)
+
+
+def test_presets_of_other_weights_are_removed_and_it_is_said(model, calls, tmp_path):
+    folder = tmp_path / "b"
+    compile_model(model, folder, options("ddim:2"))
+    made = compile_model(dataclasses.replace(model, sha256="0" * 64), folder, options("dpm:2"))
+    assert made.removed == {"ddim-2": "it was made for a U-Net of other weights"}
+
+
+def test_a_bundle_with_a_damaged_preset_gives_nothing_and_it_is_said(model, calls, tmp_path):
+    folder = tmp_path / "b"
+    bundle = compile_model(model, folder, options("ddim:2", "ddim:3")).bundle
+    file = bundle.manifest.presets["ddim-2"].file
+    content = bytearray((folder / file).read_bytes())
+    content[-1] ^= 1
+    (folder / file).write_bytes(content)
+    made = compile_model(model, folder, options("dpm:2"))
+    assert made.unreadable.startswith(f"The content of {file} does not match its sha256")
+    assert made.bundle.preset_names == ("dpm-2",)
+    Bundle.open(folder)
+
+
+def test_a_bundle_that_is_none_gives_nothing_and_it_is_said(model, calls, tmp_path):
+    folder = tmp_path / "b"
+    compile_model(model, folder, options("ddim:2"))
+    (folder / "manifest.json").write_text("{}")
+    made = compile_model(model, folder, options("dpm:2"))
+    assert made.unreadable.startswith("Expected a blockcache-bundle manifest")
+    assert made.added == ("dpm-2",)
+
+
+def test_a_preset_that_stays_is_fitted_to_segments_with_history(model, calls, tmp_path):
+    """Adding a preset that combines two outputs: the others get tables of that form."""
+    folder = tmp_path / "b"
+    compile_model(model, folder, options("ddim:2"))
+    history = dataclasses.replace(options("ddim:3"), export=ExportOptions(outputs=2))
+    made = compile_model(model, folder, history)
+    assert made.kept == ("ddim-2",)
+    assert made.bundle.preset("ddim-2").alignment.outputs == 2
+    Session.open(made.bundle, preset="ddim-2", backend="empty")
+    later = compile_model(model, folder, options("dpm:2")).bundle  # needs one output only
+    assert later.model.outputs == 2
+    assert later.preset_names == ("ddim-2", "ddim-3", "dpm-2")
+
+
+def test_a_bundle_that_would_not_open_replaces_nothing(
+    model, compiled, copied_segments, calls, tmp_path, monkeypatch
+):
+    """Segments that contradict the manifest: found before the switch."""
+    folder = tmp_path / "b"
+    before = compile_model(model, folder, options("ddim:2")).bundle
+    _, plain = compiled("sd")
+    monkeypatch.setattr(
+        pipeline, "export_segments", lambda _, to, *rest: copied_segments(plain, to)
+    )
+    history = dataclasses.replace(options("ddim:3"), export=ExportOptions(outputs=2))
+    with pytest.raises(BundleFormatError, match="every tensor to be read"):
+        compile_model(model, folder, history)
+    assert Bundle.open(folder).manifest == before.manifest
+
+
+# -- the recommended preset ------------------------------------------------------------------------
+
+
+def test_the_first_preset_that_caches_is_recommended(model, calibration, calls, tmp_path):
+    wanted = options("ddim:2", "ddim:2:9", "ddim:2:8")
+    bundle = compile_model(model, tmp_path / "b", wanted, calibration).bundle
+    assert bundle.recommended == "ddim-2-d9"
+    assert bundle.preset().name == "ddim-2-d9"
+
+
+def test_a_recommendation_stays_until_another_is_asked_for(model, calibration, calls, tmp_path):
+    folder = tmp_path / "b"
+    assert compile_model(model, folder, options("ddim:2")).bundle.recommended == "ddim-2"
+    made = compile_model(model, folder, options("ddim:2:9"), calibration)
+    assert made.bundle.recommended == "ddim-2-d9"  # the first that caches
+    made = compile_model(model, folder, options("ddim:2:8"), calibration)
+    assert made.bundle.recommended == "ddim-2-d9"
+    made = compile_model(model, folder, options("ddim:3", recommended="ddim-2-d8"))
+    assert made.bundle.recommended == "ddim-2-d8"
+
+
+def test_a_recommended_preset_that_is_unknown_is_refused_before_any_work(model, calls, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        compile_model(model, tmp_path / "b", options("ddim:2", recommended="ddim-3"))
+    assert str(caught.value) == "Expected a recommended preset of ['ddim-2'], got 'ddim-3'."
+    assert calls == []
+
+
+def test_a_recommended_preset_that_cannot_stay_leaves_the_old_bundle(model, calls, tmp_path):
+    folder = tmp_path / "b"
+    before = compile_model(model, folder, options("ddim:2")).bundle
+    half = ExportOptions(precision="bfloat16")
+    with pytest.raises(ConfigError, match=r"of \['dpm-2'\], got 'ddim-2'"):
+        compile_model(model, folder, options("dpm:2", export=half, recommended="ddim-2"))
+    assert Bundle.open(folder).manifest == before.manifest
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -293,6 +528,26 @@ def test_a_folder_that_holds_something_else_is_refused(model, tmp_path):
         f"Choose another folder."
     )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["segments", "presets", "profiles"])
+def test_a_folder_of_the_bundle_that_links_elsewhere_is_refused(model, calls, tmp_path, name):
+    folder, outside = tmp_path / "b", tmp_path / "outside"
+    compile_model(model, folder, options("ddim:2"))
+    outside.mkdir()
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(BundlePathError, match="outside the bundle"):
+        compile_model(model, folder, options("ddim:2"))
+    assert not any(outside.iterdir())
+
+
+def test_a_bundle_that_was_copied_without_its_records_is_taken(model, calls, tmp_path):
+    folder = tmp_path / "b"
+    compile_model(model, folder, options("ddim:2"))
+    shutil.rmtree(folder / ".stages")
+    made = compile_model(model, folder, options("ddim:3"))
+    assert made.kept == ("ddim-2",)
 
 
 def test_a_second_compile_into_the_same_folder_is_refused(model, calls, tmp_path):

@@ -1005,5 +1005,10 @@ def test_an_engine_that_fails_in_the_loop_names_its_segment(bundle):
     assert str(caught.value) == (f"ONNX Runtime failed in segment {segment.name!r}: out of memory")
 
 
-def test_the_default_preset_is_the_first(bundle):
-    assert Session.open(bundle, backend="empty").preset.name == bundle.preset_names[0]
+@pytest.mark.parametrize("name", ["ddim-4", "dpm-20"])
+def test_the_default_preset_is_the_recommended_one(bundle, name):
+    manifest = dataclasses.replace(bundle.manifest, recommended=name)
+    opened = dataclasses.replace(bundle, manifest=manifest)
+    assert opened.recommended == name
+    assert opened.preset().name == name
+    assert Session.open(opened, backend="empty").preset.name == name

@@ -148,7 +148,7 @@ def estimate(
     if measured is not None:
         measured.costs(bundle.segments)  # refuses those of another model
     timed = [segment for segment in bundle.segments if segment.role != "time"]
-    works = segment_work(timed, bundle.folder / "segments", processor, sizes)
+    works = segment_work(timed, bundle.folder, processor, sizes)
     rows = tuple(
         SegmentRow(
             segment,

@@ -45,7 +45,7 @@ def published_rows(bundle: Bundle) -> list[dict[str, str | float]]:
     rows: list[dict[str, str | float]] = []
     for found in PUBLISHED.get(bundle.model.name, ()):
         sizes = bundle.model.sizes.for_images(1, guided=True)
-        made = predict(whole, bundle.folder / "segments", gpu(found.gpu), sizes)
+        made = predict(whole, bundle.folder, gpu(found.gpu), sizes)
         ms = made.segment_ms["whole"]
         rows.append({**found._asdict(), "predicted_ms": ms, "error": ms / found.step_ms - 1})
     return rows

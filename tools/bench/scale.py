@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from blockcache.export.bundle_writer import preset_entry, switch, write_preset
 from blockcache.export.graph.to_onnx import ExportOptions
 from blockcache.export.unet.model import SourceModel
 from blockcache.runtime import (
@@ -36,8 +37,7 @@ from blockcache.runtime import (
     SolverConfig,
 )
 from blockcache.runtime.files import write_text
-from blockcache.runtime.manifest import MANIFEST, FileEntry, PresetEntry
-from blockcache.runtime.tensor_files import write_preset
+from blockcache.runtime.manifest import FileEntry
 from blockcache.tools.bench.random_unet import CONFIGS, random_source
 from blockcache.tools.report.errors import one_line_errors
 
@@ -110,7 +110,7 @@ def main(
         "model": model,
         "precision": precision,
         "machine": machine_facts(),
-        "weights_bytes": bundle.manifest.files["segments/weights.bin"].bytes,
+        "weights_bytes": bundle.weights.bytes,
         "stages": [dataclasses.asdict(stage) for stage in meter.stages],
         "published": published_rows(bundle),
     }
@@ -139,7 +139,7 @@ def _compile(
         presets=tuple(PresetOptions.parse(f"ddim:{count}") for count in steps or [2]),
         export=export,
     )
-    bundle = compile_model(source, out, options, observer=meter.observe)
+    bundle = compile_model(source, out, options, observer=meter.observe).bundle
     meter.enter("")
     for name in bundle.preset_names:
         bundle = add_preset(bundle, made_up(bundle.preset(name)))
@@ -168,23 +168,14 @@ def made_up(preset: Preset, seed: int = 0) -> Preset:
 
 def add_preset(bundle: Bundle, preset: Preset) -> Bundle:
     """The bundle with one preset more, on disk too."""
-    file = f"presets/{preset.name}.safetensors"
-    write_preset(bundle.folder / file, preset)
-    flops = np.array([s.flops for s in bundle.segments if s.role == "block"], np.float64)
-    entry = PresetEntry(
-        file=file,
-        steps=preset.schedule.steps,
-        computed_fraction=round(preset.schedule.computed_fraction(flops), 6),
-        guidance_scale=preset.guidance_scale,
-        solver=preset.solver,
-        provenance=preset.provenance,
-    )
+    file = write_preset(bundle.folder, preset)
+    entry = preset_entry(file, preset, bundle.segments)
     manifest = dataclasses.replace(
         bundle.manifest,
         presets={**bundle.manifest.presets, preset.name: entry},
         files={**bundle.manifest.files, file: FileEntry.of(bundle.folder / file)},
     )
-    write_text(bundle.folder / MANIFEST, manifest.to_json())
+    switch(bundle.folder, manifest)
     return Bundle.open(bundle.folder, verify=False)
 
 

@@ -181,7 +181,7 @@ def _compile(
         source = load_source(model, dtype, blocks, variant)
         encoded = calibration_for(model, calibration, prompts) if measured else None
         progress("load", 1, 1)
-        return compile_model(source, out, options, encoded, progress)
+        return compile_model(source, out, options, encoded, progress).bundle
 
 
 def _report(bundle: Bundle, *, as_json: bool) -> None:

@@ -119,7 +119,7 @@ def compile_demo(
         alignment=AlignmentOptions(images=2 * IMAGES),
     )
     options = CompileOptions(presets=tuple(presets.values()), calibration=calibrated)
-    return compile_model(source, folder, options, calibration, progress), list(presets)
+    return compile_model(source, folder, options, calibration, progress).bundle, list(presets)
 
 
 def run_presets(

@@ -139,7 +139,7 @@ def test_the_nearest_candidate_is_kept_and_the_others_are_reported(
             trial=TrialOptions(images=2),
         ),
     )
-    bundle = compile_model(model, tmp_path / "b", options, calibration)
+    bundle = compile_model(model, tmp_path / "b", options, calibration).bundle
     made = bundle.preset("dpm-4-j1.2-history").provenance
     assert (made.kind, made.value, made.replaced_steps) == ("joint", 1.2, 4)
     assert made.costs == "FLOPs"
@@ -155,5 +155,5 @@ def test_the_nearest_candidate_is_kept_and_the_others_are_reported(
     assert not any(
         name.startswith(".stages") or "-steps-" in name for name in bundle.manifest.files
     )
-    again = compile_model(model, tmp_path / "b", options, calibration)
+    again = compile_model(model, tmp_path / "b", options, calibration).bundle
     assert again.preset("dpm-4-j1.2-history").provenance == made

@@ -55,7 +55,8 @@ def test_a_budget_reads_block_costs_and_the_rest(bundle):
 
 def test_times_of_another_compile_are_left_out(bundle):
     keep_timings(bundle, made_up(bundle))
-    files = {**bundle.manifest.files, "segments/block_00.onnx": FileEntry(1, "other")}
+    block = next(segment for segment in bundle.segments if segment.role == "block")
+    files = {**bundle.manifest.files, block.file: FileEntry(1, "other")}
     manifest = dataclasses.replace(bundle.manifest, files=files)
     changed = dataclasses.replace(bundle, manifest=manifest)
     assert len(bundle_timings(bundle)) == 1

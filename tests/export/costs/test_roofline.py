@@ -68,9 +68,8 @@ def test_an_unknown_gpu_lists_the_known_ones():
 
 
 def predicted(bundle, processor, **sizes):
-    folder = bundle.folder / "segments"
     return predict(
-        bundle.segments, folder, processor, dataclasses.replace(bundle.model.sizes, **sizes)
+        bundle.segments, bundle.folder, processor, dataclasses.replace(bundle.model.sizes, **sizes)
     )
 
 

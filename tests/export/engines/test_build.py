@@ -157,14 +157,18 @@ def with_other_weights(bundle, name):
     """The bundle after a change of one weight that only segment ``name`` reads."""
     import onnx_ir as ir
 
-    graph = ir.load(bundle.folder / f"segments/{name}.onnx").graph
+    path = next(bundle.folder.glob(f"segments/*/{name}.onnx"))
+    graph = ir.load(path).graph
     tensors = [value.const_value for value in graph.initializers.values()]
     weight = next(t for t in tensors if isinstance(t, ir.ExternalTensor) and t.length > 1000)
-    weights = bundle.folder / "segments/weights.bin"
+    weights = path.with_name("weights.bin")
     with weights.open("r+b") as file:
         file.seek(weight.offset)
         file.write(b"\x01\x02")
-    files = {**bundle.manifest.files, "segments/weights.bin": FileEntry.of(weights)}
+    files = {
+        **bundle.manifest.files,
+        weights.relative_to(bundle.folder).as_posix(): FileEntry.of(weights),
+    }
     manifest = dataclasses.replace(bundle.manifest, files=files)
     write_text(bundle.folder / "manifest.json", manifest.to_json())
     return Bundle.open(bundle.folder)
@@ -272,7 +276,7 @@ def test_two_builds_in_parallel_processes(built_copy):
 def test_a_node_that_does_not_parse_is_named(built_copy):
     import onnx_ir as ir
 
-    path = built_copy.folder / "segments/trunk_07.onnx"
+    path = next(built_copy.folder.glob("segments/*/trunk_07.onnx"))
     model = ir.load(path)
     node = next(node for node in model.graph if node.op_type == "Conv")
     node.op_type, node.name = "NoSuchOperator", "the_odd_one"
@@ -287,10 +291,11 @@ def broken(bundle, text):
 
     model = onnx.parser.parse_model(text)
     model.graph.node[0].name = "the_odd_one"
-    onnx.save(model, bundle.folder / "segments/trunk_07.onnx")
+    file = next(segment.file for segment in bundle.segments if segment.name == "trunk_07")
+    onnx.save(model, bundle.folder / file)
     dims = tuple(Dim.parse(dim) for dim in ("batch", 8, "tokens", 8))
     tensors = [TensorSpec(name, "bfloat16", dims) for name in "xy"]
-    segment = Segment("trunk_07", "trunk", "trunk_07.onnx", (tensors[0],), (tensors[1],))
+    segment = Segment("trunk_07", "trunk", file, (tensors[0],), (tensors[1],))
     manifest = dataclasses.replace(bundle.manifest, segments=(segment,))
     return dataclasses.replace(bundle, manifest=manifest)
 

@@ -88,7 +88,7 @@ def test_another_process_exports_the_same_bytes(compiled, tmp_path):
     assert made.returncode == 0, made.stderr
     files = {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
     assert json.loads(made.stdout.splitlines()[-1]) == {
-        name.removeprefix("segments/"): sha256
+        name.split("/")[-1]: sha256
         for name, sha256 in files.items()
         if name.startswith("segments/")
     }
@@ -96,7 +96,7 @@ def test_another_process_exports_the_same_bytes(compiled, tmp_path):
 
 def test_nothing_of_the_machine_is_in_the_graphs(compiled):
     _, bundle = compiled("sd")
-    for path in (bundle.folder / "segments").glob("*.onnx"):
+    for path in bundle.folder.glob("segments/*/*.onnx"):
         content = path.read_bytes()
         assert b"site-packages" not in content
         assert str(Path.home()).encode() + b"/" not in content

@@ -43,15 +43,15 @@ def bundle(bundle_copy):
     folder.mkdir(parents=True)
     plan = folder / "trunk_00.plan"
     plan.write_bytes(b"a plan")
-    files = opened.manifest.files
+    graph = opened.manifest.files[segment_of(opened).file]
     file = FileEntry.of(plan)
     entry = EngineEntry(
         file="trunk_00.plan",
         key="k",
         bytes=file.bytes,
         sha256=file.sha256,
-        onnx_sha256=files["segments/trunk_00.onnx"].sha256,
-        weights_file_sha256=files["segments/weights.bin"].sha256,
+        onnx_sha256=graph.sha256,
+        weights_file_sha256=opened.weights.sha256,
         seconds=0.5,
         formats={"sample": "linear"},
         kernels=9,
@@ -65,7 +65,7 @@ def bundle(bundle_copy):
         capabilities=("8.0",),
         precision="bfloat16",
         weights="included",
-        weights_sha256=files["segments/weights.bin"].sha256,
+        weights_sha256=opened.weights.sha256,
         profiles=(ShapeProfile(*(dataclasses.replace(SIZES, batch=batch) for batch in (1, 2, 8))),),
         engines={"trunk_00": entry},
     )

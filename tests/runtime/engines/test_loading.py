@@ -25,7 +25,7 @@ SECONDS = 2  # that a thread waits for another before the test fails
 @pytest.fixture
 def bundle(tmp_path):
     """Of a bundle, what the cache of engines looks at."""
-    files = {f"segments/{s.file}": SimpleNamespace(sha256=s.name) for s in SEGMENTS}
+    files = {s.file: SimpleNamespace(sha256=s.name) for s in SEGMENTS}
     return SimpleNamespace(
         manifest=SimpleNamespace(files=files), segment_path=lambda s: Path(tmp_path, s.file)
     )

@@ -259,8 +259,8 @@ def refitted(module, weights, built_from, accepts=True):
         "OnnxParserRefitter", FakeParserRefitter(accepts, seen)
     )
     bundle = SimpleNamespace(
-        manifest=SimpleNamespace(files={"segments/weights.bin": FileEntry(1, "now")}),
-        segment_path=lambda segment: f"segments/{segment.file}",
+        weights=FileEntry(1, "now"),
+        segment_path=lambda segment: f"bundle/{segment.file}",
         folder="bundle",
     )
     entry = SimpleNamespace(weights_file_sha256=built_from)
@@ -272,7 +272,7 @@ def refitted(module, weights, built_from, accepts=True):
 
 
 def test_stripped_and_outdated_engines_are_refitted(tensorrt_module):
-    path = "segments/trunk_00.onnx"
+    path = "bundle/trunk_00.onnx"
     assert refitted(tensorrt_module, "stripped", "now") == [path, "refitted"]
     assert refitted(tensorrt_module, "refittable", "then") == [path, "refitted"]
     assert refitted(tensorrt_module, "refittable", "now") == []

@@ -80,7 +80,7 @@ def test_what_latents_depend_on_is_in_the_key(drawings_of):
         drawings_of(guidance=3.0).key(preset),
     }
     manifest = drawings_of.bundle.manifest
-    name = f"segments/{manifest.segments[0].file}"
+    name = manifest.segments[0].file
     altered = {**manifest.files, name: dataclasses.replace(manifest.files[name], sha256="0")}
     drawings_of.bundle = dataclasses.replace(
         drawings_of.bundle, manifest=dataclasses.replace(manifest, files=altered)

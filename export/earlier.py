@@ -1,0 +1,123 @@
+"""What stays of the bundle that a compile finds in its folder: presets that still fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blockcache.export.bundle_writer import write_preset
+from blockcache.export.graph.time_tables import time_tables
+from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundle_files import hash_files
+from blockcache.runtime.errors import BundleError
+from blockcache.runtime.manifest import MANIFEST, FileEntry, PresetEntry
+from blockcache.runtime.plan import ModelFacts, Preset, Segment
+from blockcache.runtime.solver import SolverConfig, solver_tables
+
+_MUST_AGREE = {
+    "sha256": "of other weights",
+    "precision": "of another precision",
+    "blocks": "with other blocks to cache",
+}
+"""Facts of the model that a preset's tables depend on, and how a bundle that differs is called."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The bundle that was in the folder before; ``bundle`` is None where there was none."""
+
+    bundle: Bundle | None = None
+    unreadable: str = ""  # why a bundle that is there cannot be opened
+
+    @classmethod
+    def read(cls, folder: Path) -> Earlier:
+        """Open what is there; one that is damaged, or of another format, keeps nothing."""
+        if not (folder / MANIFEST).is_file():
+            return cls()
+        try:
+            return cls(Bundle.open(folder, verify=False))
+        except BundleError as error:
+            return cls(unreadable=str(error))
+
+    @property
+    def preset_names(self) -> tuple[str, ...]:
+        """Of its presets, in their order."""
+        return () if self.bundle is None else self.bundle.preset_names
+
+    def outputs(self, model_sha256: str) -> int:
+        """How many outputs the presets combine that may be kept: 1 or 2."""
+        same = self.bundle is not None and self.bundle.model.sha256 == model_sha256
+        return self.bundle.model.outputs if self.bundle is not None and same else 1
+
+
+@dataclass(frozen=True)
+class KeptPresets:
+    """Presets of the earlier bundle, written for the new one, and those that had to go."""
+
+    entries: Mapping[str, PresetEntry] = field(default_factory=dict)
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+    removed: Mapping[str, str] = field(default_factory=dict)  # name -> why
+
+
+def keep_presets(
+    earlier: Earlier,
+    folder: Path,
+    model: ModelFacts,
+    segments: Sequence[Segment],
+    remade: Collection[str],
+) -> KeptPresets:
+    """Write the earlier bundle's presets for a new model's segments.
+
+    Args:
+        earlier: what was there.
+        folder: the bundle's.
+        model: of the new bundle.
+        segments: of the new bundle.
+        remade: names that this compile makes anew; they are left out.
+    """
+    old = earlier.bundle
+    entries: dict[str, PresetEntry] = {}
+    files: dict[str, FileEntry] = {}
+    removed: dict[str, str] = {}
+    for name in earlier.preset_names:
+        if old is None or name in remade:
+            continue
+        entry = old.manifest.presets[name]
+        reason = _misfit(old, model)
+        if reason:
+            removed[name] = reason
+            continue
+        if old.segments != tuple(segments) or old.model.outputs != model.outputs:
+            written = write_preset(folder, _refitted(old.preset(name), folder, model, segments))
+            entry = dataclasses.replace(entry, file=written)
+        entries[name] = entry
+        files |= hash_files(folder, _files_of(entry, folder))
+    return KeptPresets(entries, files, removed)
+
+
+def _misfit(old: Bundle, model: ModelFacts) -> str:
+    """Why presets of the earlier bundle cannot serve the new one, or nothing."""
+    for fact, other in _MUST_AGREE.items():
+        if getattr(old.model, fact) != getattr(model, fact):
+            return f"it was made for a U-Net {other}"
+    return ""
+
+
+def _refitted(
+    preset: Preset, folder: Path, model: ModelFacts, segments: Sequence[Segment]
+) -> Preset:
+    """The same preset for segments that were exported anew."""
+    timesteps = solver_tables(SolverConfig.from_json(preset.solver)).timesteps
+    return dataclasses.replace(
+        preset,
+        alignment=preset.alignment.combining(model.outputs),
+        time_tables=time_tables(tuple(segments), folder, timesteps),
+    )
+
+
+def _files_of(entry: PresetEntry, folder: Path) -> list[str]:
+    """The preset's tables, and the reports that it names and that are there."""
+    reports = (entry.provenance.profile, entry.provenance.alignment_report)
+    return [entry.file, *(name for name in reports if name and (folder / name).is_file())]

@@ -57,17 +57,6 @@ REVISIONS: Mapping[str, Revision] = {
     ),
     "alignment": Revision(1, "ceee36e5d4b9f7dc", (*_SAMPLING, "export/align/*.py")),
     "trial": Revision(1, "a1b2f7660ed0892a", (*_SAMPLING, "export/measure/trial.py")),
-    "preset": Revision(
-        1,
-        "012e0e463f7c79f4",
-        (
-            "export/choose/*.py",
-            "export/costs/*.py",
-            "export/graph/time_tables.py",
-            "runtime/grid.py",
-            "runtime/solver.py",
-        ),
-    ),
     "engine": Revision(
         1,
         "fead41509b9bb284",

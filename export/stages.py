@@ -53,7 +53,6 @@ class StageStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / RECORDS).mkdir(parents=True, exist_ok=True)
-        self.keys: dict[str, str] = {}
         self.files: dict[str, FileEntry] = {}
 
     def reuse(self, stage: str, key: str) -> Mapping[str, Any] | None:
@@ -68,7 +67,7 @@ class StageStore:
             for name, entry in entries.items()
         ):
             return None
-        self._note(stage, key, entries)
+        self._note(entries)
         facts: Mapping[str, Any] = content["facts"]
         return facts
 
@@ -81,7 +80,7 @@ class StageStore:
             "facts": facts,
         }
         write_text(self._record(stage), json.dumps(content, indent=1, sort_keys=True))
-        self._note(stage, key, entries)
+        self._note(entries)
 
     def recorded_files(self) -> set[str]:
         """The files of all stages that a later compile may take as they are."""
@@ -95,7 +94,6 @@ class StageStore:
     def _record(self, stage: str) -> Path:
         return self.folder / RECORDS / f"{stage}.json"
 
-    def _note(self, stage: str, key: str, entries: Mapping[str, FileEntry]) -> None:
-        self.keys[stage] = key
+    def _note(self, entries: Mapping[str, FileEntry]) -> None:
         shipped = {k: v for k, v in entries.items() if not k.startswith(f"{RECORDS}/")}
         self.files.update(shipped)

@@ -27,7 +27,11 @@ def bundle(tmp_path):
     """Of a bundle, what the cache of engines looks at."""
     files = {s.file: SimpleNamespace(sha256=s.name) for s in SEGMENTS}
     return SimpleNamespace(
-        manifest=SimpleNamespace(files=files), segment_path=lambda s: Path(tmp_path, s.file)
+        manifest=SimpleNamespace(files=files),
+        files=dict.fromkeys(files, "as it was when the bundle opened"),
+        segment_path=lambda s: Path(tmp_path, s.file),
+        segment_files=lambda s: (s.file,),
+        require_unchanged=lambda s: None,
     )
 
 

@@ -40,7 +40,7 @@ class Revision:
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
         1,
-        "9cdeb2374682eca7",
+        "1444a31e239a08d7",
         (
             *_MODEL,
             "export/graph/passes/*.py",
@@ -59,7 +59,7 @@ REVISIONS: Mapping[str, Revision] = {
     "trial": Revision(1, "a1b2f7660ed0892a", (*_SAMPLING, "export/measure/trial.py")),
     "engine": Revision(
         1,
-        "fead41509b9bb284",
+        "34705650c8c1d3ba",
         (
             "export/engines/bfloat16_resize.py",
             "export/engines/build.py",

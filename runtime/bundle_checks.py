@@ -120,12 +120,12 @@ def _check_names(model: ModelFacts, segments: Sequence[Segment]) -> None:
     ):
         twice = sorted({name for name in names if names.count(name) > 1})
         _require(not twice, what, "each name and file once", f"{twice} again")
-    folders = sorted({str(PurePosixPath(segment.file).parent) for segment in segments})
-    _require(len(folders) == 1, "segments", "files in one folder, with their weights", folders)
     indices = [segment.block for segment in segments if segment.role == "block"]
     wanted = list(range(len(model.blocks)))
     right = bool(wanted) and indices == wanted
     _require(right, "segments", f"the blocks {wanted} in this order", indices)
+    folders = sorted({str(PurePosixPath(segment.file).parent) for segment in segments})
+    _require(len(folders) == 1, "segments", "files in one folder, with their weights", folders)
     for role in ("time", "whole"):
         count = sum(segment.role == role for segment in segments)
         _require(count <= 1, "segments", f"at most one of role {role!r}", count)

@@ -17,8 +17,12 @@ from blockcache.export.revisions import REVISIONS, Revision
 from blockcache.export.stages import stage_key
 from blockcache.tools.dev.revisions import PACKAGE, TABLE, source_files, source_hash, write
 
-ROOMS = ("unet", "measure", "choose", "costs", "align", "graph", "engines")
+ROOMS = ("unet", "measure", "align", "graph", "engines")
+"""Rooms whose results are kept; presets, which choose and costs make, are made in each compile."""
+
 NO_RESULT = {
+    "export/graph/time_tables.py": "fills presets",
+    "export/unet/scheduler.py": "warns of a scheduler of another kind",
     "export/unet/configs.py": "reads a model's folder",
     "export/unet/hub.py": "fetches a model",
     "export/unet/load.py": "loads a model: its hash is in every key",

@@ -62,6 +62,4 @@ def preset_of(bundle: Bundle, text: str | None) -> str:
     Raises:
         UnknownPresetError: the bundle holds no such preset.
     """
-    from blockcache.tools.report.presets import recommended_preset
-
-    return recommended_preset(bundle) if text is None else bundle.preset(text).name
+    return bundle.preset(text).name

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from blockcache.runtime import Bundle, Schedule
-from blockcache.tools.report.presets import preset_rows, presets_table, recommended_preset
+from blockcache.tools.report.presets import preset_rows, presets_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +23,7 @@ def print_bundle(bundle: Bundle, preset: str | None = None) -> None:
     from rich.console import Console
 
     console = Console()
-    chosen = preset or recommended_preset(bundle)
+    chosen = preset or bundle.recommended
     console.print(_header(bundle), highlight=False)
     console.print(_segments_table(bundle))
     console.print(f"schedule of {chosen}: █ recomputed, · reused", highlight=False)
@@ -46,7 +46,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
             {"name": s.name, "role": s.role, "gflops": round(s.flops / 1e9, 4)}
             for s in bundle.segments
         ],
-        "recommended": recommended_preset(bundle),
+        "recommended": bundle.recommended,
         "presets": {row.pop("name"): row for row in rows},
     }
 

@@ -35,7 +35,6 @@ def preset_rows(bundle: Bundle) -> list[PresetRow]:
 
     A speed-up that the compile did not predict is counted in FLOPs.
     """
-    chosen = recommended_preset(bundle)
     rows = []
     for name, entry in bundle.manifest.presets.items():
         made = entry.provenance
@@ -50,18 +49,10 @@ def preset_rows(bundle: Bundle) -> list[PresetRow]:
                 speedup=speedup,
                 loss=0.0 if uncached else made.predicted_loss,
                 uncached_steps=replaced / speedup,
-                recommended=name == chosen,
+                recommended=name == bundle.recommended,
             )
         )
     return rows
-
-
-def recommended_preset(bundle: Bundle) -> str:
-    """The first preset that reuses anything, else the first."""
-    for name, entry in bundle.manifest.presets.items():
-        if entry.computed_fraction < 1:
-            return name
-    return bundle.preset_names[0]
 
 
 def image_flops(bundle: Bundle, preset: str) -> float:

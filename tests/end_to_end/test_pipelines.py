@@ -24,8 +24,8 @@ def test_latents_equal_the_pipelines_own(pipeline_folder, tmp_path, kind):
     """Prompts, sizes, guidance and solver together, at a size that is not the model's own."""
     folder, prompts, size = pipeline_folder(kind), ["a cat", "a dog"], (8, 24)
     presets = (PresetOptions.parse(f"ddim:{STEPS}"),)
-    bundle = compile_model(load_model(folder), tmp_path / "bundle", CompileOptions(presets=presets))
-    session = Session.open(bundle)
+    options = CompileOptions(presets=presets)
+    session = Session.open(compile_model(load_model(folder), tmp_path / "bundle", options).bundle)
     noise = session.noise([0, 1], *size)
     positive, negative = encode_text(folder, prompts, size)
     ours = session.denoise(

@@ -201,10 +201,9 @@ def test_bundles_are_shown_run_and_timed_without_torch(compiled, conditions_of, 
     assert np.isfinite(np.load(tmp_path / "out.npy")).all()
     made = in_a_process_without(absent, tmp_path, "compile", bundle.folder, "out")
     assert (made.returncode, made.stdout) == (1, "")
-    assert made.stderr.strip() == (
-        "error: This command needs the package torch, which is not installed. Install it with: "
-        "pip install 'blockcache[export]'"
-    )
+    assert made.stderr.startswith("error: This command needs the package ")
+    assert made.stderr.endswith("Install it with: pip install 'blockcache[export]'\n")
+    assert made.stderr.count("\n") == 1
 
 
 ABSENT = """

@@ -12,6 +12,7 @@ import typer
 from blockcache.tools.commands.options import AsJson
 
 if TYPE_CHECKING:
+    from blockcache.export.costs.roofline import Processor
     from blockcache.export.pipeline import CompileOptions
     from blockcache.runtime import Bundle
 
@@ -103,14 +104,13 @@ def compile_bundle(
     Example: blockcache compile stabilityai/stable-diffusion-2-1 sd21 --preset dpm:20:x1.5:history
     """
     from blockcache.export.choose.preset import PresetOptions
-    from blockcache.export.costs.roofline import gpu as data_sheet
     from blockcache.export.costs.timings import read_timings
     from blockcache.tools.commands.names import precision_for, warn_of_float32
 
     presets = tuple(PresetOptions.parse(text) for text in preset or DEFAULT_PRESETS)
     dtype = precision_for(precision, target)
     times = None if timings is None else read_timings(timings)
-    processor = None if gpu is None else data_sheet(gpu)
+    processor = None if gpu is None else _processor(gpu)
     _check(model, out, blocks, calibration, prompts)
     if target is not None:
         warn_of_float32(dtype, target)
@@ -136,6 +136,13 @@ def compile_bundle(
     )
     bundle = _compile(model, out, options, calibration, prompts, blocks, variant)
     _report(bundle, as_json=as_json)
+
+
+def _processor(gpu: str) -> Processor:
+    """The data sheet of a GPU."""
+    from blockcache.export.costs.roofline import gpu as data_sheet
+
+    return data_sheet(gpu)
 
 
 def _check(

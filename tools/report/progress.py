@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TextIO
@@ -41,6 +40,7 @@ class Stage:
     done: int = 0
     total: int = 0  # 0: unknown
     heard: float = 0.0  # when ``done`` last changed
+    reported: float = 0.0  # when it was last told of
 
     @property
     def finished(self) -> bool:
@@ -51,7 +51,7 @@ class Stage:
         """Take a report."""
         if done != self.done or not self.heard:
             self.heard = now
-        self.done, self.total = done, total
+        self.done, self.total, self.reported = done, total, now
 
     def left(self, now: float) -> float | None:
         """Seconds to the end, at the mean pace of this run; None before its first unit."""
@@ -154,7 +154,10 @@ class _TimeLeft(ProgressColumn):
 
 
 class _Lines:
-    """A line for a stage that ends, and one every few seconds for those that run."""
+    """A line for a stage that ends, and one every few seconds for the one at work.
+
+    Stages nest ("presets" while a preset's profile is measured): who reported last is at work.
+    """
 
     def __init__(self, stream: TextIO, stages: dict[str, Stage], seconds: float) -> None:
         self._stream = stream
@@ -174,14 +177,14 @@ class _Lines:
     def show(self, stage: Stage) -> None:
         if stage.finished and stage.name not in self._ended:
             self._ended.add(stage.name)
-            self._print([stage.line(time.monotonic())])
+            self._print(stage.line(time.monotonic()))
 
     def _repeat(self) -> None:
         while not self._stopped.wait(self._seconds):
             now = time.monotonic()
             running = [stage for stage in list(self._stages.values()) if not stage.finished]
-            self._print(stage.line(now) for stage in running)
+            if running:
+                self._print(max(running, key=lambda stage: stage.reported).line(now))
 
-    def _print(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            print(line, file=self._stream, flush=True)
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)

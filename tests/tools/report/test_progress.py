@@ -83,9 +83,11 @@ def test_without_a_terminal_a_running_stage_is_heard_of(monkeypatch):
 
     monkeypatch.setattr("sys.stderr", Stream())
     with StageProgress(seconds_a_line=0.01) as progress:
+        progress("presets", 0, 1)
         progress("profile", 0, 2)
         assert written.wait(30)
     assert "profile  0/2  0:00:00, time left unknown" in lines
+    assert not any("presets" in line for line in lines)  # it waits for what runs inside it
 
 
 def test_on_a_terminal_stages_are_bars_with_our_time_left(monkeypatch, capsys):

@@ -21,10 +21,19 @@ from blockcache.export.align.fit import (
     fit_alignment,
     judge_alignment,
 )
+from blockcache.export.choose import grids
+from blockcache.export.choose.grid_search import shortest_path, step_costs
 from blockcache.export.choose.policies import Needs
 from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.measure.calibration import Calibration, check_calibration
 from blockcache.export.measure.change import Profile, ProfileOptions, measure_change
+from blockcache.export.measure.converged import (
+    ConvergedOptions,
+    ConvergedRun,
+    converged_run,
+    converged_solver,
+    measure_gains,
+)
 from blockcache.export.measure.residuals import ResidualOptions, measure_residuals
 from blockcache.export.measure.reuse import HISTORY
 from blockcache.export.measure.sampling import Sampling
@@ -35,6 +44,7 @@ from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import SourceModel
 from blockcache.runtime.diffusers_config import solver_from_diffusers
 from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.grid import Grid
 from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solver import SolverConfig
 from blockcache.runtime.tensor_files import read_tensors, write_tensors
@@ -48,6 +58,7 @@ class CalibrationOptions:
     """How much is measured, and with what guidance."""
 
     guidance_scale: float = 5.0  # as in the paper
+    converged: ConvergedOptions = field(default_factory=ConvergedOptions)
     profile: ProfileOptions = field(default_factory=ProfileOptions)
     sensitivity: SensitivityOptions = field(default_factory=SensitivityOptions)
     residuals: ResidualOptions = field(default_factory=ResidualOptions)
@@ -117,12 +128,39 @@ class Measurements:
                 f"another policy (t1.5, c1.5), or the alignment least-squares."
             )
 
+    def solver(self, preset: PresetOptions) -> SolverConfig:
+        """The preset's solver on the model's own noise schedule; measures a grid ``auto``."""
+        own = solver_config(self.model, preset)
+        if preset.grid != grids.AUTO:
+            return own
+        run, gains = self._converged(own)
+        order = 2 if preset.solver == "dpm" else 1
+        costs = step_costs(run.sigmas, run.samples, run.data, gains, order)
+        sigmas, _ = shortest_path(costs, preset.steps)
+        grid = grids.grid_of(grids.AUTO, sigmas, own.noise.sigmas())
+        return on_grid(self.model, preset, grid)
+
+    def _converged(self, solver: SolverConfig) -> tuple[ConvergedRun, np.ndarray]:
+        """One converged run, and the gains of errors on it: the same for all solvers and steps."""
+        options = self._options.converged
+        sampling = self._sampling_by(converged_solver(solver, options.levels))
+        stage = _Stage.of("converged", sampling, options)
+        file = f"{RECORDS}/converged-{stage.key[:12]}.safetensors"
+
+        def measure() -> dict[str, np.ndarray]:
+            run = converged_run(sampling, options, observer=self._observer)
+            gains = measure_gains(sampling, run, options, observer=self._observer)
+            return {"sigmas": run.sigmas, "samples": run.samples, "data": run.data, "gains": gains}
+
+        made = self._once(stage, file, measure)
+        return ConvergedRun(made["sigmas"], made["samples"], made["data"]), made["gains"]
+
     def profile(self, preset: PresetOptions) -> Profile:
         """Change per step and block; shared by presets of the same solver and steps."""
         sampling, options = self._sampling(preset), self._options.profile
         stage = _Stage.of("profile", sampling, options)
         checkpoint = self._store.scratch(f"profile-{stage.key[:12]}")
-        file = f"profiles/{preset.solver}-{preset.steps}-{stage.key[:8]}.safetensors"
+        file = f"profiles/{preset.sampler}-{stage.key[:8]}.safetensors"
 
         def measure() -> dict[str, np.ndarray]:
             made = measure_change(
@@ -138,7 +176,7 @@ class Measurements:
         """What a block's reuse at a step does to the image: float32 [S, K]."""
         sampling, options = self._sampling(preset), self._options.sensitivity
         stage = _Stage.of("sensitivity", sampling, options)
-        file = f"profiles/{preset.solver}-{preset.steps}-{stage.key[:8]}.safetensors"
+        file = f"profiles/{preset.sampler}-{stage.key[:8]}.safetensors"
 
         def measure() -> dict[str, np.ndarray]:
             made = measure_sensitivity(sampling, options, observer=self._heard_of(preset))
@@ -236,17 +274,15 @@ class Measurements:
         return tensors
 
     def _sampling(self, preset: PresetOptions, precision: str = "float32") -> Sampling:
+        return self._sampling_by(self.solver(preset), precision)
+
+    def _sampling_by(self, solver: SolverConfig, precision: str = "float32") -> Sampling:
         assert self._calibration is not None  # ``check`` was asked first
-        return Sampling(
-            self.model,
-            solver_config(self.model, preset),
-            self._calibration,
-            self._options.guidance_scale,
-            precision,
-        )
+        guidance_scale = self._options.guidance_scale
+        return Sampling(self.model, solver, self._calibration, guidance_scale, precision)
 
     def _heard_of(self, preset: PresetOptions) -> Observer:
-        return qualified(self._observer, f"{preset.solver}-{preset.steps}")
+        return qualified(self._observer, preset.sampler)
 
 
 @dataclass(frozen=True)
@@ -273,14 +309,30 @@ class _Stage:
 
 
 def solver_config(model: SourceModel, preset: PresetOptions) -> SolverConfig:
-    """The preset's solver on the model's own noise schedule."""
+    """The preset's solver on the model's own noise schedule.
+
+    A grid ``auto``, which has to be measured, is left out: the scheduler's own stands in.
+    """
     if not model.scheduler:
         raise ConfigError(
             f"Expected scheduler/scheduler_config.json beside the U-Net of {model.name!r}: the "
             f"noise schedule it was trained with is in no other place. Save the pipeline's "
             f"scheduler there."
         )
-    return solver_from_diffusers(model.scheduler, solver=preset.solver, steps=preset.steps)
+    spacing = preset.grid if preset.grid in grids.SPACINGS else None
+    own = solver_from_diffusers(
+        model.scheduler, solver=preset.solver, steps=preset.steps, spacing=spacing
+    )
+    if preset.grid not in grids.NAMES:
+        return own
+    return on_grid(model, preset, grids.named_grid(preset.grid, own.noise.sigmas(), preset.steps))
+
+
+def on_grid(model: SourceModel, preset: PresetOptions, grid: Grid) -> SolverConfig:
+    """The preset's solver on levels of its own."""
+    return solver_from_diffusers(
+        model.scheduler, solver=preset.solver, steps=preset.steps, grid=grid
+    )
 
 
 def _digest(*arrays: np.ndarray) -> str:

@@ -325,7 +325,7 @@ def _make_preset(
         provenance = dataclasses.replace(
             provenance, alignment=preset.alignment, alignment_report=report
         )
-    config = solver_config(measurements.model, preset)
+    config = measurements.solver(preset)
     return Preset(
         name=preset.name,
         solver=config.to_json(),

@@ -23,6 +23,7 @@ _SAMPLING = (
     "export/unet/cached_unet.py",
     "export/unet/torch_kernels.py",
     "runtime/grid.py",
+    "runtime/noise.py",
     "runtime/solver.py",
 )
 """What every measurement runs."""
@@ -48,15 +49,28 @@ REVISIONS: Mapping[str, Revision] = {
             "export/graph/work.py",
         ),
     ),
-    "profile": Revision(1, "5e33bb15942fea97", (*_SAMPLING, "export/measure/change.py")),
-    "sensitivity": Revision(1, "277a40282514c4b0", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "profile": Revision(1, "9c120248b29d579c", (*_SAMPLING, "export/measure/change.py")),
+    "converged": Revision(1, "7d01fafeb760f821", (*_SAMPLING, "export/measure/converged.py")),
+    "sensitivity": Revision(1, "17a848e1cd7626b8", (*_SAMPLING, "export/measure/sensitivity.py")),
     "residuals": Revision(
         1,
-        "4758e5ee6ad24575",
+        "f5e5ce642557cf7f",
         (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
     ),
-    "alignment": Revision(1, "ceee36e5d4b9f7dc", (*_SAMPLING, "export/align/*.py")),
-    "trial": Revision(1, "a1b2f7660ed0892a", (*_SAMPLING, "export/measure/trial.py")),
+    "alignment": Revision(1, "c1eeb60d4deaf090", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(1, "fc7199aabead7baa", (*_SAMPLING, "export/measure/trial.py")),
+    "preset": Revision(
+        1,
+        "1d791c811fb61e92",
+        (
+            "export/choose/*.py",
+            "export/costs/*.py",
+            "export/graph/time_tables.py",
+            "runtime/grid.py",
+            "runtime/noise.py",
+            "runtime/solver.py",
+        ),
+    ),
     "engine": Revision(
         1,
         "34705650c8c1d3ba",

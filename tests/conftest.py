@@ -10,6 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# One profile for all properties: a busy machine must not fail a test that is right.
+settings.register_profile("blockcache", deadline=None)
+settings.load_profile("blockcache")
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",

@@ -1,10 +1,15 @@
-"""What a preset is asked to be: ``dpm:20:x1.5:history``, or its name, and what that means."""
+"""What a preset is asked to be: ``dpm:20:x1.5:history``, or its name, and what that means.
+
+The noise levels that it visits are the scheduler's own, or a grid named behind the solver:
+``dpm-karras:20``, ``dpm-auto:20:x1.5:history`` (see ``grids.py``).
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
+from blockcache.export.choose import grids
 from blockcache.export.choose.policies import UNCACHED, Needs, Policy
 from blockcache.export.measure.reuse import HISTORY, PLAIN, SCALE_SHIFT
 from blockcache.runtime.errors import ConfigError
@@ -12,6 +17,9 @@ from blockcache.runtime.errors import ConfigError
 SOLVERS = ("dpm", "ddim", "euler")
 ALIGNMENTS = {"none": 1, "least-squares": 1, "distil": 1, "history": 2, "history-distil": 2}
 """Ways to align reused outputs, and how many computed outputs of a block they combine."""
+
+GRIDS = (grids.AUTO, *grids.SPACINGS, *grids.NAMES)
+"""Names of grids that may stand behind a solver."""
 
 MOST_STEPS = 1000
 """A model is trained on this many timesteps; no solver here visits more."""
@@ -22,7 +30,8 @@ class PresetOptions:
     """One preset to make.
 
     Raises:
-        ConfigError: an unknown solver or alignment, steps out of range, or an alignment of nothing.
+        ConfigError: an unknown solver, grid or alignment, steps out of range, or an alignment of
+            nothing.
 
     Examples:
         >>> PresetOptions.parse("dpm:20:0.5").name
@@ -35,11 +44,14 @@ class PresetOptions:
     steps: int
     policy: Policy = UNCACHED
     alignment: str = "none"
+    grid: str | None = None  # one of ``GRIDS``; None: where the scheduler's own config puts them
     name: str = ""
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise ConfigError(f"Expected a solver of {SOLVERS}, got {self.solver!r}.")
+        if self.grid is not None and self.grid not in GRIDS:
+            raise ConfigError(f"Expected a grid of {', '.join(GRIDS)}, got {self.grid!r}.")
         if not 1 <= self.steps <= MOST_STEPS:
             raise ConfigError(f"Expected 1 to {MOST_STEPS} steps, got {self.steps}.")
         if self.alignment not in ALIGNMENTS:
@@ -50,13 +62,14 @@ class PresetOptions:
             raise ConfigError("An uncached preset reuses nothing that could be aligned.")
         if not self.name:
             ending = "" if self.alignment == "none" else self.alignment
-            parts = (self.solver, str(self.steps), self.policy.text, ending)
+            parts = (self.solver, self.grid, str(self.steps), self.policy.text, ending)
             object.__setattr__(self, "name", "-".join(part for part in parts if part))
 
     @classmethod
     def parse(cls, text: str) -> PresetOptions:
-        """Read ``SOLVER:STEPS[:POLICY[:ALIGNMENT]]``, or the same with dashes: a preset's name."""
+        """Read ``SOLVER[-GRID]:STEPS[:POLICY[:ALIGNMENT]]``, or the same with dashes: a name."""
         solver, steps, policy, alignment = _parts(text)
+        solver, _, grid = solver.partition("-")
         if not re.fullmatch("[0-9]{1,10}", steps):
             raise _unreadable(text)
         return cls(
@@ -64,6 +77,7 @@ class PresetOptions:
             steps=int(steps),
             policy=UNCACHED if policy is None else Policy.parse(policy),
             alignment=alignment or "none",
+            grid=grid or None,
         )
 
     @property
@@ -81,11 +95,17 @@ class PresetOptions:
     @property
     def calibrated(self) -> bool:
         """Whether prompts are needed to make it."""
-        return bool(self.policy.needs & (Needs.CHANGE | Needs.LOSSES)) or self.alignment != "none"
+        measured = bool(self.policy.needs & (Needs.CHANGE | Needs.LOSSES))
+        return measured or self.alignment != "none" or self.grid == grids.AUTO
+
+    @property
+    def sampler(self) -> str:
+        """Solver, grid and steps, as titles name them: "dpm-karras-20"."""
+        return "-".join(part for part in (self.solver, self.grid, str(self.steps)) if part)
 
 
 def _parts(text: str) -> tuple[str, str, str | None, str | None]:
-    """Solver, steps, policy and alignment, the last two None where left out."""
+    """Solver and grid, steps, policy and alignment; the last two None where left out."""
     if ":" not in text:
         return _dashed(text)
     text = re.sub(r"(:[a-z]):max(?=:|$)", r"\1max", text)  # x:max is one part
@@ -98,7 +118,8 @@ def _parts(text: str) -> tuple[str, str, str | None, str | None]:
 
 def _dashed(text: str) -> tuple[str, str, str | None, str | None]:
     """The parts of a name; the longest alignment that ends it is one, the rest is the policy."""
-    match = re.fullmatch(r"([a-z]*)-([^-]*)(?:-(.*))?", text, re.DOTALL)
+    grid = "|".join(re.escape(name) for name in GRIDS)
+    match = re.fullmatch(rf"([a-z]*(?:-(?:{grid}))?)-([^-]*)(?:-(.*))?", text, re.DOTALL)
     if match is None:
         raise _unreadable(text)
     solver, steps, rest = match.groups()
@@ -112,6 +133,6 @@ def _dashed(text: str) -> tuple[str, str, str | None, str | None]:
 
 def _unreadable(text: str) -> ConfigError:
     return ConfigError(
-        f"Expected a preset SOLVER:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5 or "
-        f"dpm:20:x1.5:history, got {text!r}."
+        f"Expected a preset SOLVER[-GRID]:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5, "
+        f"dpm:20:x1.5:history or dpm-karras:20, got {text!r}."
     )

@@ -24,6 +24,7 @@ from blockcache.export.costs.timings import Timings  # noqa: E402
 from blockcache.export.graph.to_onnx import ExportOptions, export_segments  # noqa: E402
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.change import ProfileOptions  # noqa: E402
+from blockcache.export.measure.converged import ConvergedOptions  # noqa: E402
 from blockcache.export.measure.residuals import ResidualOptions  # noqa: E402
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.export.measure.sensitivity import SensitivityOptions  # noqa: E402
@@ -37,6 +38,7 @@ from blockcache.runtime.tensor_files import read_tensors  # noqa: E402
 
 CALIBRATION = CalibrationOptions(
     guidance_scale=3.0,
+    converged=ConvergedOptions(levels=20, images=1, gains=2),
     profile=ProfileOptions(prompts=2, seeds=1, images_at_once=2),
     sensitivity=SensitivityOptions(images=1),
     residuals=ResidualOptions(images=1),
@@ -45,6 +47,8 @@ CALIBRATION = CalibrationOptions(
 )
 BUDGET = "dpm:4:x1.1:history"
 STAGES = (
+    "converged_run",
+    "measure_gains",
     "measure_change",
     "measure_sensitivity",
     "measure_residuals",
@@ -353,3 +357,38 @@ def test_a_table_of_ones_own_becomes_the_schedule(model, calls, tmp_path):
     speedup = made.provenance.predicted_speedup
     assert speedup == pytest.approx(counted(bundle.segments).speedup(made.schedule), abs=1e-6)
     assert made.provenance == Provenance(kind="table", costs="FLOPs", predicted_speedup=speedup)
+
+
+def test_grids_of_all_solvers_and_steps_come_from_one_converged_run(
+    made, model, calibration, calls, copy
+):
+    calls.clear()
+    presets = ("dpm-auto:3", "dpm-auto:5", "ddim-auto:3", "dpm-karras:3")
+    bundle = compile_model(model, copy, options(*presets), calibration)
+    assert calls == ["converged_run", "measure_gains"]
+    solvers = {
+        name: SolverConfig.from_json(bundle.preset(name).solver) for name in bundle.preset_names
+    }
+    for text in presets:
+        preset = PresetOptions.parse(text)
+        grid = solvers[preset.name].grid
+        assert (grid.name, grid.steps) == (preset.grid, preset.steps)
+    assert solvers["dpm-auto-3"].grid.sigmas[0] == solvers["dpm-karras-3"].grid.sigmas[0]
+    session = Session.open(bundle, preset="dpm-auto-3", backend="ort", threads=1)
+    noise = session.noise([0])
+    prompt = np.zeros((1, 7, 32), np.float32)
+    ours = session.denoise(noise, prompt, prompt, guidance_scale=2.0).latents
+    sampling = Sampling(model, solvers["dpm-auto-3"], calibration, 2.0)
+    with sampling.cached_unet() as cached:
+        denoiser, _ = sampling.begin(cached, [(0, 0)])
+        zeros = {"encoder_hidden_states": torch.zeros(2, 7, 32)}
+        denoiser = Denoiser(cached, sampling.tables, zeros, 2.0)
+        theirs = denoiser.denoise(torch.from_numpy(noise), sampling.uncached).numpy()
+    assert relative(ours, theirs) <= 1e-4
+
+
+def test_the_grid_auto_asks_for_prompts(model, calls, tmp_path):
+    calls.clear()
+    with pytest.raises(ConfigError, match="needs prompts to measure with"):
+        compile_model(model, tmp_path / "b", options("dpm-auto:3"))
+    assert calls == []

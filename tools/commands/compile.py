@@ -24,7 +24,9 @@ PLOT = "presets.svg"
 Presets = Annotated[
     list[str] | None,
     typer.Option(
-        help="SOLVER:STEPS[:POLICY[:ALIGNMENT]], repeatable. SOLVER: dpm, ddim, euler. POLICY: "
+        help="SOLVER[-GRID]:STEPS[:POLICY[:ALIGNMENT]], repeatable. SOLVER: dpm, ddim, euler. "
+        "GRID: auto (measured: nearest to a converged run), karras, exponential, beta, lu, "
+        "ays-sd15, ays-sdxl, linspace, leading, trailing; none: the scheduler's own. POLICY: "
         "0.5 (threshold of eq. 7), x1.5 (speed-up; least predicted loss), ms250 (the same, in "
         "milliseconds an image), j1.5 (as x1.5, with fewer steps too), c1.5 (least change), t1.5 "
         "(by threshold), every3, deepcache3, smooth0.1, FILE.json; none: uncached. ALIGNMENT: "

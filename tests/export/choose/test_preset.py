@@ -99,8 +99,8 @@ def test_a_preset_that_cannot_be_read_shows_the_form(text):
     with pytest.raises(ConfigError) as caught:
         PresetOptions.parse(text)
     assert str(caught.value) == (
-        f"Expected a preset SOLVER:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5 or "
-        f"dpm:20:x1.5:history, got {text!r}."
+        f"Expected a preset SOLVER[-GRID]:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5, "
+        f"dpm:20:x1.5:history or dpm-karras:20, got {text!r}."
     )
 
 
@@ -212,3 +212,30 @@ def test_a_latency_needs_times_and_one_source_of_them():
     with pytest.raises(ConfigError, match=r"measured timings \(--timings\) or a GPU .*got both"):
         CompileOptions(presets=(latency,), timings=times, processor=gpu("a100"))
     assert CompileOptions(presets=(latency,), timings=times).export.outputs == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "grid", "name"),
+    [
+        ("dpm:20", None, "dpm-20"),
+        ("dpm-karras:20", "karras", "dpm-karras-20"),
+        ("dpm-auto:20:x1.5:history", "auto", "dpm-auto-20-x1.5-history"),
+        ("ddim-ays-sd15:10", "ays-sd15", "ddim-ays-sd15-10"),
+        ("euler-trailing:8:0.5", "trailing", "euler-trailing-8-d0.5"),
+    ],
+)
+def test_a_grid_stands_behind_the_solver(text, grid, name):
+    preset = PresetOptions.parse(text)
+    assert (preset.grid, preset.name) == (grid, name)
+    assert PresetOptions.parse(preset.name) == preset
+
+
+def test_the_grid_auto_is_measured():
+    assert PresetOptions.parse("dpm-auto:20").calibrated
+    assert not PresetOptions.parse("dpm-karras:20").calibrated
+
+
+@pytest.mark.parametrize("text", ["dpm-karas:20", "dpm-karras-x-20"])
+def test_an_unknown_grid_is_refused(text):
+    with pytest.raises(ConfigError, match=r"Expected a (grid|preset)"):
+        PresetOptions.parse(text)

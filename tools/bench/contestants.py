@@ -24,6 +24,9 @@ Kind: TypeAlias = Literal["whole", "split", "cached", "fewer steps", "peer"]
 - "peer": by the cache of another project
 """
 
+OTHER = " @"
+"""Between an engine and the folder of another bundle that runs on it."""
+
 
 @dataclass(eq=False)
 class Contestant:
@@ -48,6 +51,16 @@ class Contestant:
     def name(self) -> str:
         """One line of a table."""
         return f"{self.engine} {self.kind} {self.preset}"
+
+    @property
+    def library(self) -> str:
+        """The engine without another bundle's folder."""
+        return self.engine.partition(OTHER)[0]
+
+    @property
+    def other(self) -> str:
+        """The folder of the other bundle that it runs; "" for the bundle that is timed."""
+        return self.engine.partition(OTHER)[2]
 
     def take_turn(
         self, clock: Callable[[], float] = time.perf_counter

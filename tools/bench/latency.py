@@ -10,18 +10,17 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from blockcache.export.costs.timings import Timings
 from blockcache.export.observer import Observer, unobserved
-from blockcache.runtime import Bundle, ConfigError, Preset, RunRecord
-from blockcache.runtime.devices.device import Device
+from blockcache.runtime import Bundle, ConfigError, Preset
 from blockcache.runtime.engines.choice import make_backend
 from blockcache.runtime.plan import Sizes
-from blockcache.tools.bench.contestants import Contestant, Entry, Lineup
+from blockcache.tools.bench.contestants import OTHER, Contestant, Entry, Lineup
+from blockcache.tools.bench.promises import Promise, promises
+from blockcache.tools.bench.segment_times import segment_times
 from blockcache.tools.bench.sessions import (
     base_name,
     base_presets,
@@ -29,13 +28,11 @@ from blockcache.tools.bench.sessions import (
     host_cost_us,
     is_cached,
 )
-from blockcache.tools.report.machine import Steadiness, cpu_name, machine_facts, nvidia_smi
+from blockcache.tools.report.machine import Steadiness, machine_facts
 from blockcache.tools.report.spread import Spread
 
 RUNTIME_ENGINES = ("ort", "ort-cuda", "ort-tensorrt", "trt")
 PEER_ENGINES = ("torch", "torch-compile", "deepcache", "diffusers-pab")
-OTHER = " @"
-"""Between an engine and the folder of another bundle that runs on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +74,6 @@ class Row:
     open_s: float
     first_s: float
     memory: Mapping[str, int]  # bytes by use
-
-
-@dataclass(frozen=True)
-class Promise:
-    """A ratio that blockcache promises, or that was asked for."""
-
-    engine: str
-    name: str  # "split / whole", "cached / segments it ran", "split / split @folder"
-    preset: str
-    ratio: Spread
-    goal: float | None
 
 
 @dataclass(frozen=True)
@@ -154,7 +140,7 @@ def measure_latency(
         reasons = "; ".join(f"{who}: {why}" for who, why in lineup.absent.items())
         raise ConfigError(f"Expected at least one engine to time, there is none. {reasons}")
     timings = {
-        made.engine: _timings(made)
+        made.engine: segment_times(made)
         for made in lineup.contestants
         if made.kind == "split" and made.session is not None
     }
@@ -164,7 +150,7 @@ def measure_latency(
         images=options.images,
         rounds=options.rounds,
         rows=tuple(_row(made, lineup.contestants) for made in lineup.contestants),
-        promises=tuple(_promises(lineup.contestants, timings)),
+        promises=tuple(promises(lineup.contestants, timings)),
         timings=timings,
         host_us_per_launch=host_cost_us(bundle, presets[0], options.images),
         absent=lineup.absent,
@@ -233,7 +219,7 @@ def admit_bundle(
 
 
 def _row(made: Contestant, everyone: Sequence[Contestant]) -> Row:
-    engine = "torch" if made.engine in PEER_ENGINES else _library(made)
+    engine = "torch" if made.engine in PEER_ENGINES else made.library
     whole = [o for o in everyone if (o.engine, o.kind, o.base) == (engine, "whole", made.base)]
     return Row(
         engine=made.engine,
@@ -249,83 +235,3 @@ def _row(made: Contestant, everyone: Sequence[Contestant]) -> Row:
         first_s=made.first_s,
         memory=made.memory,
     )
-
-
-def _library(made: Contestant) -> str:
-    """The engine without another bundle's folder."""
-    return made.engine.partition(OTHER)[0]
-
-
-def _promises(everyone: Sequence[Contestant], timings: Mapping[str, Timings]) -> list[Promise]:
-    """Does splitting cost nothing, and does caching save what it should?
-
-    With another bundle, also how long its split model takes beside this one's.
-    """
-    found = []
-    by_key = {(o.engine, o.kind, o.base): o for o in everyone if o.kind != "cached"}
-    for made in everyone:
-        split = by_key.get((made.engine, "split", made.base))
-        whole = by_key.get((_library(made), "whole", made.base))
-        mine = by_key.get((_library(made), "split", made.base))
-        if made is split and whole is not None:
-            goal = 1.02 if mine is made else None  # another bundle's may be anything
-            ratio = Spread.of_ratio(split.seconds, whole.seconds)
-            found.append(Promise(made.engine, "split / whole", made.base, ratio, goal))
-        if made is split and mine is not None and mine is not made:
-            folder = made.engine.partition(OTHER)[2]
-            ratio = Spread.of_ratio(mine.seconds, made.seconds)
-            found.append(Promise(mine.engine, f"split / split @{folder}", made.base, ratio, None))
-        if made.kind == "cached" and split is not None:
-            ran = _ran_seconds(split.records, made.records, timings[made.engine])
-            ratio = Spread.of_ratio([record.total_ns / 1e9 for record in made.records], ran)
-            found.append(Promise(made.engine, "cached / segments it ran", made.preset, ratio, 1.03))
-    return found
-
-
-def _ran_seconds(
-    split: Sequence[RunRecord], cached: Sequence[RunRecord], timings: Timings
-) -> list[float]:
-    """Per round, the sum over the launches of a cached run of their time in the split run."""
-    sums = []
-    for full, part in zip(split, cached, strict=True):
-        mean_ns = full.segment_ns.sum(axis=0) / np.maximum(full.ran.sum(axis=0), 1)
-        if not mean_ns.any():  # replayed as CUDA graphs: nothing was timed one by one
-            mean_ns = np.array([timings.segment_ms[s.name] * 1e6 for s in part.segments])
-        sums.append(float((part.ran * mean_ns).sum() / 1e9))
-    return sums
-
-
-def _timings(split: Contestant) -> Timings:
-    """Median time of every segment: on the host's clock in the rounds, on a GPU by its own."""
-    session = split.session
-    assert session is not None
-    bundle, device = session.bundle, session.backend.device
-    record = split.records[0]
-    sizes = bundle.model.sizes.for_images(split.images, guided=True)
-    if device.name != "cpu":
-        medians = _device_ms(session.launches(split.images), device)
-        return Timings(split.engine, nvidia_smi(("name",)).get("name", device.name), sizes, medians)
-    runs = np.concatenate([r.segment_ns[r.steps.start :] for r in split.records]) / 1e6
-    medians = {s.name: float(ms) for s, ms in zip(record.segments, np.median(runs, 0), strict=True)}
-    if any(segment.role == "prompt" for segment in bundle.segments):
-        medians["prompt"] = statistics.median(r.prompt_ns for r in split.records) / 1e6
-    return Timings(split.engine, cpu_name(), sizes, medians)
-
-
-def _device_ms(
-    launches: Mapping[str, Callable[[], None]],
-    device: Device,
-    repeats: int = 15,
-) -> dict[str, float]:
-    """GPU time of single launches, each captured in a graph so that the host is not timed.
-
-    They run in the order of a step, so that each finds its weights as cold as in the loop.
-    """
-    replays = {name: device.capture(launch) for name, launch in launches.items()}
-    times: dict[str, list[float]] = {name: [] for name in replays}
-    for turn in range(repeats + 2):
-        for name, replay in replays.items():
-            ms = device.time_ms(replay)
-            if turn > 1:
-                times[name].append(ms)
-    return {name: statistics.median(values) for name, values in times.items()}

@@ -66,7 +66,7 @@ def demo(
     """
     from blockcache.runtime.files import write_text
     from blockcache.tools.commands.outputs import check_folder
-    from blockcache.tools.report.plots import save_grid
+    from blockcache.tools.report.pictures import save_grid
     from blockcache.tools.report.progress import StageProgress
     from blockcache.tools.sources.codecs import DemoCodec
 

@@ -125,7 +125,7 @@ def _conditions(
 def _write(latents: np.ndarray, codec: Codec | None, out: Path) -> None:
     """Pictures or latents, by the suffix of ``out``."""
     if codec is not None and out.suffix == ".png":
-        from blockcache.tools.report.plots import save_pictures
+        from blockcache.tools.report.pictures import save_pictures
 
         save_pictures(codec.decode(latents), out)
     else:

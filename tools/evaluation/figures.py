@@ -12,6 +12,7 @@ from blockcache.tools.evaluation.report import GroupReport, Report, Row
 from blockcache.tools.evaluation.resampling import Interval
 from blockcache.tools.evaluation.subject import Subject
 from blockcache.tools.report import plots
+from blockcache.tools.report.pictures import save_grid
 
 COLUMNS = 8  # images in a row of the grid
 
@@ -104,7 +105,7 @@ def _grid(
     """Rows presets, columns prompts, the same noise in a column (paper, Fig. 6)."""
     count = min(COLUMNS, len(subject.prompts))
     rows = [(_caption(row), drawn[row.preset].pictures[:count]) for row in found.rows]
-    plots.save_grid(rows, [subject.caption(image) for image in range(count)], file)
+    save_grid(rows, [subject.caption(image) for image in range(count)], file)
 
 
 def _caption(row: Row) -> str:

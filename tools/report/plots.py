@@ -1,4 +1,4 @@
-"""Pictures and plots: schedules (paper Fig. 4), change over steps (Fig. 2b), image grids."""
+"""Plots of schedules, measurements and figures, most of them after the paper's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plot_schedule(schedule: Schedule, paths: Sequence[str], file: Path) -> None:
     axes.set_xticks(range(0, schedule.steps, max(1, schedule.steps // 10)))
     axes.set_xlabel("step")
     axes.set_title("● recomputed, then reused along the bar", fontsize=9, loc="left")
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def plot_change(
@@ -39,7 +39,7 @@ def plot_change(
     """
     steps = np.arange(1, mean.shape[0])
     figure, axes = _figure(8, 4.5)
-    colors = _pyplot().colormaps["viridis"](np.linspace(0, 0.95, mean.shape[1]))
+    colors = pyplot().colormaps["viridis"](np.linspace(0, 0.95, mean.shape[1]))
     for k, path in enumerate(paths):
         axes.plot(steps, mean[1:, k], color=colors[k], lw=1.4, label=path)
         low, high = mean[1:, k] - std[1:, k], mean[1:, k] + std[1:, k]
@@ -49,7 +49,7 @@ def plot_change(
     axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=10, loc="left")
     axes.legend(fontsize=7, ncols=2)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def plot_bars(bars: Sequence[Bar], file: Path, x: str, title: str = "") -> None:
     axes.invert_yaxis()
     axes.set_xlabel(x)
     axes.set_title(title, fontsize=10, loc="left")
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def plot_alignment(
@@ -87,12 +87,12 @@ def plot_alignment(
     ``before`` and ``after`` are [S, K] relative errors of the output used against the true one,
     NaN where the block is recomputed (drawn grey). One colour scale for both.
     """
-    figure, axes = _pyplot().subplots(
+    figure, axes = pyplot().subplots(
         1, 2, figsize=(0.42 * len(before) + 4, 0.32 * len(paths) + 1.4), sharey=True,
         layout="constrained",
     )  # fmt: skip
     top = float(np.nanmax([before, after])) if np.isfinite([before, after]).any() else 1.0
-    colours = _pyplot().colormaps["magma"].with_extremes(bad="#d9d9d9")
+    colours = pyplot().colormaps["magma"].with_extremes(bad="#d9d9d9")
     for cell, errors, name in zip(axes, (before, after), ("before", "after"), strict=True):
         image = cell.imshow(errors.T, vmin=0, vmax=top, cmap=colours, aspect="auto")
         mean = np.nanmean(errors) if np.isfinite(errors).any() else 0.0
@@ -101,7 +101,7 @@ def plot_alignment(
     axes[0].set_yticks(range(len(paths)), paths, fontsize=8)
     figure.colorbar(image, ax=axes, label="relative error")
     figure.suptitle(title, fontsize=10)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def plot_features(features: Sequence[tuple[str, np.ndarray]], file: Path) -> None:
@@ -111,7 +111,7 @@ def plot_features(features: Sequence[tuple[str, np.ndarray]], file: Path) -> Non
     """
     steps = len(features[0][1])
     shown = np.unique(np.linspace(0, steps - 1, min(steps, 10)).round().astype(int))
-    figure, axes = _pyplot().subplots(
+    figure, axes = pyplot().subplots(
         len(features), len(shown), figsize=(1.15 * len(shown) + 2.4, 1.25 * len(features) + 0.3),
         squeeze=False, layout="constrained",
     )  # fmt: skip
@@ -124,7 +124,7 @@ def plot_features(features: Sequence[tuple[str, np.ndarray]], file: Path) -> Non
             cell.set_xticks([])
             cell.set_yticks([])
         row[0].set_ylabel(path, rotation=0, ha="right", va="center", fontsize=8)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def principal_colours(features: np.ndarray) -> np.ndarray:
@@ -137,42 +137,6 @@ def principal_colours(features: np.ndarray) -> np.ndarray:
     low, high = np.quantile(components, [0.01, 0.99], axis=0)
     scaled = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
     return scaled.reshape(steps, height, width, -1)
-
-
-def save_pictures(pictures: np.ndarray, file: Path, scale: int = 2) -> None:
-    """uint8 [N, H, W, 3] side by side, enlarged."""
-    image = _pillow().fromarray(np.concatenate(list(pictures), axis=1))
-    image = image.resize((image.width * scale, image.height * scale), _pillow().LANCZOS)
-    _save_image(image, file)
-
-
-def save_grid(rows: Sequence[tuple[str, np.ndarray]], columns: Sequence[str], file: Path) -> None:
-    """A captioned grid: one row a run, one column a prompt.
-
-    Args:
-        rows: (caption, pictures uint8 [N, H, W, 3]).
-        columns: N captions.
-        file: PNG.
-    """
-    count = len(columns)
-    figure, axes = _pyplot().subplots(
-        len(rows), count, figsize=(1.55 * count + 2.4, 1.75 * len(rows) + 0.3), squeeze=False
-    )
-    for row, (caption, pictures) in enumerate(rows):
-        for column in range(count):
-            cell = axes[row][column]
-            cell.imshow(pictures[column], interpolation="lanczos")
-            cell.set_xticks([])
-            cell.set_yticks([])
-            for spine in cell.spines.values():
-                spine.set_visible(False)
-            if row == 0:
-                cell.set_title(columns[column].replace(", ", ",\n"), fontsize=8)
-        axes[row][0].set_ylabel(
-            caption, rotation=0, ha="right", va="center", fontsize=9, labelpad=8
-        )
-    figure.tight_layout()
-    _save(figure, file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +165,7 @@ def plot_frontiers(panels: Sequence[Panel], file: Path) -> None:
     """Quality against speed-up, one line a method, panels two in a row (as the paper's Fig. 7)."""
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = _pyplot().subplots(
+    figure, axes = pyplot().subplots(
         rows, columns, figsize=(6.2 * columns, 4.2 * rows), squeeze=False, layout="constrained"
     )
     for cell in axes.flat[len(panels) :]:
@@ -215,7 +179,7 @@ def plot_frontiers(panels: Sequence[Panel], file: Path) -> None:
         cell.set_title(panel.title, fontsize=10, loc="left")
         cell.grid(alpha=0.25)
         cell.legend(fontsize=7)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def plot_against_delta(
@@ -226,7 +190,7 @@ def plot_against_delta(
     A panel for each of ``qualities``, whose label says what it is, as ``speed`` does.
     """
     count = len(qualities)
-    figure, axes = _pyplot().subplots(
+    figure, axes = pyplot().subplots(
         1, count, figsize=(6.2 * count, 4), squeeze=False, layout="constrained"
     )
     for cell, quality in zip(axes.flat, qualities, strict=True):
@@ -237,7 +201,7 @@ def plot_against_delta(
         right.plot(quality.x, speedups, "s--", color="#b8562b", ms=4, lw=1.2)
         right.set_ylabel(speed, color="#b8562b")
     figure.suptitle(title, fontsize=10)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def _draw_line(axes: Any, line: Line) -> None:
@@ -249,22 +213,19 @@ def _draw_line(axes: Any, line: Line) -> None:
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    figure, axes = _pyplot().subplots(figsize=(width, height), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(width, height), layout="constrained")
     return figure, axes
 
 
-def _save(figure: Any, file: Path) -> None:
+def save_figure(figure: Any, file: Path) -> None:
+    """Write a figure in the format of the file's ending, and close it."""
     with replacing(file) as partial:
         figure.savefig(partial, dpi=130, format=file.suffix.lstrip(".") or "png")
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
-def _save_image(image: Any, file: Path) -> None:
-    with replacing(file) as partial:
-        image.save(partial, format="PNG")
-
-
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot, which draws into files; MissingExtraError where it is missing."""
     try:
         import matplotlib
     except ImportError as error:
@@ -273,11 +234,3 @@ def _pyplot() -> Any:
     import matplotlib.pyplot
 
     return matplotlib.pyplot
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingExtraError.of("pillow", "export", "Writing pictures") from error
-    return Image

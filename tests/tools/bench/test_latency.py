@@ -30,8 +30,9 @@ from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.solver import solver_tables
 from blockcache.tools.bench import torch_loop
 from blockcache.tools.bench.contestants import Contestant, Entry, Lineup
-from blockcache.tools.bench.latency import BenchOptions, _device_ms, measure_latency, own_timings
+from blockcache.tools.bench.latency import BenchOptions, measure_latency, own_timings
 from blockcache.tools.bench.report import append_history, report_text
+from blockcache.tools.bench.segment_times import device_ms
 from blockcache.tools.bench.sessions import (
     base_of,
     base_presets,
@@ -432,7 +433,7 @@ def test_a_gpu_times_each_segment_alone_in_the_order_of_a_step():
             return 1.0 if log[-1] == "a" else 2.0
 
     launches = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
-    assert _device_ms(launches, Device(), repeats=1) == {"a": 1.0, "b": 2.0}
+    assert device_ms(launches, Device(), repeats=1) == {"a": 1.0, "b": 2.0}
     assert log == ["capture", "capture", *"ababab"]
 
 

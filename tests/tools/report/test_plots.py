@@ -23,8 +23,6 @@ from blockcache.tools.report.plots import (  # noqa: E402
     plot_frontiers,
     plot_schedule,
     principal_colours,
-    save_grid,
-    save_pictures,
 )
 from blockcache.tools.report.spread import Spread  # noqa: E402
 
@@ -53,19 +51,6 @@ def test_bars_stand_for_figures_and_those_in_bold_stand_out(tmp_path):
     plain, bold = ((tmp_path / f"{name}.svg").read_text() for name in ("plain", "bold"))
     assert (plain.count("#3a6ea5"), bold.count("#3a6ea5")) == (0, 1)
     assert all(text in bold for text in ("<!-- uncut -->", "<!-- cached -->", "<!--  1.5x -->"))
-
-
-def test_pictures_are_set_side_by_side(tmp_path):
-    pictures = np.zeros((3, 8, 8, 3), np.uint8)
-    pictures[1] = 255
-    save_pictures(pictures, tmp_path / "p.png", scale=2)
-    assert image.open(tmp_path / "p.png").size == (48, 16)
-
-
-def test_a_grid_has_a_row_a_run(tmp_path):
-    pictures = np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3), np.uint8)
-    save_grid([("x", pictures), ("y", pictures)], ["left", "right"], tmp_path / "g.png")
-    assert colours(tmp_path / "g.png") > 50
 
 
 LINE = Line(label="x", x=[1.0, 2.0], y=[3.0, 4.0], low=[2.0, 3.5], high=[3.5, 5.0])

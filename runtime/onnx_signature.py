@@ -31,7 +31,7 @@ _GRAPH_FIELDS = {
 _TYPES = (1, 4, 5, 7, 8, 9)  # TypeProto: tensor, sequence, map, opaque, sparse tensor, optional
 _SUBGRAPHS = {6: "a graph", 11: "graphs", 22: "a sparse tensor", 23: "sparse tensors"}
 
-_Value: TypeAlias = int | memoryview
+_Value: TypeAlias = int | bytes
 _Fields: TypeAlias = Iterator[tuple[int, _Value]]
 
 
@@ -69,7 +69,7 @@ def read_signature(content: bytes, name: str) -> OnnxSignature:
         BundleFormatError: the bytes are no ONNX model, or hold what blockcache never writes.
     """
     try:
-        return _model(memoryview(content))
+        return _model(content)
     except (_WireError, ConfigError) as error:
         raise BundleFormatError(
             f"Expected an ONNX model of blockcache in {name}, got one with {error}. Compile again."
@@ -79,7 +79,7 @@ def read_signature(content: bytes, name: str) -> OnnxSignature:
 # -- messages --------------------------------------------------------------------------------------
 
 
-def _model(content: memoryview) -> OnnxSignature:
+def _model(content: bytes) -> OnnxSignature:
     graphs = []
     for number, value in _fields(content):
         if number not in _MODEL_FIELDS:
@@ -91,7 +91,7 @@ def _model(content: memoryview) -> OnnxSignature:
     return _graph(graphs[0])
 
 
-def _graph(content: memoryview) -> OnnxSignature:
+def _graph(content: bytes) -> OnnxSignature:
     inputs: list[TensorSpec] = []
     outputs: list[TensorSpec] = []
     weights: list[WeightsRange] = []
@@ -109,7 +109,7 @@ def _graph(content: memoryview) -> OnnxSignature:
     return OnnxSignature(tuple(inputs), tuple(outputs), tuple(weights))
 
 
-def _node_weights(content: memoryview) -> Iterator[WeightsRange]:
+def _node_weights(content: bytes) -> Iterator[WeightsRange]:
     """NodeProto: what its attributes keep in other files; refuses what may hold code or graphs."""
     for number, value in _fields(content):
         if number == 7 and _text(value) not in ("", "ai.onnx"):
@@ -123,7 +123,7 @@ def _node_weights(content: memoryview) -> Iterator[WeightsRange]:
                 yield from _weights(_message(part))
 
 
-def _weights(content: memoryview) -> Iterator[WeightsRange]:
+def _weights(content: bytes) -> Iterator[WeightsRange]:
     """TensorProto: its range of another file, if its content lies there."""
     dims: list[int] = []
     name, dtype, external, entries = "", 0, False, {}
@@ -152,7 +152,7 @@ def _weights(content: memoryview) -> Iterator[WeightsRange]:
     yield WeightsRange(name, entries.get("location", ""), offset, length)
 
 
-def _entry(content: memoryview) -> tuple[str, str]:
+def _entry(content: bytes) -> tuple[str, str]:
     """StringStringEntryProto."""
     found = {number: _text(value) for number, value in _fields(content)}
     return found.get(1, ""), found.get(2, "")
@@ -165,22 +165,22 @@ def _decimal(entries: dict[str, str], key: str, name: str) -> int:
     return int(text)
 
 
-def _tensor_spec(content: memoryview) -> TensorSpec:
+def _tensor_spec(content: bytes) -> TensorSpec:
     """ValueInfoProto, its type a tensor of known rank."""
     found = _once(content, (1, 2))
-    name = _text(found.get(1, memoryview(b"")))
+    name = _text(found.get(1, b""))
     kind = _once(_part(found, 2, name), _TYPES)
     if set(kind) != {1}:
         raise _WireError(f"a boundary tensor {name!r} that is no tensor")
     tensor = _once(_part(kind, 1, name), (1, 2))
-    dtype = _DTYPES.get(_number(tensor.get(1, 0)))
-    if dtype is None:
-        raise _WireError(f"a boundary tensor {name!r} of the element type {tensor.get(1, 0)}")
+    element = _number(tensor.get(1, 0))
+    if element not in _DTYPES:
+        raise _WireError(f"a boundary tensor {name!r} of the element type {element}")
     dims = [_dim(_message(v), name) for n, v in _fields(_part(tensor, 2, name)) if n == 1]
-    return TensorSpec(name, dtype, tuple(dims))
+    return TensorSpec(name, _DTYPES[element], tuple(dims))
 
 
-def _dim(content: memoryview, name: str) -> Dim:
+def _dim(content: bytes, name: str) -> Dim:
     """TensorShapeProto.Dimension: a number, or a text such as "height/2"."""
     found = _once(content, (1, 2))
     if set(found) == {1}:
@@ -193,7 +193,7 @@ def _dim(content: memoryview, name: str) -> Dim:
 # -- values ----------------------------------------------------------------------------------------
 
 
-def _once(content: memoryview, numbers: Container[int]) -> dict[int, _Value]:
+def _once(content: bytes, numbers: Container[int]) -> dict[int, _Value]:
     """The fields of these numbers. None may stand twice: readers differ in which one counts."""
     found: dict[int, _Value] = {}
     for number, value in _fields(content):
@@ -204,13 +204,13 @@ def _once(content: memoryview, numbers: Container[int]) -> dict[int, _Value]:
     return found
 
 
-def _part(found: dict[int, _Value], number: int, name: str) -> memoryview:
+def _part(found: dict[int, _Value], number: int, name: str) -> bytes:
     if number not in found:
         raise _WireError(f"a boundary tensor {name!r} without dtype and shape")
     return _message(found[number])
 
 
-def _message(value: _Value) -> memoryview:
+def _message(value: _Value) -> bytes:
     if isinstance(value, int):
         raise _WireError("a number where a message belongs")
     return value
@@ -224,7 +224,7 @@ def _number(value: _Value) -> int:
 
 def _text(value: _Value) -> str:
     try:
-        return bytes(_message(value)).decode()
+        return _message(value).decode()
     except UnicodeDecodeError as error:
         raise _WireError("a name that is not UTF-8") from error
 
@@ -243,7 +243,7 @@ def _packed(value: _Value) -> Iterator[int]:
 # -- the wire --------------------------------------------------------------------------------------
 
 
-def _fields(content: memoryview) -> _Fields:
+def _fields(content: bytes) -> _Fields:
     """Number and value of every field: an int, or the bytes of a text or message."""
     at = 0
     while at < len(content):
@@ -255,8 +255,10 @@ def _fields(content: memoryview) -> _Fields:
         yield tag >> 3, value
 
 
-def _varint(content: memoryview, at: int) -> tuple[int, int]:
+def _varint(content: bytes, at: int) -> tuple[int, int]:
     """An unsigned number of at most 64 bits, and the place behind it."""
+    if at < len(content) and content[at] < 0x80:  # most have one byte
+        return content[at], at + 1
     number = shift = 0
     while at < len(content) and shift < 64:
         byte = content[at]
@@ -267,18 +269,18 @@ def _varint(content: memoryview, at: int) -> tuple[int, int]:
     raise _WireError("a number that does not end")
 
 
-def _delimited(content: memoryview, at: int) -> tuple[memoryview, int]:
+def _delimited(content: bytes, at: int) -> tuple[bytes, int]:
     length, at = _varint(content, at)
     return _slice(content, at, length)
 
 
-def _slice(content: memoryview, at: int, length: int) -> tuple[memoryview, int]:
+def _slice(content: bytes, at: int, length: int) -> tuple[bytes, int]:
     if length > len(content) - at:
         raise _WireError("an end before its content: the file is truncated")
     return content[at : at + length], at + length
 
 
-_READERS: dict[int, Callable[[memoryview, int], tuple[_Value, int]]] = {
+_READERS: dict[int, Callable[[bytes, int], tuple[_Value, int]]] = {
     0: _varint,
     1: lambda content, at: _slice(content, at, 8),
     2: _delimited,

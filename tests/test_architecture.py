@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from blockcache import export
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("runtime", "export", "kernels", "tools")
 
@@ -313,6 +315,32 @@ def test_a_wrong_arrow_between_tools_is_seen(tmp_path, file, text):
     assert len(wrong_tools_arrows(plant(tmp_path, file, text))) == 1
 
 
+# -- tools take export's public names at its door --------------------------------------------------
+
+
+def around_the_door(root):
+    """Imports of a public name of export from the module that it comes from."""
+    return [
+        f"{item.file}: {name} from {item.module}"
+        for item in all_imports(root, "tools")
+        for name in item.names
+        if item.module == f"blockcache.export.{export._HOMES.get(name)}"
+    ]
+
+
+def test_tools_come_in_by_the_door_of_export():
+    assert around_the_door(ROOT) == []
+
+
+def test_a_way_around_the_door_is_seen(tmp_path):
+    plant(tmp_path, "tools/a.py", "from blockcache.export.pipeline import compile_model")
+    plant(tmp_path, "tools/b.py", "from blockcache.export import compile_model")
+    plant(tmp_path, "tools/c.py", "from blockcache.export.unet.model import TORCH_DTYPES")
+    assert around_the_door(tmp_path) == [
+        "tools/a.py: compile_model from blockcache.export.pipeline"
+    ]
+
+
 # -- export is a star: stages do not import each other, only the order does ------------------------
 
 
@@ -392,6 +420,12 @@ def import_in_a_guarded_process(tmp_path, statement):
 def test_the_runtime_is_imported_without_any_framework(tmp_path):
     made = import_in_a_guarded_process(tmp_path, "import blockcache.runtime")
     assert (made.returncode, made.stderr) == (0, "")
+
+
+def test_the_door_of_export_is_opened_without_any_framework(tmp_path):
+    made = import_in_a_guarded_process(tmp_path, "import blockcache.export as e; print(dir(e))")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert "compile_model" in made.stdout
 
 
 @pytest.mark.parametrize("statement", ["import torch", "import blockcache.export.unet.model"])

@@ -1,4 +1,4 @@
-"""The public surface: what ``blockcache.runtime`` exports, and that all of it is documented."""
+"""The public surface: what ``runtime`` and ``export`` offer, and that all of it is documented."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blockcache import runtime
+from blockcache import export, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,6 +57,44 @@ def test_every_error_stands_in_the_tree_that_the_module_draws():
     for name, value in vars(errors).items():
         if inspect.isclass(value):
             assert f"{name}\n" in errors.__doc__ or f" {name} " in errors.__doc__, name
+
+
+# -- the door of export, which imports a name when it is asked for ---------------------------------
+
+
+def lazy_imports(source):
+    """Name to module, as the door's block for type checkers has them."""
+    (block,) = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
+    return {
+        alias.asname: node.module.removeprefix("blockcache.export.")
+        for node in block.body
+        for alias in node.names
+    }
+
+
+def test_type_checkers_see_what_the_door_gives():
+    assert lazy_imports(Path(export.__file__).read_text()) == export._HOMES
+    assert export.__all__ == sorted(export._HOMES) == dir(export)
+
+
+def test_an_unknown_name_is_no_attribute_of_the_door():
+    with pytest.raises(AttributeError, match=r"'blockcache\.export' has no attribute 'nonsense'"):
+        _ = export.nonsense
+
+
+@pytest.mark.parametrize("name", export.__all__)
+def test_a_name_of_the_door_is_documented_and_of_export(name):
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    value = getattr(export, name)
+    assert value.__module__.startswith("blockcache.export.")
+    assert (value.__doc__ or "").strip()
+    assert not value.__doc__.startswith(f"{name}("), "dataclass made this text, nobody wrote it"
+
+
+def test_the_check_of_the_door_fires():
+    source = "if TYPE_CHECKING:\n    from blockcache.export.a.b import C as C\n"
+    assert lazy_imports(source) == {"C": "a.b"}
 
 
 # -- docstrings ------------------------------------------------------------------------------------

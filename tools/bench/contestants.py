@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
-from blockcache.export.observer import Observer, unobserved
+from blockcache.export import Observer
+from blockcache.export.observer import unobserved
 from blockcache.runtime import BlockCacheError, RunRecord, Session
 
 Kind: TypeAlias = Literal["whole", "split", "cached", "fewer steps", "peer"]

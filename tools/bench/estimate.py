@@ -8,9 +8,9 @@ from functools import cached_property
 
 import numpy as np
 
+from blockcache.export import Processor, Timings
 from blockcache.export.costs.costs import Costs
-from blockcache.export.costs.roofline import Processor, segment_work
-from blockcache.export.costs.timings import Timings
+from blockcache.export.costs.roofline import segment_work
 from blockcache.export.graph.work import Work
 from blockcache.runtime import Bundle
 from blockcache.runtime.errors import ConfigError

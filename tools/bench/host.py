@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from blockcache.export.costs.roofline import Efficiency, Processor
+from blockcache.export import Processor
+from blockcache.export.costs.roofline import Efficiency
 from blockcache.export.graph.work import Fusion
 from blockcache.runtime.engines.onnxruntime_library import ort
 

@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from blockcache.export.costs.timings import Timings
-from blockcache.export.observer import Observer, unobserved
+from blockcache.export import Observer, Timings
+from blockcache.export.observer import unobserved
 from blockcache.runtime import Bundle, ConfigError, Preset
 from blockcache.runtime.engines.choice import make_backend
 from blockcache.runtime.plan import Sizes

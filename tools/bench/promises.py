@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blockcache.export.costs.timings import Timings
+from blockcache.export import Timings
 from blockcache.runtime import RunRecord
 from blockcache.tools.bench.contestants import Contestant
 from blockcache.tools.report.spread import Spread

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from blockcache.export.costs.roofline import gpu, predict
+from blockcache.export import gpu
+from blockcache.export.costs.roofline import predict
 from blockcache.runtime import Bundle
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockcache.export.unet.model import SourceModel
+    from blockcache.export import SourceModel
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "sd15": {  # stable-diffusion-v1-5: 860 M parameters, 512 x 512

@@ -23,9 +23,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from blockcache.export import ExportOptions, SourceModel
 from blockcache.export.bundle_writer import preset_entry, switch, write_preset
-from blockcache.export.graph.to_onnx import ExportOptions
-from blockcache.export.unet.model import SourceModel
 from blockcache.runtime import (
     Alignment,
     Bundle,
@@ -132,8 +131,7 @@ def _compile(
     meter: StageMeter,
 ) -> Bundle:
     """The bundle with an uncached and a made-up preset of each number of steps."""
-    from blockcache.export.choose.preset import PresetOptions
-    from blockcache.export.pipeline import CompileOptions, compile_model
+    from blockcache.export import CompileOptions, PresetOptions, compile_model
 
     options = CompileOptions(
         presets=tuple(PresetOptions.parse(f"ddim:{count}") for count in steps or [2]),
@@ -222,7 +220,7 @@ def _torch_latents(
     """The oracle: float32 [N, C, H, W]."""
     import torch
 
-    from blockcache.export.measure.calibration import Calibration
+    from blockcache.export import Calibration
     from blockcache.export.unet.cached_unet import CachedUNet, Denoiser
     from blockcache.runtime.solver import solver_tables
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from blockcache.export.costs.timings import Timings
+from blockcache.export import Timings
 from blockcache.runtime.devices.device import Device
 from blockcache.tools.bench.contestants import Contestant
 from blockcache.tools.report.machine import cpu_name, nvidia_smi

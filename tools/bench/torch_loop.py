@@ -17,7 +17,8 @@ from typing import TypeAlias
 
 import torch
 
-from blockcache.export.unet.model import TORCH_DTYPES, SourceModel, UNetCall
+from blockcache.export import SourceModel
+from blockcache.export.unet.model import TORCH_DTYPES, UNetCall
 from blockcache.runtime import EngineError, MissingExtraError, Preset, SolverConfig
 from blockcache.runtime.solver import SolverTables, solver_tables
 from blockcache.tools.bench.contestants import Contestant, Entry, Kind

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from blockcache.export import Observer
 from blockcache.export.engines.reference import (
     Comparison,
     random_inputs,
     relative_error,
     widened_graph,
 )
-from blockcache.export.observer import Observer, unobserved
+from blockcache.export.observer import unobserved
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.engines.engine import Backend
 from blockcache.runtime.engines.ort import OrtBackend

@@ -11,8 +11,7 @@ import typer
 from blockcache.tools.commands.options import AsJson, BundleFolder
 
 if TYPE_CHECKING:
-    from blockcache.export.engines.build import BuildOptions
-    from blockcache.export.engines.targets import Target
+    from blockcache.export import BuildOptions, Target
 
 
 def build(
@@ -57,8 +56,7 @@ def build(
 
     Example: blockcache build sd21 --target a100
     """
-    from blockcache.export.engines.build import BuildOptions, ShapeOptions
-    from blockcache.export.engines.targets import Target
+    from blockcache.export import BuildOptions, ShapeOptions, Target
 
     targets = [Target.parse(text) for text in target or ["sm80"]]
     options = BuildOptions(
@@ -84,7 +82,7 @@ def _build_all(
 ) -> None:
     from rich.console import Console
 
-    from blockcache.export.engines.build import build_engines
+    from blockcache.export import build_engines
     from blockcache.export.engines.report import report_table
     from blockcache.runtime.bundle import Bundle
     from blockcache.tools.commands.names import warn_of_float32

@@ -87,8 +87,8 @@ def _engines(bundle: Bundle, backend: str, target: str) -> tuple[Any, dict[str, 
 
 def _record(bundle: Bundle, engines: Any, measured: dict[str, float], batch: int) -> None:
     """Write the times into the bundle."""
+    from blockcache.export import Timings
     from blockcache.export.costs.bundle_timings import keep_timings
-    from blockcache.export.costs.timings import Timings
     from blockcache.runtime.devices.cuda import device_label
 
     sizes = replace(bundle.model.sizes, batch=batch)

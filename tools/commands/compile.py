@@ -12,8 +12,7 @@ import typer
 from blockcache.tools.commands.options import AsJson
 
 if TYPE_CHECKING:
-    from blockcache.export.costs.roofline import Processor
-    from blockcache.export.pipeline import CompileOptions
+    from blockcache.export import CompileOptions, Processor
     from blockcache.runtime import Bundle
 
 DEFAULT_PRESETS = ("dpm:20:0.5", "dpm:20")
@@ -105,8 +104,7 @@ def compile_bundle(
 
     Example: blockcache compile stabilityai/stable-diffusion-2-1 sd21 --preset dpm:20:x1.5:history
     """
-    from blockcache.export.choose.preset import PresetOptions
-    from blockcache.export.costs.timings import read_timings
+    from blockcache.export import PresetOptions, read_timings
     from blockcache.tools.commands.names import precision_for, warn_of_float32
 
     presets = tuple(PresetOptions.parse(text) for text in preset or DEFAULT_PRESETS)
@@ -117,11 +115,13 @@ def compile_bundle(
     if target is not None:
         warn_of_float32(dtype, target)
 
-    from blockcache.export.align.fit import AlignmentOptions
-    from blockcache.export.graph.to_onnx import ExportOptions
-    from blockcache.export.measure.change import ProfileOptions
-    from blockcache.export.measurements import CalibrationOptions
-    from blockcache.export.pipeline import CompileOptions
+    from blockcache.export import (
+        AlignmentOptions,
+        CalibrationOptions,
+        CompileOptions,
+        ExportOptions,
+        ProfileOptions,
+    )
 
     options = CompileOptions(
         presets=presets,
@@ -142,7 +142,7 @@ def compile_bundle(
 
 def _processor(gpu: str) -> Processor:
     """The data sheet of a GPU."""
-    from blockcache.export.costs.roofline import gpu as data_sheet
+    from blockcache.export import gpu as data_sheet
 
     return data_sheet(gpu)
 
@@ -177,7 +177,7 @@ def _compile(
     variant: str | None,
 ) -> Bundle:
     """Load, encode and compile under a progress bar."""
-    from blockcache.export.pipeline import compile_model
+    from blockcache.export import compile_model
     from blockcache.tools.report.progress import StageProgress
     from blockcache.tools.sources.models import load_source
     from blockcache.tools.sources.prompts import calibration_for

@@ -91,13 +91,16 @@ def compile_demo(
     progress: StageProgress,
 ) -> tuple[Bundle, list[str]]:
     """The demo bundle and the names of its presets, in the order of the docstring above."""
-    from blockcache.export.align.fit import AlignmentOptions
+    from blockcache.export import (
+        AlignmentOptions,
+        CalibrationOptions,
+        CompileOptions,
+        PresetOptions,
+        ProfileOptions,
+        SensitivityOptions,
+        compile_model,
+    )
     from blockcache.export.choose.policies import Budget, Threshold
-    from blockcache.export.choose.preset import PresetOptions
-    from blockcache.export.measure.change import ProfileOptions
-    from blockcache.export.measure.sensitivity import SensitivityOptions
-    from blockcache.export.measurements import CalibrationOptions
-    from blockcache.export.pipeline import CompileOptions, compile_model
     from blockcache.tools.sources.models import DEMO, load_source
     from blockcache.tools.sources.prompts import calibration_for
 

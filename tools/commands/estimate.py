@@ -42,8 +42,8 @@ def estimate(
 
     Example: blockcache estimate sd21 --gpu a100 --gpu h100
     """
-    from blockcache.export.costs.roofline import gpu as data_sheet
-    from blockcache.export.costs.timings import read_timings
+    from blockcache.export import gpu as data_sheet
+    from blockcache.export import read_timings
     from blockcache.runtime import Bundle
     from blockcache.tools.bench.estimate import estimate as predict
     from blockcache.tools.bench.host import measure_host

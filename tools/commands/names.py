@@ -35,7 +35,7 @@ def precision_for(text: str | None, target: str | None) -> str:
 
     TensorRT fuses attention in 16 bits only, and the T4 (sm75) has no bfloat16.
     """
-    from blockcache.export.engines.targets import Target
+    from blockcache.export import Target
 
     capabilities = Target.parse(target).capabilities if target is not None else ()
     if text is not None:

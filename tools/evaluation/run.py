@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from blockcache.export.observer import Observer, unobserved
+from blockcache.export import Observer
+from blockcache.export.observer import unobserved
 from blockcache.runtime import Bundle
 from blockcache.runtime.files import write_text
 from blockcache.tools.evaluation import figures, timing

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from blockcache.export.observer import Observer, unobserved
+from blockcache.export import Observer
+from blockcache.export.observer import unobserved
 from blockcache.runtime import Bundle
 from blockcache.tools.evaluation import distances, timing
 from blockcache.tools.evaluation.contest import Contestant, Group

@@ -100,7 +100,7 @@ def model_subject(model: str, images: int, prompts: Path | None) -> Subject:
 
 def embeddings_subject(file: Path, images: int) -> Subject:
     """Encoded prompts from a file; no decoder, so latents alone are compared."""
-    from blockcache.export.measure.calibration import read_calibration
+    from blockcache.export import read_calibration
 
     calibration = read_calibration(file)
     return Subject(

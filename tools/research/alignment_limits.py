@@ -17,10 +17,10 @@ from typing import Annotated, TypeAlias
 import numpy as np
 import typer
 
-from blockcache.export.align.fit import AlignmentOptions, fit_alignment
+from blockcache.export import AlignmentOptions, SourceModel, TrialOptions
+from blockcache.export.align.fit import fit_alignment
 from blockcache.export.measure.sampling import Sampling
-from blockcache.export.measure.trial import TrialOptions, mean_distance, trial_latents
-from blockcache.export.unet.model import SourceModel
+from blockcache.export.measure.trial import mean_distance, trial_latents
 from blockcache.runtime import Alignment, Bundle, ConfigError, Schedule, SolverConfig
 from blockcache.tools.report.errors import one_line_errors
 from blockcache.tools.report.tables import markdown_table

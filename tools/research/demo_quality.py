@@ -23,7 +23,8 @@ import torch
 import typer
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
-from blockcache.export.observer import Observer, unobserved
+from blockcache.export import Observer
+from blockcache.export.observer import unobserved
 from blockcache.runtime.files import replacing, write_text
 from blockcache.tools.demo import contexts, data
 from blockcache.tools.demo import model as demo_model

@@ -58,7 +58,7 @@ class DiffusersCodec:
         self, prompts: Sequence[str], size: tuple[int, int] | None = None
     ) -> tuple[Conditions, Conditions]:
         """What the pipeline itself makes of the prompts."""
-        from blockcache.export.unet.text import encode_text
+        from blockcache.export import encode_text
 
         return encode_text(self._source, prompts, size)
 

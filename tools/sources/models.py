@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from blockcache.export.unet.model import SourceModel
+    from blockcache.export import SourceModel
 
 DEMO = "demo"
 """The name under which the shipped demo model is known."""
@@ -42,7 +42,7 @@ def load_source(
         cached: what its blocks are: "transformers" or "resnets".
         variant: of a folder's or hub id's weights, as ``load_model`` has it.
     """
-    from blockcache.export.unet.load import load_model
+    from blockcache.export import load_model
 
     if model == DEMO:
         from blockcache.tools.demo.model import weights_dir

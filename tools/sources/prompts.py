@@ -10,7 +10,7 @@ from blockcache.tools.sources.codecs import DemoCodec
 from blockcache.tools.sources.models import DEMO
 
 if TYPE_CHECKING:
-    from blockcache.export.measure.calibration import Calibration
+    from blockcache.export import Calibration
 
 
 def calibration_for(model: str, file: Path | None, prompts: Path | None) -> Calibration:

@@ -426,6 +426,11 @@ def _compiled(bundle: Bundle, earlier: Earlier, kept: KeptPresets) -> Compiled:
     )
 
 
+def _takes_classes(model: SourceModel) -> bool:
+    """Whether a request names a class by its number."""
+    return any(c.name == "class_labels" and c.dtype == "int64" for c in model.conditions)
+
+
 def _model_facts(
     model: SourceModel, options: ExportOptions, segments: Sequence[Segment]
 ) -> ModelFacts:
@@ -443,4 +448,5 @@ def _model_facts(
             TensorSpec(c.name, dtypes[c.dtype], tuple(Dim.parse(size) for size in c.shape))
             for c in model.conditions
         ),
+        classes=int(model.unet.config.num_class_embeds) if _takes_classes(model) else 0,
     )

@@ -202,6 +202,10 @@ def segment_from_plain(field: Field) -> Segment:
 
 def _model_facts(field: Field) -> ModelFacts:
     found = field.fields(_names(ModelFacts))
+    conditions = tuple(_tensor_spec(tensor) for tensor in found["conditions"].items())
+    named = any(c.name == "class_labels" and c.dtype == "int64" for c in conditions)
+    classes = found["classes"].whole(0, 1 << 31)
+    found["classes"].require((classes > 0) == named, "how many class_labels there are, else 0")
     return ModelFacts(
         name=found["name"].text(),
         sha256=found["sha256"].sha256(),
@@ -211,7 +215,8 @@ def _model_facts(field: Field) -> ModelFacts:
         outputs=found["outputs"].whole(1, 2),
         blocks=tuple(_block_facts(block) for block in found["blocks"].items()),
         sizes=_sizes(found["sizes"]),
-        conditions=tuple(_tensor_spec(tensor) for tensor in found["conditions"].items()),
+        conditions=conditions,
+        classes=classes,
     )
 
 

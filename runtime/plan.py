@@ -386,6 +386,7 @@ class ModelFacts:
     blocks: tuple[BlockFacts, ...]
     sizes: Sizes  # the model's default sizes
     conditions: tuple[TensorSpec, ...]  # what a request gives besides the noise
+    classes: int = 0  # class_labels are 0..classes-1; 0 where the model takes no such number
 
     @property
     def block_channels(self) -> tuple[int, ...]:

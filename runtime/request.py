@@ -17,6 +17,9 @@ from blockcache.runtime.plan import ModelFacts, Sizes, TensorSpec, default_negat
 PROMPT = "encoder_hidden_states"
 """The condition that every model has."""
 
+CLASSES = "class_labels"
+"""The condition that may be the number of a class."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
@@ -95,6 +98,8 @@ def checked_request(
                 0, _half(check, spec, sizes, shape[0], {**defaults, **negative}, "negative ")
             )
         conditions[spec.name] = np.concatenate(halves)
+        if spec.name == CLASSES and spec.dtype == "int64":
+            _require_classes(model, conditions[spec.name])
     return Request(
         sizes=sizes,
         images=shape[0],
@@ -192,6 +197,15 @@ def _tokens(model: ModelFacts, prompt: Any) -> int:
     """The prompt's length; the model's own where the prompt has a shape that is refused later."""
     fits = isinstance(prompt, np.ndarray) and prompt.ndim == 3 and prompt.shape[1]
     return int(prompt.shape[1]) if fits else model.sizes.tokens
+
+
+def _require_classes(model: ModelFacts, labels: np.ndarray) -> None:
+    """Refuse numbers of no class: an engine takes -1 for the last one."""
+    if labels.min() < 0 or labels.max() >= model.classes:
+        raise InputError(
+            f"{CLASSES}: expected numbers of 0 to {model.classes - 1}, the classes of "
+            f"{model.name!r}, got {labels.min()} to {labels.max()}."
+        )
 
 
 def _half(

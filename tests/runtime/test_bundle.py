@@ -77,6 +77,7 @@ def small_manifest():
             spec("encoder_hidden_states", "batch", "tokens", 8),
             spec("class_labels", "batch", dtype="int64"),
         ),
+        classes=5,
     )
     solver = SolverConfig(solver="ddim", steps=4).to_json()
     policy = Provenance(kind="threshold", value=0.5)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from blockcache.runtime import InputError
+from blockcache.runtime import InputError, Session
 from blockcache.runtime.plan import (
     BlockFacts,
     Dim,
@@ -85,3 +87,54 @@ def test_a_prompt_has_no_default(name):
 def test_class_numbers_are_shared_by_both_halves():
     numbers = np.array([3, 4])
     assert default_negative("class_labels", numbers) is numbers
+
+
+# -- classes by number -----------------------------------------------------------------------------
+
+NUMBERED = replace(
+    MODEL,
+    conditions=(MODEL.conditions[0], spec("class_labels", "batch", dtype="int64")),
+    classes=5,
+)
+
+
+def labelled(labels, negative=None):
+    prompt = {"encoder_hidden_states": np.zeros((2, 7, 32), np.float32)}
+    return checked_request(
+        NUMBERED,
+        4,
+        noise=np.zeros((2, 4, 8, 8), np.float32),
+        positive={**prompt, "class_labels": np.array(labels)},
+        negative=prompt if negative is None else {**prompt, "class_labels": np.array(negative)},
+        guidance=guidance_of(3.0, 0.0),
+    ).conditions["class_labels"]
+
+
+def test_class_labels_within_the_models_classes_are_taken():
+    assert labelled([0, 4]).tolist() == [0, 4, 0, 4]
+
+
+@pytest.mark.parametrize(
+    ("labels", "negative", "got"),
+    [([0, 5], None, "0 to 5"), ([-1, 2], None, "-1 to 2"), ([1, 2], [2, 9], "1 to 9")],
+)
+def test_class_labels_out_of_range_are_refused(labels, negative, got):
+    """ONNX's Gather counts -1 from the end: the last class was drawn."""
+    with pytest.raises(InputError) as caught:
+        labelled(labels, negative)
+    assert str(caught.value) == (
+        f"class_labels: expected numbers of 0 to 4, the classes of 'model', got {got}."
+    )
+
+
+def test_a_compiled_model_knows_its_classes(compiled, conditions_of):
+    model, bundle = compiled("class-conditioned")
+    assert bundle.model.classes == 5
+    assert compiled("sd")[1].model.classes == 0
+    session = Session.open(bundle, preset="ddim-4", backend="empty")
+    given = conditions_of(model, 1)
+    prompt = given.pop("encoder_hidden_states")
+    session.denoise(session.noise([0]), prompt, prompt, conditions=given)
+    given["class_labels"] = np.array([5])
+    with pytest.raises(InputError, match=r"^class_labels: expected numbers of 0 to 4, "):
+        session.denoise(session.noise([0]), prompt, prompt, conditions=given)

@@ -66,7 +66,13 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
     assert facts["recommended"] == "ddim-4-d0.2"
     assert facts["presets"]["ddim-4"]["loss"] == 0
     assert facts["presets"]["ddim-4"]["uncached_steps"] == 4
+    assert facts["changes"]["added"] == ["ddim-4-d0.2", "ddim-4"]
     assert f"wrote {bundle / 'presets.svg'}" in err
+    more = ["--preset", "ddim:2", "--recommend", "ddim:4"]
+    code, out, _ = blockcache("compile", source, bundle, *arguments, *more)
+    assert code == 0
+    assert "added ddim-2; kept ddim-4-d0.2, ddim-4" in out
+    assert "* ddim-4 " in out
     assert "speed-up" in (bundle / "presets.svg").read_text()
 
     drawn = ["--plot", tmp_path / "schedule.svg", "--plot-change", tmp_path / "new/change.svg"]

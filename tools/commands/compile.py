@@ -12,8 +12,7 @@ import typer
 from blockcache.tools.commands.options import AsJson
 
 if TYPE_CHECKING:
-    from blockcache.export import CompileOptions, Processor
-    from blockcache.runtime import Bundle
+    from blockcache.export import Compiled, CompileOptions, Processor
 
 DEFAULT_PRESETS = ("dpm:20:0.5", "dpm:20")
 BLOCKS = ("transformers", "resnets")
@@ -30,6 +29,13 @@ Presets = Annotated[
         "milliseconds an image), j1.5 (as x1.5, with fewer steps too), c1.5 (least change), t1.5 "
         "(by threshold), every3, deepcache3, smooth0.1, FILE.json; none: uncached. ALIGNMENT: "
         "least-squares, history, distil, history-distil; none: reuse as it is."
+    ),
+]
+Recommended = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PRESET",
+        help="What Session, run and show take when none is named; default the first that caches.",
     ),
 ]
 CachedBlocks = Annotated[
@@ -75,6 +81,7 @@ def compile_bundle(
     out: Annotated[Path, typer.Argument(help="The bundle's folder; resumed if it is there.")],
     preset: Presets = None,
     variant: Variant = None,
+    recommend: Recommended = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale, as in use.")] = 5.0,
     target: EngineTarget = None,
     precision: Precision = None,
@@ -108,6 +115,7 @@ def compile_bundle(
     from blockcache.tools.commands.names import precision_for, warn_of_float32
 
     presets = tuple(PresetOptions.parse(text) for text in preset or DEFAULT_PRESETS)
+    recommended = None if recommend is None else PresetOptions.parse(recommend).name
     dtype = precision_for(precision, target)
     times = None if timings is None else read_timings(timings)
     processor = None if gpu is None else _processor(gpu)
@@ -125,6 +133,7 @@ def compile_bundle(
 
     options = CompileOptions(
         presets=presets,
+        recommended=recommended,
         processor=processor,
         timings=times,
         export=ExportOptions(precision=dtype, outputs=2 if history else 1, hoist=hoist),
@@ -136,8 +145,8 @@ def compile_bundle(
             alignment=AlignmentOptions(images=align_images),
         ),
     )
-    bundle = _compile(model, out, options, calibration, prompts, blocks, variant)
-    _report(bundle, as_json=as_json)
+    made = _compile(model, out, options, calibration, prompts, blocks, variant)
+    _report(made, as_json=as_json)
 
 
 def _processor(gpu: str) -> Processor:
@@ -175,7 +184,7 @@ def _compile(
     prompts: Path | None,
     blocks: str,
     variant: str | None,
-) -> Bundle:
+) -> Compiled:
     """Load, encode and compile under a progress bar."""
     from blockcache.export import compile_model
     from blockcache.tools.report.progress import StageProgress
@@ -190,18 +199,31 @@ def _compile(
         source = load_source(model, dtype, blocks, variant)
         encoded = calibration_for(model, calibration, prompts) if measured else None
         progress("load", 1, 1)
-        return compile_model(source, out, options, encoded, progress).bundle
+        return compile_model(source, out, options, encoded, progress)
 
 
-def _report(bundle: Bundle, *, as_json: bool) -> None:
-    """The bundle, its presets last, and these as a picture beside the manifest."""
+def _report(made: Compiled, *, as_json: bool) -> None:
+    """The bundle, what became of its presets, and these as a picture beside the manifest."""
     from blockcache.tools.report.bundle import bundle_facts, print_bundle
     from blockcache.tools.report.presets import plot_presets, preset_rows
 
+    bundle = made.bundle
+    changes = {
+        "added": list(made.added),
+        "replaced": list(made.replaced),
+        "kept": list(made.kept),
+        "removed": dict(made.removed),
+    }
     if as_json:
-        print(json.dumps(bundle_facts(bundle), indent=1))
+        print(json.dumps({**bundle_facts(bundle), "changes": changes}, indent=1))
     else:
         print_bundle(bundle)
+        named = [f"{word} {', '.join(names)}" for word, names in changes.items() if names]
+        print("\n" + "; ".join(named))
+    for name, reason in made.removed.items():
+        print(f"removed preset {name}: {reason}", file=sys.stderr)
+    if made.unreadable:
+        print(f"the earlier bundle was replaced: {made.unreadable}", file=sys.stderr)
     picture = bundle.folder / PLOT
     plot_presets(preset_rows(bundle), picture, f"{bundle.model.name}, {bundle.model.precision}")
     print(f"wrote {picture}", file=sys.stderr)

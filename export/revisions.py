@@ -60,19 +60,6 @@ REVISIONS: Mapping[str, Revision] = {
     ),
     "alignment": Revision(1, "96a6d753454184e2", (*_SAMPLING, "export/align/*.py")),
     "trial": Revision(1, "8096b9c393e023b6", (*_SAMPLING, "export/measure/trial.py")),
-    "preset": Revision(
-        1,
-        "13a6bace4175634f",
-        (
-            "export/choose/*.py",
-            "export/costs/*.py",
-            "export/graph/time_tables.py",
-            "runtime/diffusers_config.py",
-            "runtime/grid.py",
-            "runtime/noise.py",
-            "runtime/solver.py",
-        ),
-    ),
     "engine": Revision(
         1,
         "34705650c8c1d3ba",

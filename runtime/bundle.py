@@ -81,7 +81,8 @@ class Bundle:
         graphs = {segment.name: segment.file for segment in manifest.segments}
         tables = {name: entry.file for name, entry in manifest.presets.items()}
         read = {*graphs.values(), *tables.values()}
-        _require_listed({*read, weights_beside(manifest.segments)}, manifest.files)
+        named = {*read, *_reports(manifest), weights_beside(manifest.segments)}
+        _require_listed(named, manifest.files)
         opened = open_files(root, manifest.files, read=read, verify=verify)
         return cls(
             folder=root,
@@ -188,6 +189,12 @@ def _manifest_bytes(root: Path) -> bytes:
 def weights_beside(segments: Sequence[Segment]) -> str:
     """The weights' name in the manifest: all segments and their weights lie in one folder."""
     return str(PurePosixPath(segments[0].file).with_name(WEIGHTS_FILE))
+
+
+def _reports(manifest: Manifest) -> set[str]:
+    """Files of what presets were made from, which only tools read."""
+    made = [entry.provenance for entry in manifest.presets.values()]
+    return {file for p in made for file in (p.profile, p.alignment_report) if file is not None}
 
 
 def _require_listed(names: Iterable[str], files: Mapping[str, FileEntry]) -> None:

@@ -232,6 +232,9 @@ def solver(**changes):
 
 
 PRESETS = {
+    "a profile that is not listed": (
+        lambda c: c["presets"]["ddim-4"]["provenance"].update(profile="profiles/x.safetensors"),
+        "manifest.json names ['profiles/x.safetensors'] without a size and sha256."),
     "steps that are others": (preset(steps=5), "expected 5 steps in its schedule, got 4."),
     "less computed than said": (preset(computed_fraction=0.5), "expected computed_fraction 0.5, "
                                 "got 1.000000."),

@@ -16,7 +16,6 @@ import gc
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,59 +23,18 @@ import numpy as np
 import typer
 
 from blockcache.export import ExportOptions, SourceModel
-from blockcache.export.bundle_writer import preset_entry, switch, write_preset
 from blockcache.runtime import (
-    Alignment,
     Bundle,
     ConfigError,
     Preset,
-    Provenance,
-    Schedule,
     Session,
     SolverConfig,
 )
 from blockcache.runtime.files import write_text
-from blockcache.runtime.manifest import FileEntry
+from blockcache.tools.bench.made_up import MADE_UP, add_preset, made_up
 from blockcache.tools.bench.random_unet import CONFIGS, random_source
+from blockcache.tools.bench.stage_meter import StageMeter, peak_bytes
 from blockcache.tools.report.errors import one_line_errors
-
-MADE_UP = "made-up"
-
-
-@dataclass
-class Stage:
-    """What one stage took."""
-
-    name: str
-    seconds: float
-    peak_bytes: int  # most memory of this process while it ran
-
-
-@dataclass
-class StageMeter:
-    """Time and peak memory, stage by stage; the peak starts anew with each (Linux)."""
-
-    stages: list[Stage] = field(default_factory=list)
-    _name: str = ""
-    _begin: float = 0.0
-
-    def enter(self, name: str) -> None:
-        """End the stage that runs, if one does, and begin ``name``; "" begins none."""
-        now = time.perf_counter()
-        if self._name:
-            self.stages.append(Stage(self._name, now - self._begin, _peak_bytes()))
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        self._name, self._begin = name, time.perf_counter()
-
-    def observe(self, stage: str, done: int, total: int) -> None:
-        """An observer for ``compile_model``: its stages, the export's part by part."""
-        from blockcache.export.graph.to_onnx import EXPORT_STAGES
-
-        if stage == "export":
-            stage = (*EXPORT_STAGES, "hash", "")[done]
-        if stage and stage != self._name:
-            self.enter(stage)
 
 
 def main(
@@ -144,39 +102,6 @@ def _compile(
     return bundle
 
 
-def made_up(preset: Preset, seed: int = 0) -> Preset:
-    """About half the blocks reused after the first step, under a random scale-shift."""
-    rng = np.random.default_rng(seed)
-    steps, blocks = preset.schedule.recompute.shape
-    recompute = rng.permuted(np.arange(steps * blocks).reshape(steps, blocks) % 2 == 0, axis=1)
-    recompute[0] = True
-    tables = []
-    for k, identity in enumerate(preset.alignment.tables):
-        table = identity + rng.normal(0, 0.1, identity.shape).astype(np.float32)
-        table[recompute[:, k]] = identity[recompute[:, k]]
-        tables.append(table)
-    return dataclasses.replace(
-        preset,
-        name=f"{preset.name}-{MADE_UP}",
-        schedule=Schedule(recompute),
-        alignment=Alignment(tuple(tables)),
-        provenance=Provenance(kind=MADE_UP),
-    )
-
-
-def add_preset(bundle: Bundle, preset: Preset) -> Bundle:
-    """The bundle with one preset more, on disk too."""
-    file = write_preset(bundle.folder, preset)
-    entry = preset_entry(file, preset, bundle.segments)
-    manifest = dataclasses.replace(
-        bundle.manifest,
-        presets={**bundle.manifest.presets, preset.name: entry},
-        files={**bundle.manifest.files, file: FileEntry.of(bundle.folder / file)},
-    )
-    switch(bundle.folder, manifest)
-    return Bundle.open(bundle.folder, verify=False)
-
-
 def check_against_torch(bundle: Bundle, model: str, precision: str) -> dict[str, float]:
     """The made-up preset in the runtime and in PyTorch, one after the other to save memory."""
     name = next(name for name in bundle.preset_names if name.endswith(MADE_UP))
@@ -210,7 +135,7 @@ def check_against_torch(bundle: Bundle, model: str, precision: str) -> dict[str,
         "torch_seconds": torch_ran[0],
         "steps": preset.schedule.steps,
         "computed_fraction": result.record.computed_fraction,
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": peak_bytes(),
     }
 
 
@@ -242,14 +167,6 @@ def _timed() -> Iterator[list[float]]:
     begin = time.perf_counter()
     yield seconds
     seconds.append(time.perf_counter() - begin)
-
-
-def _peak_bytes() -> int:
-    """Most memory of this process since the peak was last forgotten."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 
 from blockcache.runtime import Bundle
 from blockcache.tools.bench import random_unet, scale
-from blockcache.tools.bench.scale import made_up
+from blockcache.tools.bench.made_up import made_up
 
 
 def test_a_scale_run_meters_every_stage_and_agrees_with_torch(
@@ -53,7 +53,7 @@ import json
 import subprocess
 import sys
 import numpy as np
-from blockcache.tools.bench.scale import StageMeter
+from blockcache.tools.bench.stage_meter import StageMeter
 
 meter = StageMeter()
 meter.enter("large")

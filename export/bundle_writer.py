@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from blockcache.export.stages import RECORDS
 from blockcache.runtime.bundle_files import safe_path
 from blockcache.runtime.files import remove_partials, settle, write_bytes, write_text
 from blockcache.runtime.manifest import MANIFEST, FileEntry, Manifest, PresetEntry
@@ -24,10 +25,13 @@ from blockcache.runtime.tensor_files import preset_bytes
 SEGMENTS, PRESETS, PROFILES = "segments", "presets", "profiles"
 """The folders that a compile writes to; engines and times are others'."""
 
+LOCK = ".lock"
+"""Held by the one compile that may write to the bundle."""
+
 
 def check_folders(root: Path) -> None:
-    """Raise BundlePathError where a folder of the bundle is a link to somewhere else."""
-    for name in (SEGMENTS, PRESETS, PROFILES):
+    """Raise BundlePathError where a place that a compile writes to is a link to somewhere else."""
+    for name in (SEGMENTS, PRESETS, PROFILES, RECORDS, LOCK):
         safe_path(root, name)
 
 

@@ -93,7 +93,7 @@ def keep_presets(
             written = write_preset(folder, _refitted(old.preset(name), folder, model, segments))
             entry = dataclasses.replace(entry, file=written)
         entries[name] = entry
-        files |= hash_files(folder, _files_of(entry, folder))
+        files |= hash_files(folder, _files_of(entry))
     return KeptPresets(entries, files, removed)
 
 
@@ -117,7 +117,7 @@ def _refitted(
     )
 
 
-def _files_of(entry: PresetEntry, folder: Path) -> list[str]:
-    """The preset's tables, and the reports that it names and that are there."""
+def _files_of(entry: PresetEntry) -> list[str]:
+    """The preset's tables, and the reports that it names."""
     reports = (entry.provenance.profile, entry.provenance.alignment_report)
-    return [entry.file, *(name for name in reports if name and (folder / name).is_file())]
+    return [entry.file, *(name for name in reports if name is not None)]

@@ -18,6 +18,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from blockcache.export.bundle_writer import (
+    LOCK,
     SEGMENTS,
     check_folders,
     collect,
@@ -144,7 +145,7 @@ def compile_model(
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(folder)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / LOCK, timeout=0):
             return _compile(model, folder, options, calibration, observer)
     except Timeout as error:
         raise ConfigError(

@@ -36,7 +36,7 @@ from blockcache.runtime.bundle_files import (
     require_unchanged,
     safe_path,
 )
-from blockcache.runtime.errors import BundleFormatError, UnknownPresetError
+from blockcache.runtime.errors import BundleFormatError, BundleIntegrityError, UnknownPresetError
 from blockcache.runtime.manifest import MANIFEST, WEIGHTS_FILE, FileEntry, Manifest
 from blockcache.runtime.onnx_signature import OnnxSignature, read_signature
 from blockcache.runtime.plan import ModelFacts, Preset, Segment, preset_name
@@ -71,8 +71,13 @@ class Bundle:
             BundleIntegrityError: a file is missing, truncated or altered.
         """
         root = Path(folder)
-        manifest = Manifest.from_json(_manifest_bytes(root), str(root / MANIFEST))
-        return cls.of(root, manifest, verify=verify)
+        content = _manifest_bytes(root)
+        try:
+            return cls.of(root, Manifest.from_json(content, str(root / MANIFEST)), verify=verify)
+        except BundleIntegrityError:  # a compile may have switched to a new bundle meanwhile
+            if _manifest_bytes(root) == content:
+                raise
+            return cls.open(root, verify=verify)
 
     @classmethod
     def of(cls, root: Path, manifest: Manifest, *, verify: bool = True) -> Bundle:

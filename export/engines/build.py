@@ -23,6 +23,7 @@ from blockcache.export.engines.targets import CURRENT, Target
 from blockcache.export.engines.workers import Job, run_jobs
 from blockcache.export.observer import Observer, unobserved
 from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundle_files import safe_path
 from blockcache.runtime.engines.files import (
     ENGINES_FILE,
     EngineEntry,
@@ -130,6 +131,7 @@ def build_engines(
         MissingExtraError: no TensorRT is installed.
         ExportError: a node that the parser does not understand.
         EngineError: the builder failed.
+        BundlePathError: a link leads out of the bundle.
     """
     options = options or BuildOptions()
     library = load_library(options.library)
@@ -137,7 +139,7 @@ def build_engines(
     folder = engines_folder(bundle, target.name)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(safe_path(folder, ".lock"), timeout=0):
             return _build(bundle, target, capabilities, options, library, observer)
     except Timeout as error:
         raise ConfigError(

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from blockcache.export.engines.engine import Recipe
 from blockcache.export.revisions import REVISIONS
+from blockcache.runtime.bundle_files import safe_path
 from blockcache.runtime.engines.files import EngineEntry
 from blockcache.runtime.files import write_text
 from blockcache.runtime.manifest import FileEntry
@@ -74,7 +75,7 @@ class EngineStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._records = folder / ".records"
+        self._records = safe_path(folder, ".records")
         self._records.mkdir(parents=True, exist_ok=True)
 
     def plan(self, name: str) -> Path:

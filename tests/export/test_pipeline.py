@@ -532,12 +532,13 @@ def test_a_folder_that_holds_something_else_is_refused(model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("name", ["segments", "presets", "profiles"])
+@pytest.mark.parametrize("name", ["segments", "presets", "profiles", ".stages", ".lock"])
 def test_a_folder_of_the_bundle_that_links_elsewhere_is_refused(model, calls, tmp_path, name):
     folder, outside = tmp_path / "b", tmp_path / "outside"
     compile_model(model, folder, options("ddim:2"))
     outside.mkdir()
     shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(outside)
     with pytest.raises(BundlePathError, match="outside the bundle"):
         compile_model(model, folder, options("ddim:2"))

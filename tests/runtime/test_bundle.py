@@ -27,6 +27,7 @@ from blockcache.runtime import (
     TensorSpec,
     UnknownPresetError,
 )
+from blockcache.runtime import bundle as bundle_module
 from blockcache.runtime.bundle_files import hash_files, safe_path
 from blockcache.runtime.manifest import FileEntry, PresetEntry, signed
 from blockcache.runtime.plan import BlockFacts, Dim, ModelFacts, Sizes
@@ -577,6 +578,17 @@ def test_a_preset_that_is_no_safetensors_file_is_refused(bundle_copy, content):
     text = refusal(BundleIntegrityError, bundle_copy)
     assert text.startswith(f"Expected a safetensors file at {file}, got: ")
     assert text.endswith("Compile again.")
+
+
+def test_a_bundle_that_was_replaced_while_it_opened_is_opened_anew(bundle_copy, monkeypatch):
+    """A compile switches between the reading of the manifest and of the files that it names."""
+    after = (bundle_copy / "manifest.json").read_bytes()
+    content = json.loads(after)
+    gone = {"bytes": 3, "sha256": "ab" * 32}
+    before = signed({**content, "files": {**content["files"], "presets/old": gone}}).encode()
+    read = iter([before, after, after])
+    monkeypatch.setattr(bundle_module, "_manifest_bytes", lambda root: next(read))
+    assert Bundle.open(bundle_copy).manifest.to_json().encode() == after
 
 
 # -- between opening and use -----------------------------------------------------------------------

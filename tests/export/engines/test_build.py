@@ -16,9 +16,14 @@ from blockcache.export.engines.build import BuildOptions, ShapeOptions, build_en
 from blockcache.export.engines.report import report_table
 from blockcache.export.engines.targets import Target
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.engines.files import built_targets, check_engine, read_engines
+from blockcache.runtime.engines.files import (
+    built_targets,
+    check_engine,
+    engines_folder,
+    read_engines,
+)
 from blockcache.runtime.engines.tensorrt_library import load_library
-from blockcache.runtime.errors import ConfigError, EngineError, ExportError
+from blockcache.runtime.errors import BundlePathError, ConfigError, EngineError, ExportError
 from blockcache.runtime.files import write_text
 from blockcache.runtime.manifest import FileEntry
 from blockcache.runtime.plan import Dim, Segment, TensorSpec
@@ -235,6 +240,38 @@ def test_other_precisions_build(compiled, tmp_path, precision):
     layout = report.entries["block_00"].formats["block_0"]
     assert layout == ("hwc8" if precision == "float16" else "linear")
     assert (report.total("attentions_fused") == 4) is (precision == "float16")
+
+
+# -- links ----------------------------------------------------------------------------------------
+
+
+def test_a_build_leaves_alone_what_links_lead_to(built_copy, tmp_path):
+    """Names that can be foreseen, linked to files outside the bundle before the build."""
+    bundle = tiny_build(built_copy, "trunk_07")
+    folder = engines_folder(bundle, "sm86")
+    names = ["trunk_07.plan", "engines.json", ".records/trunk_07.json"]
+    for name in [*names, *(f"{name}.partial" for name in names)]:
+        outside = tmp_path / name.replace("/", "-")
+        outside.write_text("mine")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(outside)
+    build_engines(bundle, Target.parse("sm86"))
+    assert [tmp_path.joinpath(n.replace("/", "-")).read_text() for n in names] == ["mine"] * 3
+    partial = [tmp_path / f"{name.replace('/', '-')}.partial" for name in names]
+    assert [path.read_text() for path in partial] == ["mine"] * 3
+    assert read_engines(bundle, "sm86").engines.keys() == {"trunk_07"}
+
+
+@pytest.mark.parametrize("name", [".records", ".lock"])
+def test_a_link_out_of_the_bundle_where_a_build_writes_is_refused(built_copy, tmp_path, name):
+    folder = engines_folder(built_copy, "sm86")
+    folder.mkdir(parents=True)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (folder / name).symlink_to(outside)
+    with pytest.raises(BundlePathError, match=f"'{name}' links to .*outside"):
+        build_engines(tiny_build(built_copy, "trunk_07"), Target.parse("sm86"))
+    assert not any(outside.iterdir())
 
 
 # -- shapes ---------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ REVISIONS: Mapping[str, Revision] = {
     "trial": Revision(1, "8096b9c393e023b6", (*_SAMPLING, "export/measure/trial.py")),
     "engine": Revision(
         1,
-        "34705650c8c1d3ba",
+        "119e4aa6e9f6272b",
         (
             "export/engines/bfloat16_resize.py",
             "export/engines/build.py",

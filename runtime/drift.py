@@ -13,9 +13,9 @@ a block is recomputed, eq. 6 between the new output and the one that was in use 
 these lie several steps apart (at delta = 0.5 nearly all), so the measured change is held against
 the profile's change summed over the same steps, which is what eq. 7 goes by. One
 step apart the two are the same quantity. Over more steps the sum is an upper bound, because changes
-may cancel (triangle inequality, as far as outputs keep their norm); so only one step apart can a
-change be too low. The bound is not idle: on the demo model with its calibration prompts a measured
-change is 0.91 of the sum on average, 0.63 to 1.10 over steps and blocks.
+may cancel (triangle inequality, as far as outputs keep their norm). So a change can be too low only
+where the two outputs lie one step apart. The bound is close: on the demo model with its calibration
+prompts a measured change is 0.91 of the sum on average, 0.63 to 1.10 over steps and blocks.
 """
 
 from __future__ import annotations
@@ -90,10 +90,13 @@ class DriftReport:
         return bool(self.outside)
 
     def __str__(self) -> str:
+        seen = f"{self.judged} pairs of step and block after {self.images} images"
+        if not self.outside:
+            return f"preset {self.preset}: no alarm on {seen}"
         worst = "; ".join(str(excess) for excess in self.outside[:3])
         return (
-            f"preset {self.preset}: {len(self.outside)} of {self.judged} judged changes outside "
-            f"their calibrated band after {self.images} images" + (f": {worst}" if worst else "")
+            f"preset {self.preset}: {len(self.outside)} of {seen} have left their calibrated band: "
+            f"{worst}"
         )
 
 

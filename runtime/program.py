@@ -216,9 +216,10 @@ class Program:
     # -- measurements --------------------------------------------------------------------------
 
     def _meter(self, first: int) -> ChangeMeter:
-        """Compare a recomputed output with the one before, where a whole run has the same two.
+        """Measure only pairs of outputs that a full run has too.
 
-        A late start recomputes all: the next recompute is then fewer steps away than usual.
+        After a late start, which recomputes every block, the first gap is shorter than the profile
+        knows.
         """
         usual = self._preset.schedule.recompute
         recompute = usual & (np.arange(len(usual)) > first)[:, None]

@@ -106,9 +106,9 @@ class PresetOptions:
 
 def _parts(text: str) -> tuple[str, str, str | None, str | None]:
     """Solver and grid, steps, policy and alignment; the last two None where left out."""
+    text = re.sub(r"([:-][a-z]):max(?=[:-]|$)", r"\1max", text)  # x:max is one part
     if ":" not in text:
         return _dashed(text)
-    text = re.sub(r"(:[a-z]):max(?=:|$)", r"\1max", text)  # x:max is one part
     solver, steps, *more = text.split(":")
     if len(more) > 2:
         raise _unreadable(text)

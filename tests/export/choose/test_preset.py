@@ -19,9 +19,9 @@ from blockcache.export.choose.policies import (
     Table,
     Threshold,
 )
-from blockcache.export.choose.preset import ALIGNMENTS, SOLVERS, PresetOptions
+from blockcache.export.choose.preset import ALIGNMENTS, GRIDS, SOLVERS, PresetOptions
 from blockcache.runtime import Alignment, ConfigError, Schedule
-from blockcache.runtime.plan import Preset, preset_name
+from blockcache.runtime.plan import Preset, Sizes, preset_name
 
 pytest.importorskip("torch")
 pytest.importorskip("onnx_ir")
@@ -58,6 +58,7 @@ READ |= {
         solver="dpm", steps=20, policy=Budget(MOST), alignment="history", name="dpm-20-xmax-history"
     ),
     "dpm-20-0.5": READ["dpm:20:0.5"],
+    "dpm-20-x:max": PresetOptions(solver="dpm", steps=20, policy=Budget(MOST), name="dpm-20-xmax"),
     "dpm-20-every3-none": READ["dpm:20:every3:none"],
     "dpm-2-my table.json-distil": READ["dpm:2:my table.json:distil"],
     "dpm-20-a-history.json-history-distil": PresetOptions(
@@ -172,9 +173,17 @@ def test_both_spellings_of_a_preset_are_read_as_the_same(solver, steps, policy, 
     assert PresetOptions.parse(f"{solver}:{steps}:{policy.text}:{alignment}") == made
 
 
-@pytest.mark.parametrize("text", [text for text in READ if ".json" not in text])
+GRID_TEXTS = [
+    f"dpm-{grid}{mark}20{mark}{policy}"
+    for grid in GRIDS
+    for mark in ":-"
+    for policy in ("0.5", "x2")
+]
+
+
+@pytest.mark.parametrize("text", [*(text for text in READ if ".json" not in text), *GRID_TEXTS])
 def test_the_runtime_knows_a_preset_by_both_spellings(text):
-    assert preset_name(text) == READ[text].name
+    assert preset_name(text) == PresetOptions.parse(text).name
 
 
 @given(st.sampled_from(SOLVERS), policies | tables, st.sampled_from(list(ALIGNMENTS)))
@@ -189,13 +198,6 @@ def test_presets_need_different_names(presets):
         CompileOptions(presets=tuple(PresetOptions.parse(text) for text in presets))
 
 
-def test_a_preset_with_history_makes_segments_that_combine_two_outputs():
-    plain, history = (PresetOptions.parse(f"dpm:2:every2{end}") for end in ("", ":history"))
-    assert CompileOptions(presets=(plain,)).export.outputs == 1
-    asked = CompileOptions(presets=(plain, history), export=ExportOptions(precision="bfloat16"))
-    assert asked.export == ExportOptions(precision="bfloat16", outputs=2)
-
-
 def test_export_options_are_checked():
     with pytest.raises(ConfigError, match=r"Expected a precision of .*, got 'int8'"):
         ExportOptions(precision="int8")
@@ -208,10 +210,10 @@ def test_a_latency_needs_times_and_one_source_of_them():
     assert latency.name == "dpm-20-ms250-history"
     with pytest.raises(ConfigError, match=r"needs times\. Give measured ones"):
         CompileOptions(presets=(latency,))
-    times = Timings("trt", "", {}, {"trunk_00": 1.0})
+    times = Timings("trt", "", Sizes(batch=2, height=16, width=16, tokens=7), {"trunk_00": 1.0})
     with pytest.raises(ConfigError, match=r"measured timings \(--timings\) or a GPU .*got both"):
         CompileOptions(presets=(latency,), timings=times, processor=gpu("a100"))
-    assert CompileOptions(presets=(latency,), timings=times).export.outputs == 2
+    assert CompileOptions(presets=(latency,), timings=times).timings == times
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ engines of an earlier compile are noticed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,7 +31,6 @@ from blockcache.runtime.errors import (
     WrongLibraryError,
 )
 from blockcache.runtime.files import write_text
-from blockcache.runtime.manifest import FileEntry
 from blockcache.runtime.plan import AXES, Segment, Sizes
 
 FORMAT = "blockcache-engines"
@@ -77,7 +77,19 @@ class EngineEntry:
     copied: Sequence[str] = ()  # boundary tensors that a kernel does nothing to but lay out anew
 
     def __post_init__(self) -> None:
+        for name, kind in _ENTRY_TYPES.items():
+            if type(getattr(self, name)) is not kind:
+                raise ConfigError(
+                    f"Expected {name!r} of an engine as {kind.__name__}, got "
+                    f"{getattr(self, name)!r}."
+                )
         object.__setattr__(self, "copied", tuple(self.copied))  # JSON has lists
+
+
+_TEXTS = ("file", "key", "sha256", "onnx_sha256", "weights_file_sha256")
+_ENTRY_TYPES = dict.fromkeys(_TEXTS, str) | dict.fromkeys(
+    ("bytes", "kernels", "scratch_bytes"), int
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,7 @@ class EngineSet:
                 name: EngineEntry(**entry) for name, entry in content["engines"].items()
             }
             return cls(**content)
-        except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BundleFormatError(
                 f"{where} is malformed: {type(error).__name__}: {error}. Build the engines again "
                 f"with blockcache build."
@@ -145,7 +157,7 @@ def read_engines(bundle: Bundle, target: str) -> EngineSet:
             f"{list(built) or 'none'}. Build them: blockcache build {bundle.folder} "
             f"--target {target}"
         )
-    return EngineSet.from_json(path.read_text(), str(path))
+    return EngineSet.from_json(path.read_bytes().decode(errors="replace"), str(path))
 
 
 def check_engines(
@@ -182,10 +194,10 @@ def check_engines(
         )
 
 
-def check_engine(
+def read_plan(
     bundle: Bundle, engines: EngineSet, segment: Segment, *, verify: bool = True
-) -> Path:
-    """The plan of a segment after its checks.
+) -> bytes:
+    """The plan of a segment: the very bytes that were checked.
 
     Raises:
         EnginesMissingError: the target has no engine of this segment.
@@ -207,15 +219,15 @@ def check_engine(
     path = safe_path(bundle.folder, f"engines/{engines.target}/{entry.file}")
     if not path.is_file():
         raise BundleIntegrityError(f"Expected {path}, it is missing. {again}")
-    size = path.stat().st_size
-    if size != entry.bytes:
+    content = path.read_bytes()
+    if len(content) != entry.bytes:
         raise BundleIntegrityError(
-            f"Expected {entry.bytes} bytes in {path}, got {size}: the file is truncated or was "
-            f"replaced. {again}"
+            f"Expected {entry.bytes} bytes in {path}, got {len(content)}: the file is truncated or "
+            f"was replaced. {again}"
         )
-    if verify and FileEntry.of(path).sha256 != entry.sha256:
+    if verify and hashlib.sha256(content).hexdigest() != entry.sha256:
         raise BundleIntegrityError(
             f"The content of {path} does not match its sha256 in {ENGINES_FILE}: it was altered. "
             f"{again}"
         )
-    return path
+    return content

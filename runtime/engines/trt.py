@@ -20,9 +20,10 @@ from blockcache.runtime.engines.engine import Launch
 from blockcache.runtime.engines.files import (
     EngineSet,
     built_targets,
-    check_engine,
     check_engines,
+    engines_folder,
     read_engines,
+    read_plan,
 )
 from blockcache.runtime.engines.tensorrt_library import TensorRT, errors_of, load_library
 from blockcache.runtime.errors import EngineError, EnginesMissingError
@@ -102,18 +103,19 @@ class TrtBackend:
             EngineError: TensorRT refuses the plan.
         """
         engines = self._engines(bundle)
-        plan = check_engine(bundle, engines, segment, verify=self._verify)
+        plan = read_plan(bundle, engines, segment, verify=self._verify)
+        folder = engines_folder(bundle, engines.target)
         with self.library.log() as log:
             runtime = self.library.module.Runtime(self.library.logger)
-            engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+            engine = runtime.deserialize_cuda_engine(plan)
             if engine is None:
                 raise EngineError(
-                    f"Expected {self.library.name} {self.library.version} to open {plan}, it says: "
+                    f"Expected {self.library.name} {self.library.version} to open the engine "
+                    f"of segment {segment.name!r} in {folder}, it says: "
                     f"{errors_of(log)}. Build again for this GPU: blockcache build "
                     f"{bundle.folder} --target sm{self.device.capability.replace('.', '')}"
                 )
             refit(self.library, bundle, engines, segment, engine, log)
-        folder = plan.parent
         if folder not in self._caches:
             name = f"runtime-{self.device.capability}-{self.library.version}.cache"
             self._caches[folder] = RuntimeCache(folder / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -13,10 +14,10 @@ from blockcache.runtime.engines.files import (
     EngineSet,
     ShapeProfile,
     built_targets,
-    check_engine,
     check_engines,
     engines_folder,
     read_engines,
+    read_plan,
     write_engines,
 )
 from blockcache.runtime.errors import (
@@ -83,7 +84,7 @@ def test_round_trip(bundle):
     assert engines.engines["trunk_00"].copied == ("prompt_0",)
     assert built_targets(bundle) == ("sm80",)
     check_engines(bundle, engines, "tensorrt_rtx", "1.7.1", "8.0")
-    assert check_engine(bundle, engines, segment_of(bundle)).read_bytes() == b"a plan"
+    assert read_plan(bundle, engines, segment_of(bundle)) == b"a plan"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_engines_of_another_compile_are_stale(bundle):
     entry = dataclasses.replace(engines.engines["trunk_00"], onnx_sha256="0")
     changed = dataclasses.replace(engines, engines={"trunk_00": entry})
     with pytest.raises(EnginesStaleError, match=r"trunk_00\.onnx"):
-        check_engine(bundle, changed, segment_of(bundle))
+        read_plan(bundle, changed, segment_of(bundle))
 
 
 def test_refittable_engines_survive_new_weights(bundle):
@@ -127,14 +128,14 @@ def test_a_tampered_plan_is_refused(bundle, content, says):
     if content is not None:
         plan.write_bytes(content)
     with pytest.raises(BundleIntegrityError, match=says):
-        check_engine(bundle, read_engines(bundle, "sm80"), segment_of(bundle))
+        read_plan(bundle, read_engines(bundle, "sm80"), segment_of(bundle))
 
 
 def test_missing_engines_name_the_command(bundle):
     with pytest.raises(EnginesMissingError, match=r"found \['sm80'\].*--target sm89"):
         read_engines(bundle, "sm89")
     with pytest.raises(EnginesMissingError, match="block_00"):
-        check_engine(bundle, read_engines(bundle, "sm80"), segment_of(bundle, "block_00"))
+        read_plan(bundle, read_engines(bundle, "sm80"), segment_of(bundle, "block_00"))
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,24 @@ def test_missing_engines_name_the_command(bundle):
 )
 def test_a_malformed_file_is_refused(bundle, text):
     (engines_folder(bundle, "sm80") / "engines.json").write_text(text)
+    with pytest.raises(BundleFormatError, match="Build the engines again"):
+        read_engines(bundle, "sm80")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("file", None), ("bytes", "6"), ("sha256", 3), ("kernels", True)]
+)
+def test_an_engine_with_a_field_of_another_type_is_refused_by_name(bundle, name, value):
+    path = engines_folder(bundle, "sm80") / "engines.json"
+    content = json.loads(path.read_text())
+    content["engines"]["trunk_00"][name] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleFormatError, match=f"Expected '{name}' of an engine as "):
+        read_engines(bundle, "sm80")
+
+
+def test_a_file_that_is_no_text_is_refused(bundle):
+    (engines_folder(bundle, "sm80") / "engines.json").write_bytes(b"\xff\xfe" * 20)
     with pytest.raises(BundleFormatError, match="Build the engines again"):
         read_engines(bundle, "sm80")
 
@@ -156,7 +175,7 @@ def test_an_engine_file_outside_the_bundle_is_refused(bundle):
     engines = read_engines(bundle, "sm80")
     entry = dataclasses.replace(engines.engines["trunk_00"], file="../../../etc/passwd")
     with pytest.raises(BundlePathError):
-        check_engine(
+        read_plan(
             bundle, dataclasses.replace(engines, engines={"trunk_00": entry}), segment_of(bundle)
         )
 

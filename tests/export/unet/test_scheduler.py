@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blockcache.runtime.solver import SolverConfig
+from blockcache.runtime.diffusers_config import solver_from_diffusers
 
 diffusers = pytest.importorskip("diffusers")
 from blockcache.export.unet.scheduler import EXCHANGEABLE, other_kind  # noqa: E402
@@ -25,7 +25,7 @@ def test_an_exchangeable_scheduler_is_one_of_diffusers_and_passes(kind):
 )  # fmt: skip
 def test_a_scheduler_of_another_kind_is_named(kind):
     config = {**getattr(diffusers, kind)(**NOISE).config, "_class_name": kind}
-    SolverConfig.from_diffusers(config, solver="euler", steps=4)  # it runs, so it has to be told
+    solver_from_diffusers(config, solver="euler", steps=4)  # it runs, so it has to be told
     assert other_kind("turbo", config, "euler") == (
         f"turbo: its scheduler is {kind}, which blockcache does not have. Solver euler runs in its "
         f"place, on the same noise schedule: look at its pictures before you use them."

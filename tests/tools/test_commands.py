@@ -79,7 +79,8 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
     code, out, err = blockcache("show", bundle, "--preset", "ddim:4:0.2", *drawn)
     assert code == 0
     assert "█" in out
-    assert "* ddim-4-d0.2" in out
+    assert "* ddim-4 " in out
+    assert "  ddim-4-d0.2 " in out
     assert max(map(len, out.splitlines())) <= 80
     assert err.splitlines() == [f"wrote {drawn[1]}", f"wrote {drawn[3]}"]
     assert (tmp_path / "schedule.svg").read_text().lstrip().startswith("<?xml")
@@ -138,8 +139,8 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
         (["compile", "nowhere", "out"], "error: Expected a diffusers folder or a hub id"),
         (
             ["compile", "demo", "out", "--preset", "dpm"],
-            "error: Expected a preset SOLVER:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5 or "
-            "dpm:20:x1.5:history, got 'dpm'.",
+            "error: Expected a preset SOLVER[-GRID]:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5, "
+            "dpm:20:x1.5:history or dpm-karras:20, got 'dpm'.",
         ),
         (["compile", "demo", "out", "--preset", "heun:9"], "error: Expected a solver of"),
         (["compile", "demo", "out", "--precision", "int8"], "error: Expected a precision of"),

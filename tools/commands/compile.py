@@ -104,10 +104,10 @@ def compile_bundle(
     gpu: BudgetGpu = None,
     as_json: AsJson = False,
 ) -> None:
-    """Profile a U-Net, derive schedules, and write a bundle.
+    """Profile a U-Net, derive schedules, and write a bundle, or add presets to one.
 
-    Interrupt it at any time: the same command resumes. Stages whose inputs did not change are
-    taken as they are.
+    Interrupt it at any time: the bundle that was there still opens, and the same command resumes.
+    Stages whose inputs did not change are taken as they are.
 
     Example: blockcache compile stabilityai/stable-diffusion-2-1 sd21 --preset dpm:20:x1.5:history
     """

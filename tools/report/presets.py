@@ -75,7 +75,7 @@ def presets_table(rows: Sequence[PresetRow]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column(f"{MARK} preset", overflow="fold")
     titles = ("steps", "blocks\nrun", "speed-up", "predicted\nloss", "steps at\nthat cost")
     for title in titles:

@@ -38,7 +38,7 @@ class Sampling:
     model: SourceModel
     solver: SolverConfig
     calibration: Calibration
-    guidance_scale: float = 5.0  # as in use and in the paper; 1 turns guidance off
+    guidance_scale: float = 5.0  # as in use and in the paper; 1 or less turns it off
     precision: str = "float32"  # what the values of the weights are rounded to
 
     @cached_property
@@ -70,7 +70,7 @@ class Sampling:
     def begin(self, cached: CachedUNet, jobs: Sequence[Job]) -> tuple[Denoiser, torch.Tensor]:
         """A denoiser for the jobs' prompts, and the noise [N, C, H, W] of their seeds."""
         device = next(cached.model.unet.parameters()).device
-        picked = self.calibration.pick([prompt for prompt, _ in jobs], self.guidance_scale != 1.0)
+        picked = self.calibration.pick([prompt for prompt, _ in jobs], self.guidance_scale > 1)
         conditions = {name: values.to(device) for name, values in picked.items()}
         denoiser = Denoiser(cached, self.tables, conditions, self.guidance_scale)
         return denoiser, self.noise(jobs).to(device)

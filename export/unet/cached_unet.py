@@ -192,8 +192,8 @@ class Denoiser:
         cached: the entered CachedUNet.
         tables: the solver's coefficients.
         conditions: by name, [2N, ...] with the unconditional half first, or [N, ...] where
-            ``guidance_scale`` is 1.
-        guidance_scale: 1 turns guidance off.
+            ``guidance_scale`` is 1 or less.
+        guidance_scale: 1 or less turns guidance off, as in diffusers.
         guidance_rescale: 0 (off) to 1, as ``Session.denoise`` has it.
     """
 
@@ -238,7 +238,7 @@ class Denoiser:
         ``recompute`` and ``coefficients`` as of ``CachedUNet``.
         """
         sample = state.latents * float(self.tables.input_scale[step])
-        guided = self._guidance_scale != 1.0
+        guided = self._guidance_scale > 1
         output, kept = self.cached(
             torch.cat([sample, sample]) if guided else sample,
             float(self.tables.timesteps[step]),

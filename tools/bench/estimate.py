@@ -128,7 +128,7 @@ def estimate(
         ConfigError: sizes that the model's downsampling does not divide; ``measured`` is of other
             sizes or of another model.
     """
-    guided = any(entry.guidance_scale != 1 for entry in bundle.manifest.presets.values())
+    guided = any(entry.guidance_scale > 1 for entry in bundle.manifest.presets.values())
     usual = bundle.model.sizes.for_images(images, guided=guided)
     sizes = replace(
         usual,

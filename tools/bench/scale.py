@@ -151,7 +151,7 @@ def _torch_latents(
 
     tables = solver_tables(SolverConfig.from_json(preset.solver))
     scale, start = preset.guidance_scale, torch.from_numpy(noise)
-    picked = Calibration(*conditions).pick([0], guided=scale != 1.0)
+    picked = Calibration(*conditions).pick([0], guided=scale > 1)
     source.unet.eval()
     with CachedUNet(source) as cached:
         denoiser = Denoiser(cached, tables, picked, scale)

@@ -143,7 +143,7 @@ def denoiser(session: Session, images: int) -> Callable[[], RunRecord]:
             *prompts,
             conditions=positive,
             negative_conditions=negative,
-            guidance_scale=guidance if guidance != 1 else GUIDANCE,
+            guidance_scale=guidance if guidance > 1 else GUIDANCE,
         ).record
 
     return run

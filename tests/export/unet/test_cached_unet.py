@@ -102,3 +102,15 @@ def test_a_late_start_has_no_past(begun, sampling):
     assert torch.equal(late[0].latents, expected)
     assert equal(late[1], denoiser.step(late[0], 3, recompute[3]))
     assert first[1] != sampling.tables.coefficients[2][1], "a multistep row differs"
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, -2.0])
+def test_a_guidance_scale_of_one_or_less_is_off_as_in_the_runtime(sampling, scale):
+    """What a calibration draws is what a request of the same scale draws."""
+    drawn = []
+    for guidance_scale in (1.0, scale):
+        plain = dataclasses.replace(sampling, guidance_scale=guidance_scale)
+        with plain.cached_unet() as cached:
+            denoiser, noise = plain.begin(cached, [(0, 0)])
+            drawn.append(denoiser.denoise(noise, plain.uncached))
+    assert torch.equal(*drawn)

@@ -158,13 +158,13 @@ def test_a_budget_preset_with_history_measures_once_and_says_so(made):
     assert policy.pop("profile") in bundle.manifest.files
     assert policy.pop("predicted_speedup") >= 1.1
     assert 0 < policy.pop("predicted_loss") < 1
+    assert policy.pop("alignment_report").startswith("profiles/dpm-4-x1.1-history-alignment-")
     assert policy == {
         "kind": "budget",
         "value": 1.1,
         "costs": "FLOPs",
         "images": 2,
         "alignment": "history",
-        "alignment_report": "profiles/dpm-4-x1.1-history-alignment.safetensors",
     }
     stages = list(dict.fromkeys(stage for stage, _, _ in heard))
     assert stages == [
@@ -229,7 +229,7 @@ def test_a_compile_interrupted_after_the_fit_does_not_fit_again(
 
 
 def test_a_damaged_report_is_fitted_again_and_alike(made, model, calibration, calls, copy):
-    name = "profiles/dpm-4-x1.1-history-alignment.safetensors"
+    name = made[0].preset("dpm-4-x1.1-history").provenance.alignment_report
     content = (copy / name).read_bytes()
     (copy / name).write_bytes(content[:-1])
     compile_model(model, copy, options(BUDGET), calibration)
@@ -281,7 +281,7 @@ def test_a_fit_is_made_on_weights_as_they_are_exported(model, calibration, calls
     half = dataclasses.replace(
         options(BUDGET), export=ExportOptions(outputs=2, precision="bfloat16")
     )
-    bundle = compile_model(model, copy, half, calibration)
+    bundle = compile_model(model, copy, half, calibration).bundle
     assert calls == ["fit_alignment"], "another precision is another fit, the rest is shared"
     after = model.unet.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -302,7 +302,7 @@ def test_an_export_before_changes_no_measurement(model, calibration, tmp_path):
     export_segments(exported, tmp_path / "segments", wanted.export)
     made = []
     for source, name in ((model, "before"), (exported, "after")):
-        bundle = compile_model(source, tmp_path / name, wanted, calibration)
+        bundle = compile_model(source, tmp_path / name, wanted, calibration).bundle
         provenance = bundle.preset("dpm-4-x1.1-history").provenance
         made.append([
             (bundle.folder / file).read_bytes()
@@ -364,7 +364,7 @@ def test_grids_of_all_solvers_and_steps_come_from_one_converged_run(
 ):
     calls.clear()
     presets = ("dpm-auto:3", "dpm-auto:5", "ddim-auto:3", "dpm-karras:3")
-    bundle = compile_model(model, copy, options(*presets), calibration)
+    bundle = compile_model(model, copy, options(*presets), calibration).bundle
     assert calls == ["converged_run", "measure_gains"]
     solvers = {
         name: SolverConfig.from_json(bundle.preset(name).solver) for name in bundle.preset_names

@@ -42,7 +42,7 @@ class Revision:
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
         1,
-        "1444a31e239a08d7",
+        "5f1ea0733f7b3b2e",
         (
             *_MODEL,
             "export/graph/passes/*.py",

@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from blockcache.export.graph.passes.split import Piece, split
 from blockcache.export.graph.passes.symbolic import SizeCode, generalize
 from blockcache.export.graph.passes.unify import unify
 from blockcache.export.graph.work import graph_flops
+from blockcache.export.observer import Observer, unobserved
 from blockcache.export.unet.model import SourceModel, UNetCall
 from blockcache.export.unet.precision import converted
 from blockcache.runtime.errors import ConfigError, ExportError
@@ -35,8 +36,9 @@ from blockcache.runtime.plan import DTYPE_BYTES, Dim, Segment, Sizes, TensorSpec
 OPSET = 22
 """Opset 20 has no bf16 normalisation; 23 emits Attention, which engines build worse."""
 
-EXPORT_STAGES = ("trace", "weights", "cut")
-"""What ``export_segments`` does, in order."""
+EXPORT_PARTS = ("trace", "weights", "cut", "hash")
+"""What an export does, in order. ``export_segments`` does all but the last: its caller hashes what
+it has written."""
 
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -60,24 +62,24 @@ def export_segments(
     model: SourceModel,
     folder: Path,
     options: ExportOptions,
-    entered: Callable[[str], None] = lambda stage: None,
+    observer: Observer = unobserved,
 ) -> tuple[Segment, ...]:
     """Write ``folder/*.onnx`` and ``folder/weights.bin``; returns the segments in running order.
 
     The last one, role ``whole``, is the uncut model: the yardstick for exactness and speed. The
     model stays as it is: where ``options.precision`` is another than its own, a copy is exported.
-    ``entered`` hears each of ``EXPORT_STAGES`` when it begins.
+    ``observer`` hears how many of ``EXPORT_PARTS`` are done, stage "export".
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = converted(model, options.precision)
     code = _code_for(model)
     traced = folder / "traced.onnx"
-    entered("trace")
+    observer("export", EXPORT_PARTS.index("trace"), len(EXPORT_PARTS))
     program = _trace(model, code)
-    entered("weights")
+    observer("export", EXPORT_PARTS.index("weights"), len(EXPORT_PARTS))
     _save(program, traced)
     del program
-    entered("cut")
+    observer("export", EXPORT_PARTS.index("cut"), len(EXPORT_PARTS))
     try:
         return _cut(model, traced, code, options)
     finally:

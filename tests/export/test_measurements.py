@@ -83,7 +83,7 @@ def calls(compiled, copied_segments):
     made = []
     bundles = {name: compiled("sd", 2, name)[1] for name in ("float32", "bfloat16")}
 
-    def export(model, folder, options, entered):
+    def export(model, folder, options, observer):
         return copied_segments(bundles[options.precision], folder)
 
     def counted(name, function):

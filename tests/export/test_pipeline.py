@@ -28,7 +28,7 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 from filelock import FileLock
 
-from blockcache.export import measurements, pipeline, preset_maker
+from blockcache.export import measurements, pipeline
 from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.costs.costs import counted
 from blockcache.export.graph.to_onnx import ExportOptions
@@ -61,7 +61,7 @@ def calls(compiled, copied_segments, monkeypatch):
     """Names of the expensive stages that ran; they copy segments and make changes up."""
     made, really = [], pipeline.export_segments
 
-    def export(model, folder, options, entered):
+    def export(model, folder, options, observer):
         made.append("export")
         with pytest.MonkeyPatch.context() as patch:  # these, compiled once, are exported really
             patch.setattr(pipeline, "export_segments", really)
@@ -244,7 +244,7 @@ def test_an_interrupted_first_call_may_be_followed_by_any_other(
 ):
     folder = tmp_path / "b"
     with monkeypatch.context() as patch:
-        patch.setattr(preset_maker, "time_tables", interrupted(preset_maker.time_tables))
+        patch.setattr(pipeline, "time_tables", interrupted(pipeline.time_tables))
         with pytest.raises(SystemExit):
             compile_model(model, folder, options("ddim:2"))
     made = compile_model(model, folder, options("ddim:3")).bundle
@@ -348,7 +348,7 @@ def test_the_old_bundle_still_draws_after_a_failed_export(
 
     before = drawn()
 
-    def fails(model, fresh, options, entered):
+    def fails(model, fresh, options, observer):
         (fresh / "trunk_00.onnx").write_bytes(b"half")
         raise RuntimeError("out of memory")
 

@@ -36,10 +36,10 @@ class StageMeter:
 
     def observe(self, stage: str, done: int, total: int) -> None:
         """An observer for ``compile_model``: its stages, the export's part by part."""
-        from blockcache.export.graph.to_onnx import EXPORT_STAGES
+        from blockcache.export.graph.to_onnx import EXPORT_PARTS
 
         if stage == "export":
-            stage = (*EXPORT_STAGES, "hash", "")[done]
+            stage = (*EXPORT_PARTS, "")[done]
         if stage and stage != self._name:
             self.enter(stage)
 

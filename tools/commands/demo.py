@@ -187,10 +187,10 @@ def _print(rows: list[DemoRow], picture: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("preset", overflow="fold")
     table.add_column("steps", justify="right")
-    for column in ("blocks computed", "FLOPs", "seconds", "speed-up", "distance"):
+    for column in ("blocks\nrun", "FLOPs", "seconds", "speed-up", "distance"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(

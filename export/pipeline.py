@@ -1,7 +1,8 @@
 """The order of the stages, once: export, measure, schedule, align, bundle.
 
-``compile_model`` is what ``blockcache compile`` runs. Every stage is keyed by what it depends on
-(``stages.py``); the manifest is written last, so that a folder with a manifest is a whole bundle.
+``compile_model`` is what ``blockcache compile`` runs; ``_compile`` is the list. Every stage is
+keyed by what it depends on (``stages.py``); the new bundle takes the old one's place at the end
+(``bundle_writer.py``), with the presets that stay (``earlier.py``).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from blockcache.export.bundle_writer import (
@@ -27,15 +27,13 @@ from blockcache.export.bundle_writer import (
     switch,
     write_preset,
 )
-from blockcache.export.choose.joint import candidates, check_reach
-from blockcache.export.choose.policies import Evidence, Joint, Needs
+from blockcache.export.choose.joint import check_reach
+from blockcache.export.choose.policies import Needs
 from blockcache.export.choose.preset import PresetOptions
-from blockcache.export.choose.schedule import total_loss
 from blockcache.export.costs.costs import Costs, counted
 from blockcache.export.costs.roofline import Processor, predict
 from blockcache.export.costs.timings import Timings
 from blockcache.export.earlier import Earlier, KeptPresets, keep_presets
-from blockcache.export.graph.time_tables import time_tables
 from blockcache.export.graph.to_onnx import (
     EXPORT_PARTS,
     ExportOptions,
@@ -49,6 +47,7 @@ from blockcache.export.measurements import (
     solver_config,
 )
 from blockcache.export.observer import Observer, unobserved
+from blockcache.export.preset_maker import PresetMaker
 from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import SourceModel
 from blockcache.export.unet.scheduler import other_kind
@@ -64,15 +63,12 @@ from blockcache.runtime.manifest import (
     to_plain,
 )
 from blockcache.runtime.plan import (
-    Alignment,
     BlockFacts,
     Dim,
     ModelFacts,
-    Preset,
     Segment,
     TensorSpec,
 )
-from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.solver import solver_tables
 from blockcache.runtime.strict_json import Field
 
@@ -186,23 +182,16 @@ def _compile(
     measurements = Measurements(
         model, export.precision, calibration, options.calibration, store, observer
     )
-    _check_recommended(options, [*earlier.preset_names, *(p.name for p in options.presets)])
-    for preset in options.presets:  # what cannot work is refused before any work
-        solver_tables(solver_config(model, preset))
-        measurements.check(preset)
-    for solver in sorted({preset.solver for preset in options.presets}):
-        told = other_kind(model.name, model.scheduler, solver)
-        if told is not None:
-            warnings.warn(told, stacklevel=1)  # of this file, which the command line shows
+    _check(model, options, measurements, earlier)
     segments = _export_stage(model, store, export, observer)
     facts = _model_facts(model, export, segments)
     costs = _costs(segments, folder, options, facts)
     for preset in options.presets:  # what cannot be as fast is refused before any measurement
         check_reach(preset, costs)
-    made = _preset_stage(measurements, folder, options.presets, costs, segments, facts, observer)
+    maker = PresetMaker(measurements, costs, facts, segments, folder)
+    made = _preset_stage(maker, options.presets, observer)
     kept = keep_presets(earlier, folder, facts, segments, made)
     presets = _in_order(earlier, {**kept.entries, **made})
-    _check_recommended(options, presets)
     manifest = Manifest(
         model=facts,
         segments=segments,
@@ -214,6 +203,20 @@ def _compile(
     switch(folder, manifest)
     collect(folder, {*manifest.files, *store.recorded_files()})
     return _compiled(bundle, earlier, kept)
+
+
+def _check(
+    model: SourceModel, options: CompileOptions, measurements: Measurements, earlier: Earlier
+) -> None:
+    """Refuse what cannot work before any work; warn of what may surprise."""
+    _check_recommended(options, [*earlier.preset_names, *(p.name for p in options.presets)])
+    for preset in options.presets:
+        solver_tables(solver_config(model, preset))
+        measurements.check(preset)
+    for solver in sorted({preset.solver for preset in options.presets}):
+        told = other_kind(model.name, model.scheduler, solver)
+        if told is not None:
+            warnings.warn(told, stacklevel=1)  # of this file, which the command line shows
 
 
 # -- stages ----------------------------------------------------------------------------------------
@@ -262,109 +265,16 @@ def _costs(
 
 
 def _preset_stage(
-    measurements: Measurements,
-    folder: Path,
-    wanted: Sequence[PresetOptions],
-    costs: Costs,
-    segments: tuple[Segment, ...],
-    facts: ModelFacts,
-    observer: Observer,
+    maker: PresetMaker, wanted: Sequence[PresetOptions], observer: Observer
 ) -> dict[str, PresetEntry]:
     """The presets that were asked for, written; their lines of the manifest by name."""
     entries = {}
     for done, preset in enumerate(wanted):
         observer("presets", done, len(wanted))
-        made = _make_preset(measurements, folder, preset, costs, segments, facts)
-        entries[made.name] = preset_entry(write_preset(folder, made), made, segments)
+        made = maker.make(preset)
+        entries[made.name] = preset_entry(write_preset(maker.folder, made), made, maker.segments)
     observer("presets", len(wanted), len(wanted))
     return entries
-
-
-def _make_preset(
-    measurements: Measurements,
-    folder: Path,
-    preset: PresetOptions,
-    costs: Costs,
-    segments: tuple[Segment, ...],
-    facts: ModelFacts,
-    *,
-    trial: bool = False,
-) -> Preset:
-    """Schedule, alignment and time tables of a preset; a trial's reports are not kept."""
-    if isinstance(preset.policy, Joint):
-        return _make_joint(measurements, folder, preset, costs, segments, facts)
-    needs = preset.policy.needs
-    profile = measurements.profile(preset) if Needs.CHANGE in needs and not trial else None
-    evidence = Evidence(
-        steps=preset.steps,
-        paths=[block.path for block in facts.blocks],
-        costs=costs,
-        change=None if profile is None else profile.mean,
-        sensitivity=measurements.sensitivity(preset) if Needs.LOSSES in needs else None,
-        residuals=measurements.residuals(preset) if Needs.LOSSES in needs else None,
-    )
-    schedule = preset.policy.schedule(evidence)
-    provenance = Provenance(
-        kind=preset.policy.kind,
-        value=preset.policy.value,
-        costs=costs.source,
-        predicted_speedup=round(costs.speedup(schedule), 6),
-        predicted_loss=(
-            round(total_loss(evidence.losses, schedule), 6) if Needs.LOSSES in needs else None
-        ),
-        images=None if profile is None else profile.images,
-        profile=None if profile is None else profile.file,
-    )
-    alignment = Alignment.identity(preset.steps, facts.block_channels)
-    if preset.alignment != "none" and not schedule.recompute.all():
-        fit, report = measurements.alignment(preset, schedule, trial=trial)
-        alignment = fit.alignment
-        provenance = dataclasses.replace(
-            provenance, alignment=preset.alignment, alignment_report=report
-        )
-    config = measurements.solver(preset)
-    return Preset(
-        name=preset.name,
-        solver=config.to_json(),
-        schedule=schedule,
-        alignment=alignment.combining(facts.outputs),
-        time_tables=time_tables(segments, folder, solver_tables(config).timesteps),
-        guidance_scale=measurements.guidance_scale,
-        provenance=provenance,
-    )
-
-
-def _make_joint(
-    measurements: Measurements,
-    folder: Path,
-    preset: PresetOptions,
-    costs: Costs,
-    segments: tuple[Segment, ...],
-    facts: ModelFacts,
-) -> Preset:
-    """The candidate that lands nearest to the uncached run of all steps."""
-    tried: list[tuple[float, PresetOptions]] = []
-    for other in candidates(preset, costs):
-        made = _make_preset(measurements, folder, other, costs, segments, facts, trial=True)
-        distance = measurements.distance(other, made.schedule, made.alignment, preset)
-        if np.isfinite(distance):
-            tried.append((distance, other))
-    if not tried:
-        raise ConfigError(f"Preset {preset.name!r}: no candidate ended in finite latents.")
-    distance, best = min(tried, key=lambda pair: pair[0])
-    alignment = "none" if best.alignment == "none" else preset.alignment
-    winner = dataclasses.replace(best, name=preset.name, alignment=alignment)
-    made = _make_preset(measurements, folder, winner, costs, segments, facts)
-    provenance = dataclasses.replace(
-        made.provenance,
-        kind=preset.policy.kind,
-        value=preset.policy.value,
-        replaced_steps=preset.steps,
-        predicted_speedup=round(costs.speedup(made.schedule, preset.steps), 6),
-        predicted_loss=round(distance, 6),  # of the trial: fewer steps lose something, too
-        tried={other.steps: round(distance, 6) for distance, other in tried},
-    )
-    return dataclasses.replace(made, provenance=provenance)
 
 
 # -- what the manifest says ------------------------------------------------------------------------
@@ -395,6 +305,7 @@ def _recommended(
     options: CompileOptions, earlier: Earlier, presets: Mapping[str, PresetEntry]
 ) -> str:
     """The preset asked for; else the one recommended before; else the first that caches."""
+    _check_recommended(options, presets)  # one of the earlier bundle's may not have stayed
     if options.recommended is not None:
         return options.recommended
     before = [] if earlier.bundle is None else [earlier.bundle.recommended]

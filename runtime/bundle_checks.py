@@ -18,6 +18,7 @@ A tensor is written once, before it is read, and has one dtype and shape whereve
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -307,12 +308,18 @@ def _check_rows(model: ModelFacts, segments: Sequence[Segment], preset: Preset, 
 
 
 def _check_solver(preset: Preset, where: str) -> None:
-    """The solver can be made, in finite numbers, and knows the timesteps that the model reads."""
+    """The solver can be made, in finite numbers, and knows the timesteps that the model reads.
+
+    Every option is written: a missing one would be taken for its default in silence.
+    """
     try:
         with np.errstate(all="ignore"):
-            tables = solver_tables(SolverConfig.from_json(preset.solver))
+            config = SolverConfig.from_json(preset.solver)
+            tables = solver_tables(config)
     except (ConfigError, TypeError, ValueError, ArithmeticError) as error:
         raise BundleFormatError(f"{where}, solver: {error} Compile again.") from error
+    said, meant = (json.loads(json.dumps(options)) for options in (preset.solver, config.to_json()))
+    _require(said == meant, f"{where}, solver", f"every option written: {meant}", said)
     numbers = (tables.timesteps, tables.coefficients, tables.input_scale, tables.noising)
     finite = all(bool(np.isfinite(table).all()) for table in numbers)
     _require(finite, f"{where}, solver", "finite coefficients", "NaN or infinity")

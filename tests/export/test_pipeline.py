@@ -28,7 +28,7 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 from filelock import FileLock
 
-from blockcache.export import measurements, pipeline
+from blockcache.export import measurements, pipeline, preset_maker
 from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.costs.costs import counted
 from blockcache.export.graph.to_onnx import ExportOptions
@@ -244,7 +244,7 @@ def test_an_interrupted_first_call_may_be_followed_by_any_other(
 ):
     folder = tmp_path / "b"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "time_tables", interrupted(pipeline.time_tables))
+        patch.setattr(preset_maker, "time_tables", interrupted(preset_maker.time_tables))
         with pytest.raises(SystemExit):
             compile_model(model, folder, options("ddim:2"))
     made = compile_model(model, folder, options("ddim:3")).bundle

@@ -243,6 +243,9 @@ PRESETS = {
         "the solver takes 4 steps, the schedule has 20."),
     "a solver that does not exist": (solver(solver="heun"), "Preset 'ddim-4', solver: "),
     "a solver of other steps": (solver(steps=9), "the solver takes 9 steps, the schedule has 4."),
+    "an option left out": (
+        lambda c: c["presets"]["ddim-4"]["solver"].pop("set_alpha_to_one"), "Preset 'ddim-4', "
+        "solver: expected every option written: {'solver': 'ddim', "),
     "options that the solver lacks": (solver(colour="red"), "Preset 'ddim-4', solver: "),
 }  # fmt: skip
 

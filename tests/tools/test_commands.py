@@ -321,3 +321,25 @@ def test_a_run_without_text_encoder_says_what_to_give(blockcache, compiled):
     code, _, err = blockcache("run", bundle.folder, "--prompt", "a cat")
     assert code == 1
     assert "Expected --model FOLDER (for text encoder and VAE), or --embeddings FILE" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backend", "voodoo"], "'voodoo'"),
+        (["--threads", 0], "threads"),
+        (["--preset", "ddim:9"], "error: Expected a preset of"),
+    ],
+)
+def test_a_run_checks_names_before_it_encodes_prompts(
+    blockcache, compiled, monkeypatch, tmp_path, options, message
+):
+    def encode(*_):
+        raise AssertionError("encoded first")
+
+    monkeypatch.setattr("blockcache.tools.commands.run._conditions", encode)
+    _, bundle = compiled("sd")
+    out = ["--embeddings", "x", "--out", tmp_path / "x.npy"]
+    code, _, err = blockcache("run", bundle.folder, *out, *options)
+    assert (code, err.count("\n")) == (1, 1)
+    assert message in err

@@ -59,6 +59,7 @@ def run(
     Example: blockcache run demo-out/bundle --prompt "twitter emoji, red apple" --out apple.png
     """
     from blockcache.runtime import Bundle, Session
+    from blockcache.runtime.engines.choice import make_backend
     from blockcache.tools.commands.names import preset_of
     from blockcache.tools.commands.outputs import check_file
     from blockcache.tools.report.progress import StageProgress
@@ -66,11 +67,12 @@ def run(
     check_file(out, OUTPUTS)
     opened = Bundle.open(bundle)
     name = preset_of(opened, preset)
+    engines = make_backend(backend, threads=threads, bundle=opened, verify=False)
     codec = _codec(opened, model, embeddings, out)
     sizes = opened.model.sizes
     size = (height or sizes.height, width or sizes.width)
     positive, negative = _conditions(codec, embeddings, prompt, size)
-    session = Session.open(opened, preset=name, backend=backend, threads=threads, verify=False)
+    session = Session.open(opened, preset=name, backend=engines)
     images = max(len(values) for values in positive.values())
     with StageProgress() as progress:
         result = session.denoise(

@@ -155,7 +155,7 @@ def _delete_field(folder: Path, rng: random.Random) -> Mutation:
     def choose(content: Json) -> Mutation:
         way = rng.choice(list(_places(content)))
         del _at(content, way[:-1])[way[-1]]
-        return Mutation(f"{_shown(way)} deleted", _undetectable(way))
+        return Mutation(f"{_shown(way)} deleted")
 
     return _edit(folder, choose)
 
@@ -165,7 +165,7 @@ def _add_field(folder: Path, rng: random.Random) -> Mutation:
         objects = [way for way in _places(content) if isinstance(_at(content, way), dict)]
         way = rng.choice(objects)
         _at(content, way)[rng.choice(["extra", "block", "name", "file"])] = rng.choice([1, "x"])
-        return Mutation(f"a field added to {_shown(way)}", _undetectable(way))
+        return Mutation(f"a field added to {_shown(way)}")
 
     return _edit(folder, choose)
 

@@ -66,25 +66,24 @@ def fuzz(bundle: Path, seeds: Iterable[int], *, bits: bool = False) -> Iterator[
 def _worker(bundle: Path, seeds: list[int], bits: bool) -> Iterator[Outcome]:
     """Outcomes from one process, until it is through or has crashed at one."""
     command = [sys.executable, "-m", "blockcache.tools.dev.fuzz_bundle", str(bundle), "--worker"]
-    with subprocess.Popen(
-        [*command, *(["--bits"] if bits else [])],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        assert process.stdin is not None
+    with tempfile.TemporaryFile("w+") as listed:
+        listed.write("".join(f"{seed}\n" for seed in seeds))
+        listed.seek(0)
+        process = subprocess.Popen(
+            [*command, *(["--bits"] if bits else [])],
+            stdin=listed,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+    done = 0
+    with process:
         assert process.stdout is not None
-        for seed in seeds:
-            process.stdin.write(f"{seed}\n")
-        process.stdin.close()
-        done = 0
         for line in process.stdout:
             yield Outcome(**json.loads(line))
             done += 1
-        code = process.wait()
     if done < len(seeds):
-        yield Outcome(seeds[done], "", False, CRASH, f"exit status {code}")
+        yield Outcome(seeds[done], "", False, CRASH, f"exit status {process.returncode}")
 
 
 # -- in the worker ---------------------------------------------------------------------------------

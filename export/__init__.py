@@ -2,11 +2,10 @@
 
 ::
 
-    from pathlib import Path
     from blockcache.export import CompileOptions, PresetOptions, compile_model, load_model
 
     presets = (PresetOptions.parse("dpm:20"), PresetOptions.parse("dpm:20:every2"))
-    made = compile_model(load_model("model"), Path("bundle"), CompileOptions(presets=presets))
+    made = compile_model(load_model("model"), "bundle", CompileOptions(presets=presets))
     made.bundle.recommended
 
 The names below are the door. Each is imported when it is first asked for, so that building engines
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from blockcache.export.engines.targets import Target as Target
     from blockcache.export.graph.to_onnx import ExportOptions as ExportOptions
     from blockcache.export.measure.calibration import Calibration as Calibration
+    from blockcache.export.measure.calibration import encode_prompts as encode_prompts
     from blockcache.export.measure.calibration import read_calibration as read_calibration
     from blockcache.export.measure.change import ProfileOptions as ProfileOptions
     from blockcache.export.measure.residuals import ResidualOptions as ResidualOptions
@@ -70,6 +70,7 @@ _HOMES = {
     "TrialOptions": "measure.trial",
     "build_engines": "engines.build",
     "compile_model": "pipeline",
+    "encode_prompts": "measure.calibration",
     "encode_text": "unet.text",
     "gpu": "costs.roofline",
     "load_model": "unet.load",

@@ -116,7 +116,7 @@ class Compiled:
 
 def compile_model(
     model: SourceModel,
-    folder: Path,
+    folder: str | Path,
     options: CompileOptions,
     calibration: Calibration | None = None,
     observer: Observer = unobserved,
@@ -138,6 +138,7 @@ def compile_model(
         ConfigError: options that do not fit the model, or a folder in use by another compile.
         BundleError: the disk is full, or a folder of the bundle is a link to somewhere else.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(folder)
     try:

@@ -294,17 +294,17 @@ def files_of(folder):
     }
 
 
-CHANGES = {
-    "another preset": (("ddim:2:9",), 5.0, ExportOptions()),
-    "another export": (("ddim:2:0.1", "ddim:3"), 5.0, ExportOptions(outputs=2)),
-    "the same name with another content": (("ddim:2:0.1",), 3.0, ExportOptions()),
+STOPS = {
+    "another preset, killed": (("ddim:2:9",), 5.0, ExportOptions(), True),
+    "another export, interrupted": (("ddim:2:0.1", "ddim:3"), 5.0, ExportOptions(outputs=2), False),
+    "another export, killed": (("ddim:2:0.1", "ddim:3"), 5.0, ExportOptions(outputs=2), True),
+    "another content of one name, killed": (("ddim:2:0.1",), 3.0, ExportOptions(), True),
 }
 
 
-@pytest.mark.parametrize("forever", [False, True], ids=["interrupted", "killed"])
 @pytest.mark.parametrize(
-    ("presets", "guidance", "export"), CHANGES.values(), ids=[*CHANGES]
-)  # fmt: skip
+    ("presets", "guidance", "export", "forever"), STOPS.values(), ids=STOPS.keys()
+)
 def test_wherever_a_compile_stops_the_old_bundle_or_the_new_one_is_whole(
     model, calibration, calls, tmp_path, presets, guidance, export, forever
 ):

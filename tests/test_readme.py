@@ -317,10 +317,26 @@ def wrong_commands(text):
     return found
 
 
+def wrong_presets(text):
+    """Presets in inline code that cannot be read."""
+    from blockcache.export import PresetOptions
+    from blockcache.runtime import ConfigError
+
+    found = []
+    for code in inline_code(text):
+        if re.match(r"(dpm|ddim|euler)[:-]", code):
+            try:
+                PresetOptions.parse(code)
+            except ConfigError as error:
+                found.append(f"{code}: {error}")
+    return found
+
+
 @pytest.mark.parametrize("path", [page(path) for path in PAGES])
 def test_commands_are_right(path):
     pytest.importorskip("typer")
     assert wrong_commands(path.read_text()) == []
+    assert wrong_presets(path.read_text()) == []
 
 
 @pytest.mark.parametrize(
@@ -358,6 +374,12 @@ def test_a_wrong_command_is_seen(command, message):
 def test_a_wrong_command_is_seen_in_a_sentence():
     text = "Call `blockcache bench\nBUNDLE --round 3`, or `blockcache bench`."
     assert ["No such option" in found for found in wrong_commands(text)] == [True]
+
+
+def test_a_wrong_preset_is_seen():
+    assert wrong_presets("`dpm:20:x1.5:history`, `dpm-karras-20`") == []
+    (found,) = wrong_presets("`dpm:20:z1.5`")
+    assert "Expected a policy" in found
 
 
 # -- links and files -------------------------------------------------------------------------------

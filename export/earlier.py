@@ -51,6 +51,12 @@ class Earlier:
         same = self.bundle is not None and self.bundle.model.sha256 == model_sha256
         return self.bundle.model.outputs if self.bundle is not None and same else 1
 
+    def cuts(self, model_sha256: str) -> set[int]:
+        """Depths of the branches that the presets may reuse that may be kept."""
+        same = self.bundle is not None and self.bundle.model.sha256 == model_sha256
+        blocks = self.bundle.model.blocks if self.bundle is not None and same else ()
+        return {block.cut for block in blocks if block.cut is not None}
+
 
 @dataclass(frozen=True)
 class KeptPresets:

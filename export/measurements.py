@@ -37,7 +37,11 @@ from blockcache.export.measure.converged import (
 from blockcache.export.measure.residuals import ResidualOptions, measure_residuals
 from blockcache.export.measure.reuse import HISTORY
 from blockcache.export.measure.sampling import Sampling
-from blockcache.export.measure.sensitivity import SensitivityOptions, measure_sensitivity
+from blockcache.export.measure.sensitivity import (
+    Sensitivity,
+    SensitivityOptions,
+    measure_sensitivity,
+)
 from blockcache.export.measure.trial import TrialOptions, mean_distance, trial_latents
 from blockcache.export.observer import Observer, qualified
 from blockcache.export.stages import RECORDS, StageStore, stage_key
@@ -107,7 +111,8 @@ class Measurements:
 
     def check(self, preset: PresetOptions) -> None:
         """Raise ConfigError where a preset's own table does not fit, or prompts are missing."""
-        preset.policy.check_blocks(preset.steps, len(self.model.blocks))
+        blocks = self.model.part(preset.policy.cuts).blocks
+        preset.policy.check_blocks(preset.steps, len(blocks))
         dtype = str(next(self.model.unet.parameters()).dtype).removeprefix("torch.")
         if preset.calibrated and dtype != "float32":
             raise ConfigError(
@@ -120,7 +125,7 @@ class Measurements:
                 f"Preset {preset.name!r} is made from measurements and needs prompts to measure "
                 f"with: give a calibration (--calibration FILE), or leave out policy and alignment."
             )
-        pairs = len(self.model.blocks) * preset.steps**3
+        pairs = len(blocks) * preset.steps**3
         if Needs.LOSSES in preset.policy.needs and preset.reuse == HISTORY and pairs > MOST_PAIRS:
             raise ConfigError(
                 f"Preset {preset.name!r}: a budget with history looks at all pairs of earlier "
@@ -172,17 +177,18 @@ class Measurements:
         checkpoint.unlink(missing_ok=True)
         return Profile(made["mean"], made["std"], int(made["images"][0]), file)
 
-    def sensitivity(self, preset: PresetOptions) -> np.ndarray:
-        """What a block's reuse at a step does to the image: float32 [S, K]."""
+    def sensitivity(self, preset: PresetOptions) -> Sensitivity:
+        """What a block's reuse at a step does to the image."""
         sampling, options = self._sampling(preset), self._options.sensitivity
         stage = _Stage.of("sensitivity", sampling, options)
         file = f"profiles/{preset.sampler}-{stage.key[:8]}.safetensors"
 
         def measure() -> dict[str, np.ndarray]:
             made = measure_sensitivity(sampling, options, observer=self._heard_of(preset))
-            return {"sensitivity": made}
+            return {"sensitivity": made.table, "gains": made.gains}
 
-        return self._once(stage, file, measure)["sensitivity"]
+        made = self._once(stage, file, measure)
+        return Sensitivity(made["sensitivity"], made["gains"])
 
     def residuals(self, preset: PresetOptions) -> np.ndarray:
         """What the preset's way to reuse leaves of an error: float32 [K, S, S] or [K, S, S, S]."""
@@ -244,7 +250,8 @@ class Measurements:
         self, preset: PresetOptions, schedule: Schedule, alignment: Alignment | None
     ) -> np.ndarray:
         """Final latents of a few images from noise of their own: float32 [N, C, H, W]."""
-        sampling, options = self._sampling(preset, self._precision), self._options.trial
+        sampling = self._sampling_by(self.solver(preset), self._precision)
+        options = self._options.trial
         stage = _Stage.of(
             "trial",
             sampling,
@@ -274,7 +281,8 @@ class Measurements:
         return tensors
 
     def _sampling(self, preset: PresetOptions, precision: str = "float32") -> Sampling:
-        return self._sampling_by(self.solver(preset), precision)
+        sampling = self._sampling_by(self.solver(preset), precision)
+        return dataclasses.replace(sampling, model=self.model.part(preset.policy.cuts))
 
     def _sampling_by(self, solver: SolverConfig, precision: str = "float32") -> Sampling:
         assert self._calibration is not None  # ``check`` was asked first
@@ -298,6 +306,7 @@ class _Stage:
         key = stage_key(
             kind,
             model=sampling.model.sha256,
+            blocks=[(block.path, block.kind) for block in sampling.model.blocks],
             precision=sampling.precision,
             solver=sampling.solver.to_json(),
             calibration=sampling.calibration.sha256,

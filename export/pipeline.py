@@ -49,7 +49,7 @@ from blockcache.export.measurements import (
 from blockcache.export.observer import Observer, unobserved
 from blockcache.export.preset_maker import PresetMaker
 from blockcache.export.stages import RECORDS, StageStore, stage_key
-from blockcache.export.unet.model import SourceModel
+from blockcache.export.unet.model import BRANCH, SourceModel
 from blockcache.export.unet.scheduler import other_kind
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.bundle_files import hash_files
@@ -180,6 +180,7 @@ def _compile(
     store = StageStore(folder)
     earlier = Earlier.read(folder)
     export = _export_options(options, earlier, model)
+    model = model.cut_at(export.cuts)
     measurements = Measurements(
         model, export.precision, calibration, options.calibration, store, observer
     )
@@ -289,10 +290,13 @@ def _check_recommended(options: CompileOptions, known: Collection[str]) -> None:
 
 
 def _export_options(options: CompileOptions, earlier: Earlier, model: SourceModel) -> ExportOptions:
-    """With as many outputs as any preset combines, whether it is made now or stays."""
+    """With as many outputs and cuts as any preset needs, whether it is made now or stays."""
     needed = [preset.outputs for preset in options.presets]
     outputs = max(options.export.outputs, earlier.outputs(model.sha256), *needed)
-    return dataclasses.replace(options.export, outputs=outputs)
+    cuts = earlier.cuts(model.sha256).union(
+        options.export.cuts, *(preset.policy.cuts for preset in options.presets)
+    )
+    return dataclasses.replace(options.export, outputs=outputs, cuts=tuple(sorted(cuts)))
 
 
 def _in_order(earlier: Earlier, presets: Mapping[str, PresetEntry]) -> dict[str, PresetEntry]:
@@ -351,7 +355,10 @@ def _model_facts(
         channels=int(model.unet.config.in_channels),
         downsampling=model.downsampling,
         outputs=options.outputs,
-        blocks=tuple(BlockFacts(block.path, block.channels) for block in model.blocks),
+        blocks=tuple(
+            BlockFacts(block.path, block.channels, block.depth if block.kind == BRANCH else None)
+            for block in model.blocks
+        ),
         sizes=default_sizes(model),
         conditions=tuple(
             TensorSpec(c.name, dtypes[c.dtype], tuple(Dim.parse(size) for size in c.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,24 @@ import numpy as np
 from blockcache.export.choose.joint import candidates
 from blockcache.export.choose.policies import Evidence, Joint, Needs
 from blockcache.export.choose.preset import PresetOptions
-from blockcache.export.choose.schedule import total_loss
 from blockcache.export.costs.costs import Costs
 from blockcache.export.graph.time_tables import time_tables
 from blockcache.export.measurements import Measurements
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.plan import Alignment, ModelFacts, Preset, Segment
+from blockcache.runtime.plan import (
+    Alignment,
+    BlockFacts,
+    ModelFacts,
+    Preset,
+    Schedule,
+    Segment,
+)
 from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.solver import solver_tables
+
+
+def _is_part(block: BlockFacts, cuts: Sequence[int]) -> bool:
+    return block.cut in cuts if cuts else block.cut is None
 
 
 @dataclass(frozen=True)
@@ -39,32 +50,40 @@ class PresetMaker:
         """
         if isinstance(preset.policy, Joint):
             return self._make_joint(preset)
-        needs = preset.policy.needs
+        needs, part = preset.policy.needs, self._part(preset)
         profile = self.measurements.profile(preset) if Needs.CHANGE in needs and not trial else None
+        found = self.measurements.sensitivity(preset) if Needs.LOSSES in needs else None
         evidence = Evidence(
             steps=preset.steps,
-            paths=[block.path for block in self.facts.blocks],
+            paths=[self.facts.blocks[k].path for k in part],
             costs=self.costs,
             change=None if profile is None else profile.mean,
-            sensitivity=self.measurements.sensitivity(preset) if Needs.LOSSES in needs else None,
+            sensitivity=None if found is None else found.table,
+            gains=None if found is None else found.gains,
             residuals=self.measurements.residuals(preset) if Needs.LOSSES in needs else None,
         )
-        schedule = preset.policy.schedule(evidence)
+        chosen = preset.policy.schedule(evidence)  # of the part, as all that is measured
+        recompute = np.ones((preset.steps, len(self.facts.blocks)), np.bool_)
+        recompute[:, part] = chosen.recompute
+        schedule = Schedule(recompute)
         provenance = Provenance(
             kind=preset.policy.kind,
             value=preset.policy.value,
             costs=self.costs.source,
             predicted_speedup=round(self.costs.speedup(schedule), 6),
             predicted_loss=(
-                round(total_loss(evidence.losses, schedule), 6) if Needs.LOSSES in needs else None
+                round(preset.policy.loss(evidence, chosen), 6) if Needs.LOSSES in needs else None
             ),
             images=None if profile is None else profile.images,
             profile=None if profile is None else profile.file,
         )
         alignment = Alignment.identity(preset.steps, self.facts.block_channels)
         if preset.alignment != "none" and not schedule.recompute.all():
-            fit, report = self.measurements.alignment(preset, schedule, trial=trial)
-            alignment = fit.alignment
+            fit, report = self.measurements.alignment(preset, chosen, trial=trial)
+            tables = list(alignment.combining(fit.alignment.outputs).tables)
+            for k, table in zip(part, fit.alignment.tables, strict=True):
+                tables[k] = table
+            alignment = Alignment(tuple(tables))
             provenance = dataclasses.replace(
                 provenance, alignment=preset.alignment, alignment_report=report
             )
@@ -78,6 +97,11 @@ class PresetMaker:
             guidance_scale=self.measurements.guidance_scale,
             provenance=provenance,
         )
+
+    def _part(self, preset: PresetOptions) -> list[int]:
+        """What the preset may reuse: the blocks, or the branches that its policy names."""
+        cuts = preset.policy.cuts
+        return [k for k, block in enumerate(self.facts.blocks) if _is_part(block, cuts)]
 
     def _make_joint(self, preset: PresetOptions) -> Preset:
         """The candidate that lands nearest to the uncached run of all steps."""

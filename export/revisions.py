@@ -42,7 +42,7 @@ class Revision:
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
         1,
-        "5f1ea0733f7b3b2e",
+        "57c5bacaf99badd9",
         (
             *_MODEL,
             "export/graph/passes/*.py",
@@ -50,16 +50,16 @@ REVISIONS: Mapping[str, Revision] = {
             "export/graph/work.py",
         ),
     ),
-    "profile": Revision(2, "a7b4b28f5e5654f4", (*_SAMPLING, "export/measure/change.py")),
-    "converged": Revision(2, "c9c0ada7aed2f1ff", (*_SAMPLING, "export/measure/converged.py")),
-    "sensitivity": Revision(2, "75fbe96c9d221008", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "profile": Revision(1, "520f0fc268c709e6", (*_SAMPLING, "export/measure/change.py")),
+    "converged": Revision(1, "14dec861bdba63d5", (*_SAMPLING, "export/measure/converged.py")),
+    "sensitivity": Revision(1, "6131a241bad07e0a", (*_SAMPLING, "export/measure/sensitivity.py")),
     "residuals": Revision(
-        2,
-        "d5ece6717df032c8",
+        1,
+        "02a7e6fa3f807597",
         (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
     ),
-    "alignment": Revision(2, "c95faa548d9e34d0", (*_SAMPLING, "export/align/*.py")),
-    "trial": Revision(2, "3abd54ca7f581050", (*_SAMPLING, "export/measure/trial.py")),
+    "alignment": Revision(1, "7cfc8d2fcc7b3b09", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(1, "0039b04c22760e7e", (*_SAMPLING, "export/measure/trial.py")),
     "engine": Revision(
         1,
         "119e4aa6e9f6272b",

@@ -367,10 +367,11 @@ def _same_arrays(ours: Mapping[Any, np.ndarray], theirs: Mapping[Any, np.ndarray
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """A block as the runtime knows it: where it stands in the source model, and its width."""
+    """A block, or a branch, as the runtime knows it: where it stands in the source model."""
 
-    path: str  # module path, e.g. "mid_block.attentions.0"
-    channels: int  # C_k
+    path: str  # module path, e.g. "mid_block.attentions.0"; of a branch, of what reads its output
+    channels: int  # C_k, of the output
+    cut: int | None = None  # of a branch: its depth, the skips that lie above it
 
 
 @dataclass(frozen=True)

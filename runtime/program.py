@@ -35,6 +35,7 @@ from blockcache.runtime.plan import (
     previous_output_name,
     row_specs,
 )
+from blockcache.runtime.run_table import computed, run_table
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,11 @@ class Program:
         self._preset, self._device, self._engines = preset, device, engines
         self._outputs = model.outputs
         self._buffers = 2 if measured else model.outputs
+        self._kept = {  # the tensor of a kept output, and of the one computed before it
+            block_output_name(k): previous_output_name(k) for k in range(len(model.blocks))
+        }
         self._measured, self._images = measured, images
+        self._measurable = np.array([block.cut is None for block in model.blocks])
         prompts = [segment for segment in segments if segment.role == "prompt"]
         groups = _group(model, self.loop, prompts, self._buffers)
         self._rows = groups.rows
@@ -97,7 +102,7 @@ class Program:
             + 2 * self.tensors["latents"].bytes,
         )
         self.prompt = tuple(self._bind(segment) for segment in prompts)
-        self._bound: dict[tuple[str, int, int], Launch] = {}
+        self._bound: dict[tuple[str, ...], Launch] = {}
         self._runs: dict[int, Run] = {}
 
     def run_from(self, first: int) -> Run:
@@ -166,23 +171,16 @@ class Program:
     # -- launches ------------------------------------------------------------------------------
 
     def _launches(self, schedule: Schedule) -> Iterable[tuple[tuple[int, Launch], ...]]:
-        """Per step, the segments that run. Block outputs go to their buffers in turn."""
-        computed = [0] * schedule.blocks
-        behind = {
-            block_output_name(k): k for k in range(schedule.blocks)
-        }  # which block's output a trunk segment reads
-        for recompute in schedule.recompute:
+        """Per step, the segments that run. Kept outputs go to their buffers in turn."""
+        counts = dict.fromkeys(self._kept, 0)
+        for running in run_table(self.loop, schedule):
             launches = []
-            for index, segment in enumerate(self.loop):
-                if segment.block is not None:
-                    if not recompute[segment.block]:
-                        continue
-                    computed[segment.block] += 1
-                    slots = self._slots(computed[segment.block])
-                else:
-                    read = [behind[t.name] for t in segment.inputs if t.name in behind]
-                    slots = self._slots(computed[read[0]]) if read else (0, 0)
-                launches.append((index, self._launch(segment, *slots)))
+            for index in np.flatnonzero(running).tolist():
+                segment = self.loop[index]
+                for spec in segment.outputs:
+                    if spec.name in counts:
+                        counts[spec.name] += 1
+                launches.append((index, self._launch(segment, counts)))
             yield tuple(launches)
 
     def _slots(self, computed: int) -> tuple[int, int]:
@@ -194,23 +192,25 @@ class Program:
         last = (computed - 1) % self._buffers
         return last, last if computed < 2 else (computed - 2) % self._buffers
 
-    def _launch(self, segment: Segment, last: int, before: int) -> Launch:
-        before = before if self._outputs == 2 else last  # of one output nobody reads the one before
-        key = (segment.name, last, before)
+    def _launch(self, segment: Segment, counts: Mapping[str, int]) -> Launch:
+        """The segment bound to the buffers that its kept outputs are in, after ``counts`` runs."""
+        names = {spec.name: spec.name for spec in (*segment.inputs, *segment.outputs)}
+        if self._buffers == 2:
+            for name in names.keys() & counts.keys():
+                buffers = (name, self._kept[name])
+                last, before = self._slots(counts[name])
+                names[name] = buffers[last]
+                if self._kept[name] in names:
+                    names[self._kept[name]] = buffers[before]
+        key = (segment.name, *names.values())
         if key not in self._bound:
-            self._bound[key] = self._bind(segment, last, before)
+            self._bound[key] = self._bind(segment, names)
         return self._bound[key]
 
-    def _bind(self, segment: Segment, last: int = 0, before: int = 0) -> Launch:
-        """Bind a segment; block outputs it touches are taken from buffers last and before."""
-        tensors = {}
-        for spec in (*segment.inputs, *segment.outputs):
-            name = spec.name
-            if name.startswith("block_") and self._buffers == 2:
-                stem = name.removesuffix("_before")
-                slot = before if name != stem else last
-                name = f"{stem}_before" if slot else stem
-            tensors[spec.name] = self.tensors[name]
+    def _bind(self, segment: Segment, names: Mapping[str, str] | None = None) -> Launch:
+        """Bind a segment; ``names`` says which tensor stands for each of its own."""
+        own = [spec.name for spec in (*segment.inputs, *segment.outputs)]
+        tensors = {name: self.tensors[names[name] if names else name] for name in own}
         return self._engines[segment.name].bind(tensors)
 
     # -- measurements --------------------------------------------------------------------------
@@ -221,15 +221,17 @@ class Program:
         After a late start, which recomputes every block, the first gap is shorter than the profile
         knows.
         """
-        usual = self._preset.schedule.recompute
-        recompute = usual & (np.arange(len(usual)) > first)[:, None]
-        recompute[first] = True
-        before, computed = previous_steps(recompute), np.cumsum(recompute, axis=0)
-        compared = recompute & (before >= 0) & (before == previous_steps(usual))
+        schedule = self._preset.schedule
+        usual = computed(self.loop, run_table(self.loop, schedule), schedule.blocks)
+        late = schedule.started_at(first)
+        recompute = np.zeros_like(usual)
+        recompute[first:] = computed(self.loop, run_table(self.loop, late), schedule.blocks)
+        before, counts = previous_steps(recompute), np.cumsum(recompute, axis=0)
+        compared = recompute & (before >= 0) & (before == previous_steps(usual)) & self._measurable
 
         def last_two(step: int, k: int) -> tuple[Tensor, Tensor]:
             buffers = (self.tensors[block_output_name(k)], self.tensors[previous_output_name(k)])
-            last, earlier = self._slots(int(computed[step, k]))
+            last, earlier = self._slots(int(counts[step, k]))
             return buffers[last], buffers[earlier]
 
         return ChangeMeter(self._device, self._images, compared, last_two)

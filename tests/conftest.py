@@ -136,11 +136,16 @@ def conditions_of() -> Any:
 
 @pytest.fixture(scope="session")
 def compiled(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``compiled(kind, outputs, precision)`` gives (SourceModel, Bundle): ddim-4 and dpm-20."""
-    made: dict[tuple[str, int, str], Any] = {}
+    """``compiled(kind, outputs, precision, cuts)`` gives (SourceModel, Bundle): ddim-4, dpm-20."""
+    made: dict[tuple[Any, ...], Any] = {}
 
-    def get(kind: str = "sd", outputs: int = 1, precision: str = "float32") -> Any:
-        key = (kind, outputs, precision)
+    def get(
+        kind: str = "sd",
+        outputs: int = 1,
+        precision: str = "float32",
+        cuts: tuple[int, ...] = (),
+    ) -> Any:
+        key = (kind, outputs, precision, cuts)
         if key not in made:
             from blockcache.export.choose.preset import PresetOptions
             from blockcache.export.pipeline import (
@@ -151,7 +156,7 @@ def compiled(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
             folder = tmp_path_factory.mktemp(f"{kind}-{outputs}-{precision}") / "bundle"
             presets = tuple(PresetOptions.parse(text) for text in ("ddim:4", "dpm:20"))
-            export = ExportOptions(outputs=outputs, precision=precision)
+            export = ExportOptions(outputs=outputs, precision=precision, cuts=cuts)
             options = CompileOptions(presets=presets, export=export)
             single = precision == "float32"
             model = tiny_models(kind) if single else make_tiny_model(kind, precision)

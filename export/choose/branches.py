@@ -6,10 +6,10 @@ The branches are nested, so that one number per step says it all: the cut that i
 none. A step that reuses cut d computes the outputs of all shallower cuts anew, the step that
 computes everything all of them.
 
-The search keeps, step by step, the best partial schedules of every cost (a beam): a partial
-schedule is judged by its loss so far, and two that will reuse the same outputs later are one
-problem, of which the cheaper survives. On problems small enough to try everything it comes within
-one per cent (a test holds that).
+The search keeps, step by step, the best partial schedules of every cost (a beam). A partial
+schedule is judged by its loss so far; of several that will reuse the same outputs later, the one
+that has lost the least survives. Small problems are solved exactly; where everything can still be
+tried and the beam has to choose, a test holds how close it comes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ BUCKETS = 48
 """Classes of cost that the beam keeps apart, so that thrifty starts survive costly ones."""
 WIDTH = 256
 """Partial schedules that are kept in each of them."""
+EXACT = 2048
+"""As long as there are no more partial schedules than this, all are kept: the plan is the best."""
 MOST_IN_A_ROW = 4
 """Steps for which an output may stand in, at most; nobody measured longer ones."""
 
@@ -127,41 +129,54 @@ def plan_branches(problem: BranchProblem, spend: float) -> np.ndarray:
     Raises:
         ConfigError: no schedule is that cheap.
     """
+    check_reach(problem.steps, problem.costs, spend)
+    state, plans = _search(problem, spend)
+    return np.asarray(plans[np.lexsort((state.cost, state.loss))[0]])
+
+
+def check_reach(steps: int, costs: np.ndarray, spend: float) -> None:
+    """Raise ConfigError where no schedule over branches is as cheap as ``spend``.
+
+    Args:
+        steps: S.
+        costs: float64 [D + 1], as of a ``BranchProblem``.
+        spend: what all steps together may cost.
+    """
+    full = steps * float(costs[-1])
+    if spend >= full:
+        return
+    free = np.zeros((len(costs) - 1, steps, steps, steps))
+    state, _ = _search(BranchProblem(costs, free, np.ones(steps)), full)
+    least = float(state.cost.min())
+    if spend < least * (1 - 1e-9):
+        most = math.floor(1000 * full / least) / 1000
+        raise ConfigError(
+            f"A speed-up of {full / spend:.4g} is out of reach with {steps} steps: an output "
+            f"stands in for at most {MOST_IN_A_ROW} steps. Expected at most {most:g}."
+        )
+
+
+def _search(problem: BranchProblem, spend: float) -> tuple[_State, np.ndarray]:
+    """The schedules that the beam ends with, and their plans int [B, S]."""
     S, D = problem.steps, problem.cuts
-    least = problem.costs[D] + (S - 1) * problem.costs[0]
-    state = _State.start(D)
-    history: list[tuple[np.ndarray, np.ndarray]] = []  # per step: parents and depths
+    state, plans = _State.start(D), np.zeros((1, 0), int)
     for step in range(S):
         choices = np.array([D]) if step == 0 else np.arange(D + 1)
-        parents = np.repeat(np.arange(len(state.loss)), len(choices))
-        depths = np.tile(choices, len(state.loss))
+        parents = np.repeat(np.arange(len(plans)), len(choices))
+        depths = np.tile(choices, len(plans))
         grown = state.take(parents).after(problem, step, depths)
         rest = (S - 1 - step) * problem.costs[0]
         kept = np.flatnonzero(np.isfinite(grown.loss) & (grown.cost + rest <= spend * (1 + 1e-9)))
-        if not len(kept):
-            raise ConfigError(
-                f"Expected to spend at least {_least(problem):.4g} on {S} steps ({least:.4g} if "
-                f"outputs could stand in forever), got {spend:.4g}."
-            )
         kept = kept[_survivors(grown.take(kept), spend)]
         state = grown.take(kept)
-        history.append((parents[kept], depths[kept]))
-    row = int(np.lexsort((state.cost, state.loss))[0])
-    plan = []
-    for parents, depths in reversed(history):
-        plan.append(int(depths[row]))
-        row = int(parents[row])
-    return np.array(plan[::-1])
-
-
-def _least(problem: BranchProblem) -> float:
-    """The cost of the cheapest schedule: everything every few steps, cut 0 between."""
-    full = math.ceil(problem.steps / (MOST_IN_A_ROW + 1))
-    return float(full * problem.costs[-1] + (problem.steps - full) * problem.costs[0])
+        plans = np.concatenate([plans[parents[kept]], depths[kept, None]], axis=1)
+    return state, plans
 
 
 def _survivors(state: _State, spend: float) -> np.ndarray:
     """Rows worth going on with: the best of every class of cost, one for every future."""
+    if len(state.loss) <= EXACT:
+        return np.arange(len(state.loss))
     bucket = np.minimum((state.cost / spend * BUCKETS).astype(int), BUCKETS - 1)
     order = np.lexsort((state.cost, state.loss, bucket))
     futures = np.concatenate([bucket[:, None], state.last, state.before], axis=1)[order]

@@ -6,6 +6,7 @@
 | ``0.5`` or ``d0.5`` | ``Threshold``: delta of eq. 7 |
 | ``t1.5`` | ``ThresholdSpeedup``: the smallest delta that is 1.5 times as fast as uncached |
 | ``x1.5`` | ``Budget``: 1.5 times as fast as uncached, with the least predicted loss |
+| ``branch2`` | ``Branches``: twice as fast by reusing whole branches, with the least loss |
 | ``ms250`` | ``Latency``: one image in 250 milliseconds, with the least predicted loss |
 | ``j1.5`` | ``Joint``: as fast with fewer steps and a budget, whatever lands nearest (joint.py) |
 | ``c1.5`` | ``ChangeBudget``: as fast, with the least accumulated change |
@@ -33,7 +34,14 @@ from typing import ClassVar
 import numpy as np
 
 from blockcache.export.choose import peers
-from blockcache.export.choose.schedule import budget, least_loss, threshold, threshold_within
+from blockcache.export.choose.branches import BranchProblem, check_reach, plan_branches
+from blockcache.export.choose.schedule import (
+    budget,
+    least_loss,
+    threshold,
+    threshold_within,
+    total_loss,
+)
 from blockcache.export.costs.costs import Costs
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Schedule
@@ -64,6 +72,7 @@ class Evidence:
     costs: Costs | None = None
     change: np.ndarray | None = None  # float [S, K], eq. 6
     sensitivity: np.ndarray | None = None  # float [S, K], see sensitivity.py
+    gains: np.ndarray | None = None  # float [S], of an error of the model output
     residuals: np.ndarray | None = None  # float [K, S, S] or [K, S, S, S], see residuals.py
 
     @property
@@ -79,6 +88,7 @@ class Policy(abc.ABC):
 
     kind: ClassVar[str]  # as a preset's provenance calls it
     needs: ClassVar[Needs] = Needs.NOTHING
+    cuts: ClassVar[tuple[int, ...]] = ()  # of branches that it reuses in place of blocks
 
     @property
     @abc.abstractmethod
@@ -99,6 +109,10 @@ class Policy(abc.ABC):
     @abc.abstractmethod
     def schedule(self, evidence: Evidence) -> Schedule:
         """The table of this policy."""
+
+    def loss(self, evidence: Evidence, schedule: Schedule) -> float:
+        """What its schedule is predicted to lose: the sum over all reuses."""
+        return total_loss(evidence.losses, schedule)
 
     @staticmethod
     def parse(text: str) -> Policy:
@@ -318,6 +332,45 @@ class Budget(_AsFast):
 
 
 @dataclass(frozen=True)
+class Branches(_AsFast):
+    """Whole branches of the U-Net are reused, with the least predicted loss that is fast enough."""
+
+    kind = "branches"
+    prefix = "branch"
+    takes_most = False
+    needs = Needs.LOSSES | Needs.COSTS
+    cuts = (0, 1, 2)
+
+    def check_costs(self, steps: int, costs: Costs) -> None:
+        """The speed-up is within reach."""
+        check_reach(steps, costs.by_cut, self._affordable(steps, costs))
+
+    def schedule(self, evidence: Evidence) -> Schedule:
+        """See ``branches.plan_branches``."""
+        assert evidence.costs is not None
+        problem = self._problem(evidence)
+        depths = plan_branches(problem, self._affordable(evidence.steps, evidence.costs))
+        return Schedule(depths[:, None] != np.arange(problem.cuts)[None])
+
+    def loss(self, evidence: Evidence, schedule: Schedule) -> float:
+        """The sum over all reuses, and over what was computed on top of them."""
+        reused = ~schedule.recompute
+        depths = np.where(reused.any(1), reused.argmax(1), schedule.blocks)
+        return float(self._problem(evidence).loss(depths[None])[0])
+
+    def _problem(self, evidence: Evidence) -> BranchProblem:
+        assert evidence.costs is not None
+        assert evidence.gains is not None
+        losses = evidence.losses
+        if losses.ndim == 3:  # one output: none before it counts
+            losses = np.repeat(losses[..., None], evidence.steps, axis=3)
+        return BranchProblem(evidence.costs.by_cut, losses, evidence.gains)
+
+    def _affordable(self, steps: int, costs: Costs) -> float:
+        return costs.uncached(steps) / self.speedup - costs.prompt
+
+
+@dataclass(frozen=True)
 class Latency(Numbered):
     """The least predicted loss of one image in ``milliseconds``."""
 
@@ -361,8 +414,8 @@ class Joint(Numbered):
 
 
 _NUMBERED: tuple[type[Numbered], ...] = (
-    Threshold, ThresholdSpeedup, Budget, Latency, Joint, ChangeBudget, Interval, DeepCache,
-    SmoothCache,
+    Threshold, ThresholdSpeedup, Budget, Branches, Latency, Joint, ChangeBudget, Interval,
+    DeepCache, SmoothCache,
 )  # fmt: skip
 KINDS: tuple[type[Policy], ...] = (Uncached, *_NUMBERED, Table)
 _TEXT = re.compile(

@@ -9,14 +9,16 @@ counted arithmetic says in what proportion segments cost, which is enough for a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.plan import LOOP_ROLES, Schedule, Segment
+from blockcache.runtime.plan import LOOP_ROLES, Schedule, Segment, block_output_name
+from blockcache.runtime.run_table import run_table
 
 Unit: TypeAlias = Literal["ms", "GFLOP"]
 UNITS: tuple[Unit, ...] = ("ms", "GFLOP")
@@ -28,8 +30,19 @@ _TRUNK = tuple(role for role in LOOP_ROLES if role != "block")
 
 
 @dataclass(frozen=True)
+class BranchCost:
+    """What a step that reuses a branch does not pay for."""
+
+    trunk: float  # of the trunk inside the branch
+    inside: np.ndarray  # bool [K], the blocks inside
+
+
+@dataclass(frozen=True)
 class Costs:
     """One image pays for the prompt once, for the trunk at every step, and for each block it runs.
+
+    A step that reuses a branch pays for nothing inside it. A schedule has the K blocks first, then
+    the branches, the shallowest first.
 
     Raises:
         ConfigError: a unit that is none.
@@ -40,6 +53,7 @@ class Costs:
     prompt: float  # once per image
     unit: Unit = "ms"
     source: str = ""  # who says so: ``COUNTED``, or device and engine library: "a100, roofline"
+    branches: tuple[BranchCost, ...] = ()
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -50,13 +64,15 @@ class Costs:
         cls, segments: Sequence[Segment], cost: Mapping[str, float], unit: Unit, source: str
     ) -> Costs:
         """Summed up by role; ``cost`` names one run of every segment of the loop."""
-        blocks = sorted((s for s in segments if s.block is not None), key=lambda s: s.block or 0)
+        loop = [segment for segment in segments if segment.role in LOOP_ROLES]
+        blocks = sorted((s for s in loop if s.block is not None), key=lambda s: s.block or 0)
         return cls(
             blocks=np.array([cost[s.name] for s in blocks], np.float64),
             trunk=float(sum(cost[s.name] for s in segments if s.role in _TRUNK)),
             prompt=float(sum(cost.get(s.name, 0.0) for s in segments if s.role == "prompt")),
             unit=unit,
             source=source,
+            branches=tuple(_branch_costs(loop, len(blocks), cost)),
         )
 
     @property
@@ -66,8 +82,27 @@ class Costs:
 
     def image(self, schedule: Schedule) -> float:
         """One denoising loop by a schedule, and its prompt segment."""
-        runs = schedule.recompute.sum(axis=0)
-        return float(self.prompt + schedule.steps * self.trunk + (runs * self.blocks).sum())
+        return float(self.prompt + self.steps(schedule).sum())
+
+    def steps(self, schedule: Schedule) -> np.ndarray:
+        """Every step by a schedule: float64 [S]."""
+        blocks = len(self.blocks)
+        runs = schedule.recompute[:, :blocks].copy()
+        total = np.full(schedule.steps, self.trunk)
+        settled = np.zeros(schedule.steps, np.bool_)
+        # The shallowest branch that is reused holds all deeper ones.
+        for branch, recompute in zip(self.branches, schedule.recompute[:, blocks:].T, strict=True):
+            reused = ~recompute & ~settled
+            runs[np.ix_(reused, branch.inside)] = False
+            total[reused] -= branch.trunk
+            settled |= reused
+        return np.asarray(total + runs @ self.blocks)
+
+    @property
+    def by_cut(self) -> np.ndarray:
+        """A step that reuses each branch, the shallowest first, then one that computes all."""
+        kept = [float(self.blocks[~branch.inside].sum()) - branch.trunk for branch in self.branches]
+        return self.trunk + np.array([*kept, self.every_block])
 
     def uncached(self, steps: int) -> float:
         """The same with every block at every step."""
@@ -84,6 +119,23 @@ class Costs:
     def speedup(self, schedule: Schedule, replaced_steps: int | None = None) -> float:
         """Over the uncached run of ``replaced_steps`` steps, by default of as many."""
         return self.uncached(replaced_steps or schedule.steps) / self.image(schedule)
+
+
+def _branch_costs(
+    loop: Sequence[Segment], blocks: int, cost: Mapping[str, float]
+) -> Iterator[BranchCost]:
+    """What each branch of the loop holds, by a step that reuses it and nothing else."""
+    written = {spec.name for segment in loop for spec in segment.outputs}
+    count = next(k for k in itertools.count(blocks) if block_output_name(k) not in written)
+    for branch in range(blocks, count):
+        recompute = np.ones((2, count), np.bool_)
+        recompute[1, branch] = False
+        skipped = ~run_table(loop, Schedule(recompute))[1]
+        held = [segment for segment, skips in zip(loop, skipped, strict=True) if skips]
+        inside = np.zeros(blocks, np.bool_)
+        inside[[segment.block for segment in held if segment.block is not None]] = True
+        trunk = sum(cost[segment.name] for segment in held if segment.block is None)
+        yield BranchCost(float(trunk), inside)
 
 
 def counted(segments: Sequence[Segment]) -> Costs:

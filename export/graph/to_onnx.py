@@ -18,7 +18,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from blockcache.export.graph.passes.align import align
+from blockcache.export.graph.passes.align import align, align_cuts
 from blockcache.export.graph.passes.canonical import canonical
 from blockcache.export.graph.passes.hoist import BOUNDARY_PREFIX, classify
 from blockcache.export.graph.passes.simplify import simplify
@@ -27,7 +27,7 @@ from blockcache.export.graph.passes.symbolic import SizeCode, generalize
 from blockcache.export.graph.passes.unify import unify
 from blockcache.export.graph.work import graph_flops
 from blockcache.export.observer import Observer, unobserved
-from blockcache.export.unet.model import SourceModel, UNetCall
+from blockcache.export.unet.model import BRANCH, SourceModel, UNetCall
 from blockcache.export.unet.precision import converted
 from blockcache.runtime.errors import ConfigError, ExportError
 from blockcache.runtime.manifest import WEIGHTS_FILE
@@ -50,6 +50,7 @@ class ExportOptions:
     precision: str = "float32"  # of weights and activations: float32, bfloat16 or float16
     outputs: int = 1  # computed outputs that a reuse may combine: 1, or 2 for history
     hoist: bool = True  # move what does not depend on the sample out of the loop
+    cuts: tuple[int, ...] = ()  # depths of the branches that may be reused, see ``Block.depth``
 
     def __post_init__(self) -> None:
         if self.precision not in _PRECISIONS:
@@ -71,7 +72,7 @@ def export_segments(
     ``observer`` hears how many of ``EXPORT_PARTS`` are done, stage "export".
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model = converted(model, options.precision)
+    model = converted(model.cut_at(options.cuts), options.precision)
     code = _code_for(model)
     traced = folder / "traced.onnx"
     observer("export", EXPORT_PARTS.index("trace"), len(EXPORT_PARTS))
@@ -179,13 +180,15 @@ def _cut(
     conditions = [condition.name for condition in model.conditions]
     loaded = _load(traced)
     graph = loaded.graph
-    blocks = align(graph, [block.path for block in model.blocks], options.outputs)
+    paths = [block.path for block in model.blocks if block.kind != BRANCH]
+    blocks = align(graph, paths, options.outputs)
+    cuts = align_cuts(graph, model.cuts, len(paths), options.outputs)
     hoistable = classify(graph, conditions)
     if not options.hoist:
         hoistable = dict.fromkeys(hoistable, "loop")
     segments = [
         _write(piece, traced.parent, code, loaded.ir_version, sizes)
-        for piece in split(graph, blocks, hoistable)
+        for piece in split(graph, blocks, hoistable, cuts)
     ]
     uncut = _load(traced).graph
     whole = Piece("whole", "whole", None, uncut)

@@ -39,10 +39,18 @@ class SensitivityOptions:
             raise ConfigError(f"Expected at least one image, got {self.images}.")
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """What was found; the two depend on step and block, and on the step alone."""
+
+    table: np.ndarray  # float32 [S, K]; row 0 is 0
+    gains: np.ndarray  # float64 [S], how an error of the model output moves the final latents
+
+
 def measure_sensitivity(
     sampling: Sampling, options: SensitivityOptions, *, observer: Observer = unobserved
-) -> np.ndarray:
-    """Reuse every block at every step, one at a time: float32 [S, K]; row 0 is 0.
+) -> Sensitivity:
+    """Reuse every block at every step, one at a time.
 
     Costs about S * (K + S / 2) evaluations of the U-Net for ``options.images`` images.
 
@@ -52,20 +60,23 @@ def measure_sensitivity(
         observer: hears the steps done, stage "sensitivity".
     """
     jobs = [(prompt, options.seed) for prompt in sampling.spread_prompts(options.images)]
-    result = np.zeros((sampling.steps, len(sampling.model.blocks)), np.float32)
+    table = np.zeros((sampling.steps, len(sampling.model.blocks)), np.float32)
+    gains = np.ones(sampling.steps)
     with sampling.cached_unet() as cached, torch.no_grad():
         denoiser, noise = sampling.begin(cached, jobs)
         states = [denoiser.start(noise)]  # before each step, and at the end
         for state in denoiser.trajectory(noise, sampling.uncached):
             states.append(replace(state, kept=()))  # the outputs of all steps would fill the memory
         for step in range(1, sampling.steps):
-            result[step] = _at_step(denoiser, states, step)
+            table[step], gain = _at_step(denoiser, states, step)
+            gains[step] = gain * abs(float(sampling.tables.coefficients[step, 1]))
             observer("sensitivity", step + 1, sampling.steps)
-    return result
+    gains[0] = gains[min(1, sampling.steps - 1)]
+    return Sensitivity(table, gains)
 
 
-def _at_step(denoiser: Denoiser, states: Sequence[State], step: int) -> np.ndarray:
-    """Sensitivity of every block at one step: float64 [K]."""
+def _at_step(denoiser: Denoiser, states: Sequence[State], step: int) -> tuple[np.ndarray, float]:
+    """Sensitivity of every block at one step, float64 [K]; and how far an error of 1 moves."""
     earlier = denoiser.step(states[step - 1], step - 1).kept
     begin = replace(states[step], kept=earlier)
     blocks = np.arange(len(earlier))
@@ -76,8 +87,8 @@ def _at_step(denoiser: Denoiser, states: Sequence[State], step: int) -> np.ndarr
     for later in range(step + 1, len(states) - 1):
         end = denoiser.step(end, later)
     moved_by = _norm(end.latents - states[-1].latents)
-    gain = moved_by / max(_norm(total.latents), 1e-30)
-    return norms * gain / _norm(states[-1].latents)
+    gain = moved_by / max(_norm(total.latents), 1e-30) / _norm(states[-1].latents)
+    return norms * gain, gain
 
 
 def _norm(latents: torch.Tensor) -> float:

@@ -6,6 +6,7 @@ schedule, same alignment, same noise, same latents.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from blockcache.export.unet.model import SourceModel, UNetCall
+from blockcache.export.unet.model import BRANCH, SourceModel, UNetCall
 from blockcache.export.unet.torch_kernels import scale_shift_residual
 from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solver import SolverTables
@@ -32,10 +33,9 @@ Fit: TypeAlias = Callable[[int, torch.Tensor, Sequence[torch.Tensor]], torch.Ten
 C [B, C_k, H, W], and from its kept outputs; called as ``fit(k, computed, kept)``."""
 
 
-class CacheableBlock(torch.nn.Module):
-    """Stands in for a spatial transformer: ``y = x + C``, where C may be an earlier output.
+class Cacheable(torch.nn.Module):
+    """Stands in for a module of the U-Net whose output, or input, may be an earlier one.
 
-    Or for a ResBlock, whose x goes through a 1 x 1 convolution where the width changes.
     ``CachedUNet`` says before every call what to do, in the attributes below.
     """
 
@@ -48,21 +48,9 @@ class CacheableBlock(torch.nn.Module):
         self.coefficients: torch.Tensor | None = None  # [2 or 3, C_k], used where reused
         self.fit: Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor] | None = None
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The transformer itself at a recompute step, the aligned sum at a reuse step."""
-        shortcut = getattr(self.inner, "conv_shortcut", None)
-        residual = hidden_states if shortcut is None else shortcut(hidden_states)
-        if self.recompute or self.fit is not None:
-            result = self.inner(hidden_states, *args, **kwargs)
-            computed = _tensor(result) - residual
-            if self.recompute:
-                self.kept = (computed, *self.kept)[: self.outputs]
-                return result
-            assert self.fit is not None
-            self.coefficients = self.fit(computed, self.kept)
-        fused = scale_shift_residual(residual, self.kept, self.coefficients)
-        total = residual + self.reused() if fused is None else fused
-        return total if hasattr(self.inner, "conv_shortcut") else (total,)
+    def keep(self, computed: torch.Tensor) -> None:
+        """Put an output in front of those that are kept."""
+        self.kept = (computed, *self.kept)[: self.outputs]
 
     def reused(self) -> torch.Tensor:
         """``scale * C_last (+ before * C_before) + shift`` (section 3.4)."""
@@ -77,6 +65,52 @@ class CacheableBlock(torch.nn.Module):
         return total
 
 
+class CacheableBlock(Cacheable):
+    """Stands in for a spatial transformer: ``y = x + C``, where C may be an earlier output.
+
+    Or for a ResBlock, whose x goes through a 1 x 1 convolution where the width changes.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The transformer itself at a recompute step, the aligned sum at a reuse step."""
+        shortcut = getattr(self.inner, "conv_shortcut", None)
+        residual = hidden_states if shortcut is None else shortcut(hidden_states)
+        if self.recompute or self.fit is not None:
+            result = self.inner(hidden_states, *args, **kwargs)
+            computed = _tensor(result) - residual
+            if self.recompute:
+                self.keep(computed)
+                return result
+            assert self.fit is not None
+            self.coefficients = self.fit(computed, self.kept)
+        fused = scale_shift_residual(residual, self.kept, self.coefficients)
+        total = residual + self.reused() if fused is None else fused
+        return total if hasattr(self.inner, "conv_shortcut") else (total,)
+
+
+class CacheableBranch(Cacheable):
+    """Stands in for the ResBlock that joins a branch's output to a skip.
+
+    The branch has run by then, whether its output is used or not: this is the reference, which has
+    to be right, not fast.
+    """
+
+    def __init__(self, inner: torch.nn.Module, outputs: int, channels: int) -> None:
+        super().__init__(inner, outputs)
+        self.channels = channels  # of the branch's output; the rest of the input is the skip
+
+    def forward(self, joined: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The ResBlock on ``joined`` [B, C + skip, H, W], its first C channels reused or not."""
+        computed = joined[:, : self.channels]
+        if self.recompute:
+            self.keep(computed)
+        else:
+            if self.fit is not None:
+                self.coefficients = self.fit(computed, self.kept)
+            joined = torch.cat([self.reused(), joined[:, self.channels :]], dim=1)
+        return self.inner(joined, *args, **kwargs)
+
+
 def _tensor(result: Any) -> torch.Tensor:
     """What a block returns, out of its wrapping."""
     if isinstance(result, torch.Tensor):
@@ -86,7 +120,7 @@ def _tensor(result: Any) -> torch.Tensor:
 
 
 class CachedUNet:
-    """A U-Net with its blocks made cacheable; a context manager that restores it on exit.
+    """A U-Net with its blocks and branches cacheable; a context manager that restores it on exit.
 
     Args:
         model: the U-Net.
@@ -100,18 +134,24 @@ class CachedUNet:
     def __init__(self, model: SourceModel, outputs: int = 1) -> None:
         self.model = model
         self.call = UNetCall(model.unet, [condition.name for condition in model.conditions])
-        self.blocks: list[CacheableBlock] = []
+        self.blocks: list[Cacheable] = []
         self._outputs = outputs
 
     def __enter__(self) -> CachedUNet:
         for block in self.model.blocks:
-            cacheable = CacheableBlock(self.model.unet.get_submodule(block.path), self._outputs)
+            inner, outputs = self.model.unet.get_submodule(block.path), self._outputs
+            cacheable: Cacheable = (
+                CacheableBranch(inner, outputs, block.channels)
+                if block.kind == BRANCH
+                else CacheableBlock(inner, outputs)
+            )
             self._install(block.path, cacheable)
             self.blocks.append(cacheable)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for block, cacheable in zip(self.model.blocks, self.blocks, strict=True):
+        # The last one first: with ResBlocks as blocks, a branch may stand around one of them.
+        for block, cacheable in reversed([*zip(self.model.blocks, self.blocks, strict=True)]):
             self._install(block.path, cacheable.inner)
         self.blocks = []
 
@@ -148,7 +188,20 @@ class CachedUNet:
                 block.coefficients = torch.as_tensor(coefficients[k])
         timesteps = torch.full((sample.shape[0],), timestep, device=sample.device)
         output: torch.Tensor = self.call(sample, timesteps, *conditions)
-        return output, tuple(block.kept for block in self.blocks)
+        return output, self._kept(kept)
+
+    def _kept(self, before: Kept) -> Kept:
+        """What is kept after a call: nothing new of what lies in a branch that is reused."""
+        reused = [
+            described.depth
+            for described, block in zip(self.model.blocks, self.blocks, strict=True)
+            if described.kind == BRANCH and not block.recompute
+        ]
+        deepest = min(reused, default=math.inf)
+        return tuple(
+            before[k] if described.depth > deepest else block.kept
+            for k, (described, block) in enumerate(zip(self.model.blocks, self.blocks, strict=True))
+        )
 
 
 def guided_output(output: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:

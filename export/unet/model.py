@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,12 +34,21 @@ BLOCK_CLASSES = {"transformers": "Transformer2DModel", "resnets": "ResnetBlock2D
 spatial transformers (section 3.3) and shows why ResBlocks are a bad choice (Fig. 8)."""
 
 
+BRANCH = "branch"
+
+
 @dataclass(frozen=True)
 class Block:
-    """A cacheable unit: the residual branch C_i of one spatial transformer (eq. 4, 5)."""
+    """A cacheable unit: the residual branch C_i of one spatial transformer (eq. 4, 5).
+
+    Or a whole branch of the U-Net: everything below a cut of the up path. Its output is what the
+    ResBlock at ``path`` concatenates to a skip.
+    """
 
     path: str  # module path inside the U-Net, e.g. "mid_block.attentions.0"
-    channels: int  # C_k, of its input and output
+    channels: int  # C_k, of its output
+    kind: str = "transformers"  # a key of ``BLOCK_CLASSES``, or ``BRANCH``
+    depth: int = 0  # skips above it: a branch of depth d holds all that is deeper than d
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,41 @@ class SourceModel:
     conditions: tuple[Condition, ...]
     tokens: int
     sha256: str  # of the config and the weights: the key of every later stage
+
+    def cut_at(self, depths: Sequence[int]) -> SourceModel:
+        """The same model with branches behind its blocks, the shallowest first.
+
+        Args:
+            depths: of the cuts: 0 lies before the last concatenation of the up path.
+
+        Raises:
+            ConfigError: a depth that the U-Net does not have.
+        """
+        known = find_branches(self.unet)
+        wrong = [depth for depth in depths if not 0 <= depth < len(known)]
+        if wrong:
+            raise ConfigError(
+                f"Expected cuts of 0 to {len(known) - 1} in {self.name!r}, which has "
+                f"{len(known)} skips; got {wrong[0]}."
+            )
+        branches = tuple(known[depth] for depth in sorted(set(depths)))
+        blocks = tuple(block for block in self.blocks if block.kind != BRANCH)
+        return replace(self, blocks=(*blocks, *branches))
+
+    def part(self, cuts: Sequence[int]) -> SourceModel:
+        """The same model with those branches alone, or with its blocks alone where none is named.
+
+        What reuses the one need not measure the other.
+        """
+        if not cuts:
+            return self.cut_at(())
+        cut = self.cut_at(cuts)
+        return replace(cut, blocks=tuple(block for block in cut.blocks if block.kind == BRANCH))
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Depths of the branches."""
+        return tuple(block.depth for block in self.blocks if block.kind == BRANCH)
 
     @property
     def downsampling(self) -> int:
@@ -143,13 +187,54 @@ def find_blocks(
     unet: UNet2DConditionModel, class_name: str = BLOCK_CLASSES["transformers"]
 ) -> tuple[Block, ...]:
     """The cacheable blocks in execution order: down, middle, up."""
+    kind = next(kind for kind, name in BLOCK_CLASSES.items() if name == class_name)
+    depths = _depths(unet)
     found = []
     for path, module in unet.named_modules():
         if type(module).__name__ == class_name:
             channels = getattr(module, "out_channels", None) or module.in_channels
-            found.append(Block(path, int(channels)))
+            found.append(Block(path, int(channels), kind, depths.get(path, 0)))
     # diffusers registers up_blocks before mid_block; the sort is stable within a stage.
     return tuple(sorted(found, key=lambda block: _STAGE_ORDER[block.path.split(".")[0]]))
+
+
+def find_branches(unet: UNet2DConditionModel) -> tuple[Block, ...]:
+    """What lies below each cut of the up path, by depth; () where skips and cuts do not pair."""
+    widths = [unet.conv_in.out_channels]  # of the skips, in the order in which they are made
+    for down in unet.down_blocks:
+        widths += [resnet.out_channels for resnet in down.resnets]
+        widths += [down.resnets[-1].out_channels] * bool(down.downsamplers)
+    joins = [
+        (f"up_blocks.{i}.resnets.{j}", resnet)
+        for i, up in enumerate(unet.up_blocks)
+        for j, resnet in enumerate(up.resnets)
+    ]
+    if len(joins) != len(widths):
+        return ()
+    return tuple(
+        Block(path, int(resnet.in_channels - width), BRANCH, depth)
+        for depth, (width, (path, resnet)) in enumerate(zip(widths, reversed(joins), strict=True))
+    )
+
+
+def _depths(unet: UNet2DConditionModel) -> dict[str, int]:
+    """How many skips lie above each layer of the U-Net, by module path."""
+    depths: dict[str, int] = {}
+    skips = 1  # the first is conv_in's
+    for i, down in enumerate(unet.down_blocks):
+        for j in range(len(down.resnets)):
+            layer = {f"down_blocks.{i}.{kind}.{j}": skips for kind in ("resnets", "attentions")}
+            depths.update(layer)
+            skips += 1
+        skips += bool(down.downsamplers)
+    middle = [f"mid_block.{kind}.{j}" for kind in ("resnets", "attentions") for j in range(9)]
+    depths.update(dict.fromkeys(middle, skips))
+    for i, up in enumerate(unet.up_blocks):
+        for j in range(len(up.resnets)):
+            skips -= 1
+            layer = {f"up_blocks.{i}.{kind}.{j}": skips for kind in ("resnets", "attentions")}
+            depths.update(layer)
+    return depths
 
 
 def check_supported(config: Mapping[str, Any]) -> None:

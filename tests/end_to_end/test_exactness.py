@@ -15,9 +15,10 @@ ort = pytest.importorskip("onnxruntime")
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.change import relative_change  # noqa: E402
 from blockcache.export.unet.cached_unet import CachedUNet, Denoiser  # noqa: E402
-from blockcache.export.unet.model import UNetCall  # noqa: E402
+from blockcache.export.unet.model import BRANCH, UNetCall  # noqa: E402
 from blockcache.runtime import Alignment, Schedule, Session  # noqa: E402
 from blockcache.runtime.plan import Sizes  # noqa: E402
+from blockcache.runtime.run_table import run_table  # noqa: E402
 from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
 
 SHAPES = [(1, 16, 16), (2, 8, 8), (3, 24, 40)]
@@ -94,16 +95,24 @@ def random_preset(preset, seed, outputs):
 
 
 @pytest.mark.parametrize(
-    ("kind", "outputs"), [("sd", 1), ("sdxl", 2), ("refiner", 1), ("pooled-prompt", 1)]
+    ("kind", "outputs", "cuts"),
+    [
+        ("sd", 1, ()),
+        ("sdxl", 2, ()),
+        ("refiner", 1, ()),
+        ("pooled-prompt", 1, ()),
+        ("sd", 2, (0, 1, 2)),
+        ("sdxl", 1, (0, 2, 4)),
+        ("two-layers", 2, (1, 3)),
+    ],
 )
-@settings(
-    max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32 - 1), rescale=st.sampled_from([0.0, 0.7]))
 def test_the_loop_equals_the_reference_under_any_schedule(
-    compiled, conditions_of, kind, outputs, seed, rescale
+    compiled, conditions_of, kind, outputs, cuts, seed, rescale
 ):
-    model, bundle = compiled(kind, outputs)
+    model, bundle = compiled(kind, outputs, cuts=cuts)
+    model = model.cut_at(cuts)
     session = Session.open(bundle, preset="dpm-20", verify=False)
     preset = random_preset(session.preset, seed, outputs)
     session = Session(bundle, preset, session.backend)
@@ -125,8 +134,24 @@ def test_the_loop_equals_the_reference_under_any_schedule(
         drawn = denoiser.denoise(torch.from_numpy(noise), preset.schedule, preset.alignment)
     reference = drawn.numpy()
     assert relative(ours.latents, reference) <= 1e-4
-    blocks = [i for i, s in enumerate(ours.record.segments) if s.role == "block"]
-    np.testing.assert_array_equal(ours.record.ran[:, blocks], preset.schedule.recompute)
+    np.testing.assert_array_equal(ours.record.ran, run_table(ours.record.segments, preset.schedule))
+
+
+@pytest.mark.parametrize("kind", ["sd", "two-layers"])
+def test_a_step_that_reuses_a_branch_runs_what_lies_above_it(compiled, kind):
+    """And nothing else: no block inside the branch, whatever the schedule says of it."""
+    model, bundle = compiled(kind, 2, cuts=(0, 1, 2))
+    loop = [segment for segment in bundle.segments if segment.role in ("trunk", "block")]
+    blocks = model.cut_at((0, 1, 2)).blocks
+    for cut in (0, 1, 2):
+        recompute = np.ones((2, len(blocks)), bool)
+        recompute[1, [(b.kind, b.depth) for b in blocks].index((BRANCH, cut))] = False
+        table = run_table(loop, Schedule(recompute))
+        assert table[0].all()
+        ran = {segment.block for segment, runs in zip(loop, table[1], strict=True) if runs}
+        inside = {k for k, block in enumerate(blocks) if block.depth > cut}
+        assert ran.isdisjoint(inside)
+        assert {k for k, b in enumerate(blocks) if b.depth <= cut and b.kind != BRANCH} <= ran
 
 
 def drawing(compiled, conditions_of, outputs, seed, preset="dpm-20"):

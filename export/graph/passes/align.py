@@ -1,4 +1,7 @@
-"""Pass: every block's residual Add becomes ``x + scale * C + shift`` (section 3.4).
+"""Pass: what may be reused is aligned where it is read (section 3.4).
+
+Every block's residual Add becomes ``x + scale * C + shift``; what a cut of the up path hands on, T,
+becomes ``scale * T + shift`` in front of the concatenation behind the cut.
 
 On a diffusers U-Net each spatial transformer's module path owns exactly one top-level Add, whose
 inputs are (C_i, x). So does each ResBlock's, x being what its ``conv_shortcut`` gives, if any.
@@ -13,6 +16,7 @@ kernel either way, and a scale of 1.003 survives.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +37,14 @@ class AlignedBlock:
     sum: tuple[ir.Node, ...]  # x + scale * C_k + shift
 
 
+@dataclass(frozen=True)
+class AlignedCut:
+    """Where a branch ends in the graph after the pass."""
+
+    output: ir.Value  # T
+    sum: tuple[ir.Node, ...]  # scale * T + shift; none where T is read as it is
+
+
 def align(graph: ir.Graph, block_paths: Sequence[str], outputs: int) -> list[AlignedBlock]:
     """Rewrite the residual Add of every block, in execution order; ``outputs`` is 1 or 2."""
     blocks = []
@@ -43,13 +55,56 @@ def align(graph: ir.Graph, block_paths: Sequence[str], outputs: int) -> list[Ali
     return blocks
 
 
+def align_cuts(
+    graph: ir.Graph, depths: Sequence[int], first: int, outputs: int
+) -> list[AlignedCut]:
+    """Align what enters the up path beside skip d, for every depth d; ``outputs`` is 1 or 2.
+
+    Args:
+        graph: of the whole U-Net.
+        depths: of the cuts; 0 is the last concatenation of the up path.
+        first: the index of the first cut among all that may be reused, behind the blocks.
+        outputs: how many computed outputs a reuse combines.
+
+    Raises:
+        ExportError: the graph has no such concatenation.
+    """
+    joins = [
+        node
+        for node in graph
+        if node.op_type == "Concat" and re.fullmatch(r"up_blocks\.\d+", _owner(node))
+    ][::-1]
+    cuts = []
+    for k, depth in enumerate(depths, start=first):
+        if depth >= len(joins):
+            raise ExportError(
+                f"Expected a concatenation for every skip of this U-Net, found {len(joins)} and "
+                f"none for cut {depth}. The installed diffusers may compute its up path in a new "
+                f"way; please report its version."
+            )
+        join = joins[depth]
+        output = join.inputs[0]
+        assert output is not None
+        output.name = block_output_name(k)
+        aligned = _Emitter(graph, join, k, output)
+        total = aligned.combined(output, outputs)
+        join.replace_input_with(0, aligned.finished(total))
+        cuts.append(AlignedCut(output, tuple(aligned.nodes)))
+    return cuts
+
+
+def _owner(node: ir.Node) -> str:
+    """The path of the module that a node is an operation of; "" where nothing tells."""
+    scopes = _scopes(node)
+    # The last scope is the operation's own; the one before it is the owning module.
+    return scopes[-2].removeprefix("unet.") if len(scopes) >= 2 else ""
+
+
 def _residual_adds(graph: ir.Graph, block_paths: Sequence[str]) -> list[tuple[ir.Node, ir.Value]]:
     """Per block, the residual Add and its input C_i."""
     found: dict[str, list[tuple[ir.Node, ir.Value]]] = {path: [] for path in block_paths}
     for node in graph:
-        scopes = _scopes(node)
-        # The last scope is the operation's own; the one before it is the owning module.
-        path = scopes[-2].removeprefix("unet.") if len(scopes) >= 2 else ""
+        path = _owner(node)
         if node.op_type != "Add" or path not in found:
             continue
         inside = [value for value in node.inputs if value is not None and _is_inside(value, path)]
@@ -84,37 +139,59 @@ def _rewrite(
 ) -> tuple[ir.Node, ...]:
     """Replace ``add`` by the aligned sum; returns the nodes of the sum."""
     (residual,) = (value for value in add.inputs if value is not branch and value is not None)
-    output, dtype = add.outputs[0], branch.dtype
-    assert dtype is not None
-    assert branch.shape is not None
-    nodes: list[ir.Node] = []
+    aligned = _Emitter(graph, add, k, branch)
+    total = aligned.emit("Add", aligned.combined(branch, outputs), aligned.single(residual))
+    ir.convenience.replace_all_uses_with(add.outputs[0], aligned.finished(total))
+    graph.remove(add, safe=True)
+    return tuple(aligned.nodes)
 
-    def emit(op_type: str, *inputs: ir.Value, to: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+
+class _Emitter:
+    """Writes the arithmetic of one alignment in front of a node, in float32."""
+
+    def __init__(self, graph: ir.Graph, anchor: ir.Node, k: int, like: ir.Value) -> None:
+        assert like.dtype is not None
+        assert like.shape is not None
+        self.nodes: list[ir.Node] = []
+        self._graph, self._anchor, self._k = graph, anchor, k
+        self._dtype, self._shape = like.dtype, like.shape
+
+    def emit(
+        self, op_type: str, *inputs: ir.Value, to: ir.DataType = ir.DataType.FLOAT
+    ) -> ir.Value:
+        """One operation."""
         attributes = [ir.AttrInt64("to", to.value)] if op_type == "Cast" else []
-        value = ir.Value(name=f"align_{k}_{len(nodes)}", shape=branch.shape, type=ir.TensorType(to))
-        nodes.append(ir.Node("", op_type, inputs, attributes, outputs=[value]))
+        name = f"align_{self._k}_{len(self.nodes)}"
+        value = ir.Value(name=name, shape=self._shape, type=ir.TensorType(to))
+        node = ir.Node("", op_type, inputs, attributes, outputs=[value])
+        self._graph.insert_before(self._anchor, [node])
+        self.nodes.append(node)
         return value
 
-    def single(value: ir.Value) -> ir.Value:
-        return value if dtype == ir.DataType.FLOAT else emit("Cast", value)
+    def single(self, value: ir.Value) -> ir.Value:
+        """A value in float32."""
+        return value if self._dtype == ir.DataType.FLOAT else self.emit("Cast", value)
 
-    channels = branch.shape.numpy()[1]
-    coefficients = [
-        _add_input(graph, name, (1, channels, 1, 1), ir.DataType.FLOAT)
-        for name in coefficient_names(k, outputs)
-    ]
-    total = emit("Mul", single(branch), coefficients[0])
-    if outputs == 2:
-        before = _add_input(graph, previous_output_name(k), branch.shape, dtype)
-        total = emit("Add", total, emit("Mul", single(before), coefficients[1]))
-    total = emit("Add", total, coefficients[-1])
-    total = emit("Add", total, single(residual))
-    if dtype != ir.DataType.FLOAT:
-        total = emit("Cast", total, to=dtype)
-    graph.insert_before(add, nodes)
-    ir.convenience.replace_all_uses_with(output, total)
-    graph.remove(add, safe=True)
-    return tuple(nodes)
+    def combined(self, output: ir.Value, outputs: int) -> ir.Value:
+        """``scale * C_last (+ before * C_before) + shift``, with the coefficients as inputs."""
+        shape = (1, self._shape.numpy()[1], 1, 1)
+        coefficients = [
+            _add_input(self._graph, name, shape, ir.DataType.FLOAT)
+            for name in coefficient_names(self._k, outputs)
+        ]
+        total = self.emit("Mul", self.single(output), coefficients[0])
+        if outputs == 2:
+            name = previous_output_name(self._k)
+            before = _add_input(self._graph, name, self._shape, self._dtype)
+            weighted = self.emit("Mul", self.single(before), coefficients[1])
+            total = self.emit("Add", total, weighted)
+        return self.emit("Add", total, coefficients[-1])
+
+    def finished(self, total: ir.Value) -> ir.Value:
+        """The result in the graph's own precision."""
+        if self._dtype == ir.DataType.FLOAT:
+            return total
+        return self.emit("Cast", total, to=self._dtype)
 
 
 def _add_input(

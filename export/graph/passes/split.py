@@ -1,10 +1,15 @@
-"""Pass: one graph becomes segments, cut at every block.
+"""Pass: one graph becomes segments, cut at every block, and around every branch.
 
 The K blocks of a U-Net lie on one chain: trunk 0, block 0, trunk 1, block 1, ..., trunk K. Every
 node of the loop goes to the latest of these stages that its consumers allow, so that few tensors
 cross; the output of block k is pinned to its block, and the aligned sum that consumes it to the
 trunk behind. What the hoist pass took out of the loop becomes the segments ``time``, ``prompt``
 and ``condition``.
+
+Where the graph has cuts, a trunk is cut further. The *depth* of a node is the number of cuts whose
+reuse makes it superfluous: a node of depth 0 runs at every step, one of depth 2 only where neither
+of the two shallowest cuts is reused. A segment holds nodes of one depth and of one side, before the
+branch or behind it.
 
 A value that is used outside its own segment becomes a boundary tensor with a plain name:
 ``trunk_3_1`` is the second tensor that trunk 3 hands on, ``prompt_0`` the first that the prompt
@@ -20,7 +25,7 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from blockcache.export.graph.passes.align import AlignedBlock
+from blockcache.export.graph.passes.align import AlignedBlock, AlignedCut
 from blockcache.export.graph.passes.hoist import BOUNDARY_PREFIX, HOISTED, Class
 from blockcache.runtime.errors import ExportError
 from blockcache.runtime.plan import Role
@@ -36,61 +41,86 @@ class Piece:
     graph: ir.Graph
 
 
-Stage: TypeAlias = int | Class
-"""2k: trunk k; 2k + 1: block k; or a class of ``hoist.HOISTED``."""
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where in the loop a node runs; places are ordered as they run."""
+
+    chain: int  # 2k: trunk k; 2k + 1: block k
+    level: int  # rises from the sample down to the deepest branch, and up again to the output
+
+
+Stage: TypeAlias = Place | Class
+"""A place in the loop, or a class of ``hoist.HOISTED``."""
 
 
 def split(
-    graph: ir.Graph, blocks: Sequence[AlignedBlock], classes: Mapping[ir.Node, Class]
+    graph: ir.Graph,
+    blocks: Sequence[AlignedBlock],
+    classes: Mapping[ir.Node, Class],
+    cuts: Sequence[AlignedCut] = (),
 ) -> list[Piece]:
-    """Cut ``graph`` at its blocks, as ``align`` and ``classify`` returned them.
+    """Cut ``graph`` at its blocks and branches.
 
-    Returns the pieces in the order in which they run: hoisted ones first, then the loop.
+    Args:
+        graph: of the whole U-Net.
+        blocks: as ``align`` returned them.
+        classes: as ``classify`` returned them.
+        cuts: as ``align_cuts`` returned them, the shallowest first.
+
+    Returns:
+        The pieces in the order in which they run: hoisted ones first, then the loop.
     """
-    stages = _assign_stages(graph, blocks, classes)
+    stages = _assign_stages(graph, blocks, classes, cuts)
+    loop = sorted({stage for stage in stages.values() if isinstance(stage, Place)})
+    names: dict[Stage, str] = {hoisted: hoisted for hoisted in HOISTED}
+    trunks = [place for place in loop if not place.chain % 2]
+    names |= {place: f"trunk_{index:02d}" for index, place in enumerate(trunks)}
+    names |= {place: f"block_{place.chain // 2:02d}" for place in loop if place.chain % 2}
+    kept = {block.branch for block in blocks} | {cut.output for cut in cuts}
     crossing = _crossing_values(graph, stages)
-    _name_boundaries(crossing, stages)
+    _name_boundaries([value for value in crossing if value not in kept], stages, names)
     pieces = []
-    for stage in (*HOISTED, *range(2 * len(blocks) + 1)):
+    for stage in (*HOISTED, *loop):
         outputs = [value for value in crossing if stages[_producer(value)] == stage]
         outputs += [value for value in graph.outputs if stages[_producer(value)] == stage]
         if outputs:
             piece = ir.convenience.extract(graph, _inputs(graph, stage, stages), outputs)
-            piece.name = _stage_name(stage)
+            piece.name = names[stage]
             pieces.append(Piece(piece.name, _role(stage), _block(stage), piece))
     return pieces
 
 
-def _stage_name(stage: Stage) -> str:
-    return stage if isinstance(stage, str) else f"{_role(stage)}_{stage // 2:02d}"
-
-
 def _role(stage: Stage) -> Role:
-    if isinstance(stage, int):
-        return "block" if stage % 2 else "trunk"
+    if isinstance(stage, Place):
+        return "block" if stage.chain % 2 else "trunk"
     roles: dict[str, Role] = {"time": "time", "prompt": "prompt", "condition": "condition"}
     return roles[stage]
 
 
 def _block(stage: Stage) -> int | None:
-    return stage // 2 if isinstance(stage, int) and stage % 2 else None
+    return stage.chain // 2 if isinstance(stage, Place) and stage.chain % 2 else None
 
 
 def _assign_stages(
-    graph: ir.Graph, blocks: Sequence[AlignedBlock], classes: Mapping[ir.Node, Class]
+    graph: ir.Graph,
+    blocks: Sequence[AlignedBlock],
+    classes: Mapping[ir.Node, Class],
+    cuts: Sequence[AlignedCut],
 ) -> dict[ir.Node, Stage]:
-    """As late as possible, between the pins that the blocks set.
+    """As late as possible, between the pins that the blocks set, at the level of the depth.
 
     Constants follow their consumers: ``extract`` clones them into every segment that reads them.
     """
     pins, caps = _pins_and_caps(blocks)
+    depths, deepest = _depths(graph, cuts), len(cuts)
     stages: dict[ir.Node, Stage] = {}
     for node in reversed(list(graph)):
         if classes[node] in HOISTED:
             stages[node] = classes[node]
             continue
-        limits = [stages[user] for value in node.outputs for user, _ in value.uses()]
-        stage = min((s for s in limits if isinstance(s, int)), default=2 * len(blocks))
+        users = [stages[user] for value in node.outputs for user, _ in value.uses()]
+        limits = [stage for stage in users if isinstance(stage, Place)]
+        stage = min((limit.chain for limit in limits), default=2 * len(blocks))
         stage = min(stage, caps.get(node, stage))
         if node in pins and pins[node] > stage:
             raise ExportError(
@@ -98,8 +128,26 @@ def _assign_stages(
                 f"read at stage {stage}: the blocks of this U-Net do not lie on one chain. "
                 f"Please report the model's config."
             )
-        stages[node] = pins.get(node, stage)
+        level = min((limit.level for limit in limits), default=2 * deepest)
+        behind = 2 * deepest - depths[node]  # the level of this depth on the way up
+        stages[node] = Place(pins.get(node, stage), behind if level >= behind else depths[node])
     return stages
+
+
+def _depths(graph: ir.Graph, cuts: Sequence[AlignedCut]) -> dict[ir.Node, int]:
+    """How many of the cuts, the shallowest first, make a node superfluous when reused."""
+    depths = dict.fromkeys(graph, len(cuts))
+    for depth in reversed(range(len(cuts))):
+        waiting = [_producer(value) for value in graph.outputs]
+        needed = set(waiting)
+        while waiting:
+            for value in waiting.pop().inputs:
+                producer = None if value is None else value.producer()
+                if value is not cuts[depth].output and producer not in needed and producer:
+                    needed.add(producer)
+                    waiting.append(producer)
+        depths.update(dict.fromkeys(needed, depth))
+    return depths
 
 
 def _pins_and_caps(
@@ -141,14 +189,14 @@ def _inputs(graph: ir.Graph, stage: Stage, stages: Mapping[ir.Node, Stage]) -> l
     return list(found)
 
 
-def _name_boundaries(crossing: Sequence[ir.Value], stages: Mapping[ir.Node, Stage]) -> None:
+def _name_boundaries(
+    crossing: Sequence[ir.Value], stages: Mapping[ir.Node, Stage], names: Mapping[Stage, str]
+) -> None:
     """Plain names: ``<role>_<index>`` for hoisted values, ``trunk_<k>_<index>`` for the trunk."""
     counters: Counter[str] = Counter()
     for value in crossing:
         stage = stages[_producer(value)]
-        if isinstance(stage, int) and stage % 2:
-            continue  # a block's only output: named by the align pass
-        prefix = BOUNDARY_PREFIX[stage] if isinstance(stage, str) else f"trunk_{stage // 2}"
+        prefix = BOUNDARY_PREFIX[stage] if isinstance(stage, str) else names[stage]
         value.name = f"{prefix}_{counters[prefix]}"
         counters[prefix] += 1
 

@@ -13,13 +13,12 @@ import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from blockcache.export.stages import RECORDS
 from blockcache.runtime.bundle_files import safe_path
 from blockcache.runtime.files import remove_partials, settle, write_bytes, write_text
 from blockcache.runtime.manifest import MANIFEST, FileEntry, Manifest, PresetEntry
 from blockcache.runtime.plan import Preset, Segment
+from blockcache.runtime.run_table import blocks_share
 from blockcache.runtime.tensor_files import preset_bytes
 
 SEGMENTS, PRESETS, PROFILES = "segments", "presets", "profiles"
@@ -71,11 +70,10 @@ def write_preset(root: Path, preset: Preset) -> str:
 
 def preset_entry(file: str, preset: Preset, segments: Sequence[Segment]) -> PresetEntry:
     """A preset's line in the manifest."""
-    flops = np.array([s.flops for s in segments if s.role == "block"], np.float64)
     return PresetEntry(
         file=file,
         steps=preset.schedule.steps,
-        computed_fraction=round(preset.schedule.computed_fraction(flops), 6),
+        computed_fraction=round(blocks_share(segments, preset.schedule), 6),
         guidance_scale=preset.guidance_scale,
         solver=preset.solver,
         provenance=preset.provenance,

@@ -41,8 +41,8 @@ class Revision:
 
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
-        1,
-        "57c5bacaf99badd9",
+        2,
+        "df70af2987db4c9f",
         (
             *_MODEL,
             "export/graph/passes/*.py",
@@ -50,18 +50,18 @@ REVISIONS: Mapping[str, Revision] = {
             "export/graph/work.py",
         ),
     ),
-    "profile": Revision(1, "520f0fc268c709e6", (*_SAMPLING, "export/measure/change.py")),
-    "converged": Revision(1, "14dec861bdba63d5", (*_SAMPLING, "export/measure/converged.py")),
-    "sensitivity": Revision(1, "6131a241bad07e0a", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "profile": Revision(2, "520f0fc268c709e6", (*_SAMPLING, "export/measure/change.py")),
+    "converged": Revision(2, "14dec861bdba63d5", (*_SAMPLING, "export/measure/converged.py")),
+    "sensitivity": Revision(2, "6131a241bad07e0a", (*_SAMPLING, "export/measure/sensitivity.py")),
     "residuals": Revision(
-        1,
+        2,
         "02a7e6fa3f807597",
         (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
     ),
-    "alignment": Revision(1, "7cfc8d2fcc7b3b09", (*_SAMPLING, "export/align/*.py")),
-    "trial": Revision(1, "0039b04c22760e7e", (*_SAMPLING, "export/measure/trial.py")),
+    "alignment": Revision(2, "7cfc8d2fcc7b3b09", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(2, "0039b04c22760e7e", (*_SAMPLING, "export/measure/trial.py")),
     "engine": Revision(
-        1,
+        2,
         "119e4aa6e9f6272b",
         (
             "export/engines/bfloat16_resize.py",

@@ -10,6 +10,7 @@ role           reads                                              writes
 ``condition``  rows, at least one, and conditions                 both in one
 ``trunk``      what depends on the sample, and all of the above   tensors that do; model output
 ``block``      the same                                           its output, ``block_<k>``
+(a branch)     a ``trunk`` that ends one                          its output, ``block_<k>``
 ``whole``      sample, timestep, conditions                       model output
 =============  =================================================  ================================
 
@@ -43,6 +44,7 @@ from blockcache.runtime.plan import (
     previous_output_name,
     row_specs,
 )
+from blockcache.runtime.run_table import blocks_share
 from blockcache.runtime.solver import SolverConfig, solver_tables
 
 MOST_TENSOR_BYTES = 1 << 34
@@ -116,13 +118,17 @@ def _check_names(model: ModelFacts, segments: Sequence[Segment]) -> None:
     for what, names in (
         ("segments", [segment.name for segment in segments]),
         ("segments", [segment.file for segment in segments]),
-        ("model.blocks", [block.path for block in model.blocks]),
+        ("model.blocks", [f"{block.path} {block.cut}" for block in model.blocks]),
         ("model.conditions", [spec.name for spec in model.conditions]),
     ):
         twice = sorted({name for name in names if names.count(name) > 1})
         _require(not twice, what, "each name and file once", f"{twice} again")
     indices = [segment.block for segment in segments if segment.role == "block"]
-    wanted = list(range(len(model.blocks)))
+    cuts = [block.cut for block in model.blocks if block.cut is not None]
+    last = [block.cut for block in model.blocks[len(model.blocks) - len(cuts) :]]
+    right = cuts == last == sorted(set(cuts))
+    _require(right, "model.blocks", "branches last, the shallowest first", cuts)
+    wanted = list(range(len(model.blocks) - len(cuts)))
     right = bool(wanted) and indices == wanted
     _require(right, "segments", f"the blocks {wanted} in this order", indices)
     folders = sorted({str(PurePosixPath(segment.file).parent) for segment in segments})
@@ -150,6 +156,9 @@ class _Known:
     def __init__(self, model: ModelFacts, *, hoisted: bool) -> None:
         spatial = (_BATCH, Dim.parse(model.channels), Dim.parse("height"), Dim.parse("width"))
         self._model = model
+        self._branches = {
+            block_output_name(k): k for k, b in enumerate(model.blocks) if b.cut is not None
+        }
         self._sample = TensorSpec("sample", model.precision, spatial)
         self._tensors: dict[str, tuple[_Kind, TensorSpec]] = {}
         self._read: set[str] = set()
@@ -168,11 +177,12 @@ class _Known:
         must = _MUST_READ[segment.role]
         wanted = f"role {segment.role!r} to read a tensor of kind {' or '.join(must)}"
         _require(bool(kinds & set(must)), where, wanted, names)
-        blocks = {block_output_name(k) for k in range(len(self._model.blocks))} & set(names)
-        _require(len(blocks) <= 1, where, "at most one block's output to be read", sorted(blocks))
         self._read.update(names)
-        if segment.role == "block":
-            self._add_block(segment, where)
+        branches = [self._branches[o.name] for o in segment.outputs if o.name in self._branches]
+        if segment.block is not None:
+            self._add_kept(segment, segment.block, where)
+        elif segment.role == "trunk" and branches:
+            self._add_kept(segment, branches[0], where)
         else:
             for spec in segment.outputs:
                 self._add_output(segment, spec, where)
@@ -180,6 +190,8 @@ class _Known:
     def check_end(self) -> None:
         """The model's output is there, and everything that is written is read."""
         _require("model_output" in self._tensors, "segments", "one to write model_output", "none")
+        unwritten = sorted(self._branches.keys() - self._tensors.keys())
+        _require(not unwritten, "segments", "every branch to end in one", f"no {unwritten}")
         unread = self._tensors.keys() - self._read - {"model_output", "timestep"}
         _require(not unread, "segments", "every tensor to be read", f"none for {sorted(unread)}")
 
@@ -209,10 +221,8 @@ class _Known:
             spec = replace(spec, dims=(_ONE, *spec.dims[1:]))
         self._add(spec, _WRITES[segment.role], where)
 
-    def _add_block(self, segment: Segment, where: str) -> None:
-        """A block's output, the one before it, and the coefficients of its reuse."""
-        k = segment.block
-        assert k is not None  # a block has an index: Segment's own rule
+    def _add_kept(self, segment: Segment, k: int, where: str) -> None:
+        """A block's or branch's output, the one before it, and the coefficients of its reuse."""
         channels = self._model.blocks[k].channels
         right = [spec.name for spec in segment.outputs] == [block_output_name(k)]
         wanted = f"the output {block_output_name(k)!r} alone"
@@ -282,8 +292,7 @@ def check_preset(
         f"tables that combine {model.outputs} outputs of a block, as the segments do",
         preset.alignment.outputs,
     )
-    flops = np.array([s.flops for s in segments if s.role == "block"], np.float64)
-    computed = preset.schedule.computed_fraction(flops if flops.any() else None)
+    computed = blocks_share(segments, preset.schedule)
     right = abs(computed - entry.computed_fraction) < 2e-6  # it is written with six digits
     _require(right, where, f"computed_fraction {entry.computed_fraction}", f"{computed:.6f}")
     _check_rows(model, segments, preset, where)

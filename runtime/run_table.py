@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.plan import Schedule, Segment, block_output_name
+from blockcache.runtime.plan import LOOP_ROLES, Schedule, Segment, block_output_name
 
 MODEL_OUTPUT = "model_output"
 
@@ -59,3 +59,22 @@ def computed(loop: Sequence[Segment], table: np.ndarray, blocks: int) -> np.ndar
     """What is computed at each step, by a table of segments: bool [S, K]."""
     writers = {spec.name: index for index, segment in enumerate(loop) for spec in segment.outputs}
     return np.stack([table[:, writers[block_output_name(k)]] for k in range(blocks)], axis=1)
+
+
+def flops_run(segments: Sequence[Segment], schedule: Schedule) -> np.ndarray:
+    """FLOPs of one denoising loop, segment by segment: float64 [M].
+
+    Args:
+        segments: of a bundle; those outside the loop cost nothing here.
+        schedule: what is computed anew.
+    """
+    loop = [segment for segment in segments if segment.role in LOOP_ROLES]
+    runs = dict(zip((s.name for s in loop), run_table(loop, schedule).sum(axis=0), strict=True))
+    return np.array([float(runs.get(s.name, 0)) * s.flops for s in segments], np.float64)
+
+
+def blocks_share(segments: Sequence[Segment], schedule: Schedule) -> float:
+    """Share of the blocks' FLOPs that one denoising loop computes."""
+    blocks = np.array([segment.role == "block" for segment in segments], np.bool_)
+    whole = schedule.steps * sum(s.flops for s in segments if s.role == "block")
+    return float(flops_run(segments, schedule)[blocks].sum() / whole) if whole else 1.0

@@ -99,7 +99,8 @@ BELOW = {
     "kernels": ("kernels",),
 }
 EXPORT_MAY_USE = (
-    ("plan",), ("provenance",), ("grid",), ("noise",), ("solver",), ("diffusers_config",),
+    ("plan",), ("provenance",), ("grid",), ("run_table",), ("noise",), ("solver",),
+    ("diffusers_config",),
     ("errors",), ("files",),
     ("bundle",), ("bundle_files",), ("manifest",), ("tensor_files",), ("strict_json",),
     ("engines", "files"), ("engines", "onnxruntime_library"),

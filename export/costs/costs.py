@@ -86,17 +86,27 @@ class Costs:
 
     def steps(self, schedule: Schedule) -> np.ndarray:
         """Every step by a schedule: float64 [S]."""
+        runs, trunk = self._runs(schedule)
+        return np.asarray(trunk + runs @ self.blocks)
+
+    def blocks_share(self, schedule: Schedule) -> float:
+        """What the blocks cost, as a share of all of them at every step."""
+        runs, _ = self._runs(schedule)
+        return float((runs @ self.blocks).sum() / (schedule.steps * self.every_block))
+
+    def _runs(self, schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks that run, bool [S, K], and what the trunk costs at each step, float64 [S]."""
         blocks = len(self.blocks)
         runs = schedule.recompute[:, :blocks].copy()
-        total = np.full(schedule.steps, self.trunk)
+        trunk = np.full(schedule.steps, self.trunk)
         settled = np.zeros(schedule.steps, np.bool_)
         # The shallowest branch that is reused holds all deeper ones.
         for branch, recompute in zip(self.branches, schedule.recompute[:, blocks:].T, strict=True):
             reused = ~recompute & ~settled
             runs[np.ix_(reused, branch.inside)] = False
-            total[reused] -= branch.trunk
+            trunk[reused] -= branch.trunk
             settled |= reused
-        return np.asarray(total + runs @ self.blocks)
+        return runs, trunk
 
     @property
     def by_cut(self) -> np.ndarray:

@@ -98,7 +98,7 @@ class Estimate:
             yield PresetRow(
                 name=name,
                 steps=schedule.steps,
-                computed_fraction=schedule.computed_fraction(self.costs.blocks),
+                computed_fraction=self.costs.blocks_share(schedule),
                 image_ms=self.costs.image(schedule) / self.images,
                 speedup=self.costs.speedup(schedule, preset.replaced_steps),
                 measured_ms=measured.image(schedule) / self.images if measured else None,

@@ -17,6 +17,7 @@ from blockcache.runtime import (
 )
 from blockcache.runtime.engines.engine import Backend
 from blockcache.runtime.plan import LOOP_ROLES
+from blockcache.runtime.run_table import blocks_share
 from blockcache.tools.bench.contestants import Contestant, Entry, Kind
 from blockcache.tools.sources.references import uncached, whole_bundle, whole_preset
 
@@ -103,7 +104,6 @@ def base_of(preset: Preset, bases: Sequence[Preset]) -> Preset:
 def _contestant(session: Session, engine: str, kind: Kind, base: str, images: int) -> Contestant:
     bundle, preset = session.bundle, session.preset
     weights = [entry.bytes for name, entry in bundle.manifest.files.items() if "weights" in name]
-    flops = np.array([s.flops for s in bundle.segments if s.role == "block"], np.float64)
     return Contestant(
         engine=engine,
         kind=kind,
@@ -113,7 +113,7 @@ def _contestant(session: Session, engine: str, kind: Kind, base: str, images: in
         images=images,
         run=denoiser(session, images),
         session=session,
-        computed_fraction=preset.schedule.computed_fraction(flops) if len(flops) else 1.0,
+        computed_fraction=blocks_share(bundle.segments, preset.schedule),
         memory={"weights": sum(weights), **dataclasses.asdict(session.memory(images))},
     )
 

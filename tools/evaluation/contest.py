@@ -9,7 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from blockcache.runtime import Bundle, ConfigError, Preset, Provenance
+from blockcache.runtime.run_table import flops_run
 from blockcache.tools.sources.references import uncached
 
 UNCACHED, FEWER = "uncached", "fewer steps"
@@ -143,12 +146,10 @@ def pairings(group: Group) -> list[Pairing]:
 
 def image_flops(bundle: Bundle, preset: Preset) -> tuple[float, float]:
     """FLOPs of one image at the model's default sizes: the whole U-Net, the blocks alone."""
-    steps = preset.schedule.steps
-    counts = preset.schedule.recompute.sum(axis=0)
-    blocks = sum(float(counts[s.block]) * s.flops for s in bundle.segments if s.block is not None)
-    loop = sum(s.flops for s in bundle.segments if s.role in ("trunk", "condition"))
-    once = sum(s.flops for s in bundle.segments if s.role == "prompt")
-    return once + steps * loop + blocks, blocks
+    run = flops_run(bundle.segments, preset.schedule)
+    is_block = np.array([segment.role == "block" for segment in bundle.segments])
+    once = sum(segment.flops for segment in bundle.segments if segment.role == "prompt")
+    return once + float(run.sum()), float(run[is_block].sum())
 
 
 def _group(bundle: Bundle, mine: list[Preset], references: list[Preset], steps: int) -> Group:

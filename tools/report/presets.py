@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockcache.runtime import Bundle
+from blockcache.runtime.run_table import flops_run
 from blockcache.tools.report.spread import Spread
 
 if TYPE_CHECKING:
@@ -57,10 +58,7 @@ def preset_rows(bundle: Bundle) -> list[PresetRow]:
 
 def image_flops(bundle: Bundle, preset: str) -> float:
     """FLOPs of one image with a preset, at the model's default sizes."""
-    entry = bundle.manifest.presets[preset]
-    trunk = sum(s.flops for s in bundle.segments if s.role in ("trunk", "condition"))
-    blocks = sum(s.flops for s in bundle.segments if s.role == "block")
-    return entry.steps * (trunk + blocks * entry.computed_fraction)
+    return float(flops_run(bundle.segments, bundle.preset(preset).schedule).sum())
 
 
 def flops_speedup(bundle: Bundle, preset: str) -> float:

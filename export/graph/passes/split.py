@@ -72,22 +72,25 @@ def split(
     """
     stages = _assign_stages(graph, blocks, classes, cuts)
     loop = sorted({stage for stage in stages.values() if isinstance(stage, Place)})
-    names: dict[Stage, str] = {hoisted: hoisted for hoisted in HOISTED}
     trunks = [place for place in loop if not place.chain % 2]
-    names |= {place: f"trunk_{index:02d}" for index, place in enumerate(trunks)}
-    names |= {place: f"block_{place.chain // 2:02d}" for place in loop if place.chain % 2}
+    numbers = {place: place.chain // 2 for place in loop}
+    numbers |= {place: index for index, place in enumerate(trunks)}
     kept = {block.branch for block in blocks} | {cut.output for cut in cuts}
     crossing = _crossing_values(graph, stages)
-    _name_boundaries([value for value in crossing if value not in kept], stages, names)
+    _name_boundaries([value for value in crossing if value not in kept], stages, numbers)
     pieces = []
     for stage in (*HOISTED, *loop):
         outputs = [value for value in crossing if stages[_producer(value)] == stage]
         outputs += [value for value in graph.outputs if stages[_producer(value)] == stage]
         if outputs:
             piece = ir.convenience.extract(graph, _inputs(graph, stage, stages), outputs)
-            piece.name = names[stage]
+            piece.name = _stage_name(stage, numbers)
             pieces.append(Piece(piece.name, _role(stage), _block(stage), piece))
     return pieces
+
+
+def _stage_name(stage: Stage, numbers: Mapping[Place, int]) -> str:
+    return stage if isinstance(stage, str) else f"{_role(stage)}_{numbers[stage]:02d}"
 
 
 def _role(stage: Stage) -> Role:
@@ -190,13 +193,13 @@ def _inputs(graph: ir.Graph, stage: Stage, stages: Mapping[ir.Node, Stage]) -> l
 
 
 def _name_boundaries(
-    crossing: Sequence[ir.Value], stages: Mapping[ir.Node, Stage], names: Mapping[Stage, str]
+    crossing: Sequence[ir.Value], stages: Mapping[ir.Node, Stage], numbers: Mapping[Place, int]
 ) -> None:
     """Plain names: ``<role>_<index>`` for hoisted values, ``trunk_<k>_<index>`` for the trunk."""
     counters: Counter[str] = Counter()
     for value in crossing:
         stage = stages[_producer(value)]
-        prefix = BOUNDARY_PREFIX[stage] if isinstance(stage, str) else names[stage]
+        prefix = BOUNDARY_PREFIX[stage] if isinstance(stage, str) else f"trunk_{numbers[stage]}"
         value.name = f"{prefix}_{counters[prefix]}"
         counters[prefix] += 1
 

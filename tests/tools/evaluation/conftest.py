@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 from blockcache.runtime import Alignment, Preset, Schedule
+from blockcache.runtime.plan import Dim, Segment, TensorSpec
 from blockcache.runtime.provenance import Provenance
 from blockcache.tools.evaluation.subject import Subject
 
@@ -25,13 +24,27 @@ def make_preset(name, steps, recompute=None, solver="dpm", **policy):
     )
 
 
+def make_segment(name, role, reads, writes, flops, block=None):
+    """A segment that hands single numbers on."""
+    inputs, outputs = (
+        tuple(TensorSpec(tensor, "float32", (Dim.parse(1),)) for tensor in names.split())
+        for names in (reads, writes)
+    )
+    return Segment(name, role, f"{name}.onnx", inputs, outputs, block, flops)
+
+
 class PresetsOnly:
     """Segments with FLOPs, and presets: what groups are made from."""
 
     def __init__(self, presets):
         self._presets = {preset.name: preset for preset in presets}
-        roles = (("prompt", None, 7), ("trunk", None, 100), ("block", 0, 30), ("block", 1, 70))
-        self.segments = [SimpleNamespace(role=r, block=b, flops=f) for r, b, f in roles]
+        self.segments = [
+            make_segment("prompt", "prompt", "encoder_hidden_states", "prompt_0", 7),
+            make_segment("trunk_00", "trunk", "sample", "trunk_0_0", 60),
+            make_segment("block_00", "block", "trunk_0_0", "block_0", 30, block=0),
+            make_segment("block_01", "block", "trunk_0_0", "block_1", 70, block=1),
+            make_segment("trunk_01", "trunk", "trunk_0_0 block_0 block_1", "model_output", 40),
+        ]
 
     @property
     def preset_names(self):

@@ -99,7 +99,10 @@ def test_a_speedup_that_nobody_predicted_is_counted_in_flops(compiled):
     _, bundle = compiled("sd")
     blocks = sum(s.flops for s in bundle.segments if s.role == "block")
     whole = blocks + sum(s.flops for s in bundle.segments if s.role in ("trunk", "condition"))
-    half = with_preset(bundle, "ddim-4", computed_fraction=0.5, provenance=Provenance())
+    recompute = np.ones((4, len(bundle.model.blocks)), np.bool_)
+    recompute[1::2] = False
+    made = dataclasses.replace(bundle.preset("ddim-4"), schedule=Schedule(recompute))
+    half = dataclasses.replace(bundle, presets={**bundle.presets, "ddim-4": made})
     assert flops_speedup(half, "ddim-4") == pytest.approx(whole / (whole - blocks / 2))
     replaced = Provenance(kind="joint", replaced_steps=8)  # fewer steps count, too
     joint = with_preset(bundle, "ddim-4", provenance=replaced)

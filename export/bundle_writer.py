@@ -80,24 +80,28 @@ def preset_entry(file: str, preset: Preset, segments: Sequence[Segment]) -> Pres
     )
 
 
+def remove_leftovers(root: Path) -> None:
+    """Delete what killed compiles left half written; call it where no compile is writing."""
+    for folder in (root, *(root / name for name in (SEGMENTS, PRESETS, PROFILES, RECORDS))):
+        remove_partials(folder)
+
+
 def switch(root: Path, manifest: Manifest) -> None:
     """Put the new bundle in the old one's place: a reader finds the one or the other, whole."""
     write_text(root / MANIFEST, manifest.to_json())
 
 
 def collect(root: Path, keep: Collection[str]) -> None:
-    """Delete what no manifest names any more, and what killed writers left.
+    """Delete what no manifest names any more.
 
     Args:
         root: the bundle's folder, after the switch.
         keep: files, as the manifest names them.
     """
-    remove_partials(root)
     for name in (SEGMENTS, PRESETS, PROFILES):
         folder = root / name
         if not folder.is_dir():
             continue
-        remove_partials(folder)
         for path in sorted(folder.rglob("*"), reverse=True):  # files before their folders
             if path.is_dir() and not path.is_symlink():
                 if not any(path.iterdir()):

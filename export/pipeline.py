@@ -24,6 +24,7 @@ from blockcache.export.bundle_writer import (
     collect,
     place_segments,
     preset_entry,
+    remove_leftovers,
     switch,
     write_preset,
 )
@@ -161,7 +162,7 @@ def compile_model(
 def _refuse_foreign(folder: Path) -> None:
     """Do not mix a bundle into a folder that holds something else."""
     ours = (folder / RECORDS).is_dir() or (folder / MANIFEST).is_file()
-    if not ours and any(folder.iterdir()):
+    if not ours and any(path.name != LOCK for path in folder.iterdir()):
         raise ConfigError(
             f"Expected an empty folder or a bundle at {folder}, it holds other files. "
             f"Choose another folder."
@@ -177,6 +178,7 @@ def _compile(
     observer: Observer,
 ) -> Compiled:
     """The stages, in order; each takes what those before it made."""
+    remove_leftovers(folder)
     store = StageStore(folder)
     earlier = Earlier.read(folder)
     export = _export_options(options, earlier, model)

@@ -61,8 +61,8 @@ REVISIONS: Mapping[str, Revision] = {
     "alignment": Revision(2, "7cfc8d2fcc7b3b09", (*_SAMPLING, "export/align/*.py")),
     "trial": Revision(2, "0039b04c22760e7e", (*_SAMPLING, "export/measure/trial.py")),
     "engine": Revision(
-        2,
-        "119e4aa6e9f6272b",
+        1,
+        "d664e8720cfa5f85",
         (
             "export/engines/bfloat16_resize.py",
             "export/engines/build.py",

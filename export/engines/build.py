@@ -1,8 +1,9 @@
 """Build: a bundle's segments become TensorRT engines for a target (DESIGN 3.6).
 
-``build_engines`` is what ``blockcache build`` runs. Engines that did not change are kept, an
-interrupted build resumes, and ``engines.json`` is written last: a target's folder that holds it is
-a whole build.
+``build_engines`` is what ``blockcache build`` runs. Engines that did not change are kept, and an
+interrupted build resumes. New engines are written beside the old ones; ``engines.json`` then lists
+the new ones in place of the old, which are deleted last. So a build that stops anywhere, by an
+error or a kill, leaves the engines that were there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from blockcache.export.observer import Observer, unobserved
 from blockcache.runtime.bundle import Bundle
 from blockcache.runtime.bundle_files import safe_path
 from blockcache.runtime.engines.files import (
-    ENGINES_FILE,
     EngineEntry,
     EngineSet,
     ShapeProfile,
@@ -40,8 +40,6 @@ from blockcache.runtime.plan import ModelFacts, Role, Segment
 BUILT_ROLES: tuple[Role, ...] = ("prompt", "condition", "trunk", "block")
 WEIGHTS = {"included": (), "refittable": ("REFIT",), "stripped": ("REFIT", "STRIP_PLAN")}
 """Builder flags by what ``BuildOptions.weights`` says."""
-
-"""Hears (segment just finished, engines done, engines in all)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +185,6 @@ def _build(
     recipes = [_recipe(bundle, segment, target, options, library) for segment in segments]
     entries, jobs = _plan_jobs(bundle, store, recipes, library.version)
     reused = frozenset(entries)
-    if jobs:  # from here on the folder is not a whole build until engines.json is written again
-        (store.folder / ENGINES_FILE).unlink(missing_ok=True)
     stage = f"engines {target.name}"
     observer(stage, len(entries), len(segments))
 
@@ -201,9 +197,11 @@ def _build(
         store.commit(name, entries[name])
         observer(stage, len(entries), len(segments))
 
-    run_jobs(jobs, options.jobs, int(options.memory_gb * 1e9), finished)
-    if not options.whole:  # a whole-model engine of an earlier build stays, unlisted
-        store.remove_others({*(s.name for s in segments), "whole"})
+    store.remove_partials()
+    try:
+        run_jobs(jobs, options.jobs, int(options.memory_gb * 1e9), finished)
+    finally:  # a worker that is killed cannot delete what it was writing
+        store.remove_partials()
     engines = EngineSet(
         target=target.name,
         library=library.name,
@@ -216,6 +214,7 @@ def _build(
         engines={segment.name: entries[segment.name] for segment in segments},
     )
     write_engines(bundle, engines)
+    store.remove_others(engines.engines.values())
     return BuildReport(engines, segments, reused, time.perf_counter() - begin, max(peaks))
 
 
@@ -251,7 +250,7 @@ def _plan_jobs(
         key = engine_key(recipe, version, onnx, weights.sha256 if fixed else "")
         entry = store.reuse(name, key)
         if entry is None:
-            jobs.append(Job(recipe, store.plan(name), key, weights.bytes))
+            jobs.append(Job(recipe, store.plan(name, key), key, weights.bytes))
         else:
             kept[name] = entry
     return kept, sorted(jobs, key=lambda job: -job.weight_bytes)

@@ -1,8 +1,9 @@
 """Which engines are there already: keys by content, one record an engine, resume after a kill.
 
 An engine is kept when the hash of everything it depends on is the same: the graph, the bytes of the
-weights that this segment reads, the recipe and the library's version. Its record is written after
-its plan, so a killed build leaves either both or nothing that counts.
+weights that this segment reads, the recipe and the library's version. This key is in the name of
+its plan, so no build writes over a plan that an earlier one lists. Its record is written after its
+plan, so a killed build leaves either both or nothing that counts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from blockcache.export.engines.engine import Recipe
 from blockcache.export.revisions import REVISIONS
 from blockcache.runtime.bundle_files import safe_path
 from blockcache.runtime.engines.files import EngineEntry
-from blockcache.runtime.files import write_text
+from blockcache.runtime.files import remove_partials, write_text
 from blockcache.runtime.manifest import FileEntry
 
 
@@ -78,32 +80,43 @@ class EngineStore:
         self._records = safe_path(folder, ".records")
         self._records.mkdir(parents=True, exist_ok=True)
 
-    def plan(self, name: str) -> Path:
-        """The plan of segment ``name``."""
-        return self.folder / f"{name}.plan"
+    def plan(self, name: str, key: str) -> Path:
+        """The plan of segment ``name`` with this key."""
+        return self.folder / f"{_stem(name, key)}.plan"
 
     def reuse(self, name: str, key: str) -> EngineEntry | None:
         """The entry of an engine with this key and an intact plan, or None."""
-        path = self._records / f"{name}.json"
+        path = self._record(name, key)
         try:
             content: dict[str, Any] = json.loads(path.read_text())
             entry = EngineEntry(**content)
         except (OSError, ValueError, TypeError):
             return None
-        plan = self.plan(name)
-        if entry.key != key or not plan.is_file():
+        plan = self.plan(name, key)
+        if entry.key != key or plan.is_symlink() or not plan.is_file():
             return None
         return entry if FileEntry.of(plan) == FileEntry(entry.bytes, entry.sha256) else None
 
     def commit(self, name: str, entry: EngineEntry) -> None:
         """Record an engine whose plan is on disk."""
-        write_text(self._records / f"{name}.json", json.dumps(dataclasses.asdict(entry), indent=1))
+        content = json.dumps(dataclasses.asdict(entry), indent=1)
+        write_text(self._record(name, entry.key), content)
 
-    def remove_others(self, names: set[str]) -> None:
-        """Delete plans and leftovers of segments that the bundle no longer has."""
-        for path in (*self.folder.glob("*.plan"), *self.folder.glob("*.partial")):
-            if path.name.removesuffix(".plan") not in names:
+    def remove_partials(self) -> None:
+        """Delete what a killed build left; call it where no build is writing."""
+        remove_partials(self.folder)
+        remove_partials(self._records)
+
+    def remove_others(self, entries: Iterable[EngineEntry]) -> None:
+        """Delete all engines but these, which a finished build lists."""
+        listed = {Path(entry.file).stem for entry in entries}
+        for path in (*self.folder.glob("*.plan"), *self._records.glob("*.json")):
+            if path.stem not in listed:
                 path.unlink()
-        for path in self._records.glob("*.json"):
-            if path.stem not in names:
-                path.unlink()
+
+    def _record(self, name: str, key: str) -> Path:
+        return self._records / f"{_stem(name, key)}.json"
+
+
+def _stem(name: str, key: str) -> str:
+    return f"{name}-{key[:12]}"

@@ -74,10 +74,10 @@ def run_jobs(jobs: Sequence[Job], count: int, budget: int, finished: Finished) -
     ) as pool:
         try:
             _run_side_by_side(pool, list(jobs), count, budget, finished)
-        except BaseException:  # leaving the pool would wait until its workers end: minutes
+        except BaseException:  # leaving the pool waits until its workers end: else minutes
             for worker in list((pool._processes or {}).values()):  # public from Python 3.14 on
                 worker.kill()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
 
 

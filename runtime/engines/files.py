@@ -3,7 +3,7 @@
 ::
 
     engines/sm80/engines.json        library, version, capabilities, profiles, one entry an engine
-    engines/sm80/block_00.plan       the engine of segment block_00
+    engines/sm80/block_00-*.plan     the engine of segment block_00, by what it was built from
     engines/sm80/runtime-*.cache     kernels that TensorRT-RTX compiled at first run (made by it)
 
 ``engines.json`` is written last and stands on its own: ``blockcache build`` never touches the

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -147,7 +148,7 @@ def test_a_second_build_keeps_everything(built_copy):
 
 
 def test_a_damaged_plan_is_built_again_and_equal(built_copy):
-    plan = built_copy.folder / "engines/sm80/trunk_00.plan"
+    (plan,) = built_copy.folder.glob("engines/sm80/trunk_00-*.plan")
     size = plan.stat().st_size
     plan.write_bytes(plan.read_bytes()[:-1])
     seen = []
@@ -249,7 +250,11 @@ def test_a_build_leaves_alone_what_links_lead_to(built_copy, tmp_path):
     """Names that can be foreseen, linked to files outside the bundle before the build."""
     bundle = tiny_build(built_copy, "trunk_07")
     folder = engines_folder(bundle, "sm86")
-    names = ["trunk_07.plan", "engines.json", ".records/trunk_07.json"]
+    made = build_engines(bundle, Target.parse("sm86"))
+    plan = Path(made.entries["trunk_07"].file)
+    names = [plan.name, "engines.json", f".records/{plan.stem}.json"]
+    for name in names:
+        (folder / name).unlink()
     for name in [*names, *(f"{name}.partial" for name in names)]:
         outside = tmp_path / name.replace("/", "-")
         outside.write_text("mine")
@@ -432,16 +437,26 @@ def test_a_killed_build_resumes(built_copy):
     assert not list(built_copy.folder.glob("engines/sm86/*.partial"))
 
 
-def test_engines_json_is_written_last(built_copy, monkeypatch):
-    (built_copy.folder / "engines/sm80/trunk_00.plan").unlink()
+def test_a_build_that_stops_leaves_the_engines_that_were_there(built_copy, monkeypatch):
+    few, folder = tiny_build(built_copy, *FEW), engines_folder(built_copy, "sm80")
+    build_engines(few, SM80)
+    before = read_engines(few, "sm80")
+    run_jobs, other = build_module.run_jobs, BuildOptions(level=2)
 
-    def fail(*arguments):
+    def stop(jobs, *arguments):
+        run_jobs(jobs[:1], *arguments)
+        (folder / ".0123456789abcdef.partial").write_bytes(b"of a worker that was killed")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build_module, "run_jobs", fail)
+    monkeypatch.setattr(build_module, "run_jobs", stop)
     with pytest.raises(KeyboardInterrupt):
-        build_engines(built_copy, SM80)
-    assert built_targets(built_copy) == ()
+        build_engines(few, SM80, other)
+    assert read_engines(few, "sm80") == before
+    assert all(read_plan(few, before, segment) for segment in few.segments)
+    assert list(folder.rglob("*.partial")) == []
     monkeypatch.undo()
-    report = build_engines(built_copy, SM80)
-    assert {s.name for s in report.segments} - report.reused == {"trunk_00"}
+    report = build_engines(few, SM80, other)
+    assert len(report.reused) == 1
+    assert {path.name for path in folder.glob("*.plan")} == {
+        entry.file for entry in report.entries.values()
+    }

@@ -6,7 +6,7 @@
 //
 // Bytes per latent element with guidance and T of b bytes: read 4 (x) + 2b (u, c) + 4 per history
 // used, write 4 (next x) + 4 (history) + 2b (next input). DPM-Solver++ 2M in bf16: 24 bytes.
-// The unfused torch sequence in tools/bench/kernels.py moves 172 bytes in 17 launches.
+// The torch operations in tools/bench/kernels/cuda.py move 172 bytes in 17 launches.
 
 #include "common.cuh"
 

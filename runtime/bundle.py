@@ -10,10 +10,10 @@
     engines/<target>/               built engines (only where ``blockcache build`` ran)
     times/*.json                    measured times (only where ``blockcache check`` ran)
 
-``<content>`` is the start of a hash: what the manifest names never changes, other content has
-another name. Only ``manifest.json`` is ever replaced, by one rename, when all that it names is on
-the disk. So a folder without one is not a bundle, and a compile that stops anywhere leaves the
-bundle that was there. Loading executes no code.
+``<content>`` is the start of the content's hash. So a file that the manifest names never changes:
+other content gets another name. Only ``manifest.json`` is ever replaced, by one rename, when all
+that it names is on the disk. A folder without one is not a bundle, and a compile that stops
+anywhere leaves the bundle that was there. Loading executes no code.
 
 Everything is checked when the bundle opens, so that nothing is left for the first request
 to find out: what opens, runs. Whoever can write to the folder can still put other weights in, with
@@ -60,8 +60,8 @@ class Bundle:
 
         Args:
             folder: What ``blockcache compile`` wrote.
-            verify: False leaves the weights unread: of them, and of files that only tools read,
-                the size alone is compared. That opens a bundle of gigabytes at once; altered
+            verify: False does not read the weights, nor the files that only tools read: it
+                compares their sizes. A bundle of gigabytes then opens at once, but altered
                 weights go unnoticed.
 
         Raises:
@@ -81,7 +81,10 @@ class Bundle:
 
     @classmethod
     def of(cls, root: Path, manifest: Manifest, *, verify: bool = True) -> Bundle:
-        """A bundle as a manifest has it, after the same checks: before it is written, too."""
+        """The bundle that a manifest describes, after the same checks as in ``open``.
+
+        A compile calls it before it writes the manifest.
+        """
         check_segments(manifest.model, manifest.segments)
         graphs = {segment.name: segment.file for segment in manifest.segments}
         tables = {name: entry.file for name, entry in manifest.presets.items()}
@@ -184,7 +187,7 @@ def _manifest_bytes(root: Path) -> bytes:
         )
     try:
         with path.open("rb") as file:
-            return file.read(MOST_BYTES + 1)  # one too many is refused where it is parsed
+            return file.read(MOST_BYTES + 1)  # a longer file is refused by the parser
     except OSError as error:
         raise BundleFormatError(
             f"Expected to read {path}, got: {error.strerror}. Mend its permissions."

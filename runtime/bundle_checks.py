@@ -114,7 +114,7 @@ def check_segments(model: ModelFacts, segments: Sequence[Segment]) -> None:
 
 
 def _check_names(model: ModelFacts, segments: Sequence[Segment]) -> None:
-    """Names and files once each, blocks 0..K-1 in this order, one segment of what can be one."""
+    """Names and files stand once, blocks are 0..K-1 in this order, single roles are single."""
     for what, names in (
         ("segments", [segment.name for segment in segments]),
         ("segments", [segment.file for segment in segments]),
@@ -215,7 +215,7 @@ class _Known:
             _require(spec == wanted, where, f"the output {_shown(wanted)}", _shown(spec))
         elif segment.role == "whole":
             _require(False, where, "the output model_output alone", _shown(spec))
-        if segment.role == "time":  # offline it has all steps; in the loop one, for all images
+        if segment.role == "time":  # all steps at once offline, one row in the loop
             batched = len(spec.dims) > 1 and spec.dims[0] == _BATCH
             _require(batched, where, "rows [batch, ...]", _shown(spec))
             spec = replace(spec, dims=(_ONE, *spec.dims[1:]))

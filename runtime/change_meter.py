@@ -16,7 +16,7 @@ from blockcache.runtime.devices.tensor import Tensor
 
 
 def previous_steps(recompute: np.ndarray) -> np.ndarray:
-    """Per step and block, the step of the output in use until then; -1: none. int64 [S, K].
+    """The step at which the output before was computed, int64 [S, K]; -1 where there is none.
 
     Examples:
         >>> previous_steps(np.array([[True], [False], [True], [True]])).ravel().tolist()
@@ -43,7 +43,7 @@ class ChangeMeter:
             device: where the outputs lie.
             images: N.
             compared: bool [S, K], where a block's new output is compared with the one before.
-            outputs: the two, of a step and block.
+            outputs: gives the two outputs to compare, by step and block.
         """
         self._device, self._compared = device, compared
         steps, blocks = compared.shape
@@ -69,7 +69,7 @@ class ChangeMeter:
     def read(self) -> np.ndarray:
         """The change of a finished run, float32 [S, K, images]; NaN where none is compared.
 
-        What has become NaN or infinite is an infinite change.
+        An output with NaN or infinity counts as an infinite change.
         """
         change = self._device.download(self._result)
         change[~np.isfinite(change)] = np.inf

@@ -8,14 +8,15 @@
     monitor.report()                # at any time
 
 A schedule reuses a block while its *accumulated* change, by the profile, stays within delta
-(eq. 7). The monitor checks that premise where it can be checked without running anything more: when
-a block is recomputed, eq. 6 between the new output and the one that was in use until then. Most of
-these lie several steps apart (at delta = 0.5 nearly all), so the measured change is held against
-the profile's change summed over the same steps, which is what eq. 7 goes by. One
-step apart the two are the same quantity. Over more steps the sum is an upper bound, because changes
-may cancel (triangle inequality, as far as outputs keep their norm). So a change can be too low only
-where the two outputs lie one step apart. The bound is close: on the demo model with its calibration
-prompts a measured change is 0.91 of the sum on average, 0.63 to 1.10 over steps and blocks.
+(eq. 7). The monitor checks that premise where it costs no extra run: when a block is recomputed, it
+measures eq. 6 between the new output and the one that was in use until then.
+
+The two outputs mostly lie several steps apart (at delta = 0.5 nearly always). So the measured
+change is compared with the profile's change summed over the steps in between, as eq. 7 sums it. One
+step apart, the two are the same quantity. Over more steps the sum is an upper bound, because changes
+may cancel (triangle inequality, as far as outputs keep their norm). So only outputs one step apart
+can be reported for too low a change. The bound is close: on the demo model with its calibration
+prompts, a measured change is 0.91 of the sum on average, 0.63 to 1.10 over steps and blocks.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class Band:
     def of(
         cls, mean: np.ndarray, std: np.ndarray, recompute: np.ndarray, deviations: float
     ) -> Band:
-        """The profile's change (both [S, K]) summed from the output before to the new one."""
+        """The band around the profile's change, summed from the output before to the new one.
+
+        ``mean`` and ``std`` are the profile's, float [S, K].
+        """
         before = previous_steps(recompute)
         rows, columns = np.nonzero(recompute & (before >= 0))
         since = before[rows, columns]
@@ -125,8 +129,8 @@ class DriftMonitor:
         Args:
             window: images that a mean is taken over; nothing is judged on fewer.
             deviations: half the band's width, in the profile's standard deviations over images.
-            on_drift: called with a report by the request that makes the first mean leave its band,
-                and again only after all had returned.
+            on_drift: called with a report when a first mean leaves its band; called again only
+                after all means had returned to theirs.
 
         Raises:
             ConfigError: a window below 1 or a negative width.
@@ -168,7 +172,8 @@ class DriftMonitor:
     def add(self, change: np.ndarray) -> None:
         """Take in a request's change, float [S, K, N], NaN where it was not measured.
 
-        A session calls it after each request. A measured NaN or infinity comes as infinity.
+        A session calls it after each request. Where an output had NaN or infinity, the change is
+        infinity.
         """
         with self._lock:
             for image in np.moveaxis(change, 2, 0):

@@ -25,7 +25,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of ``path`` at the end, or vanishes where the body raises.
 
     Libraries that write to a name themselves may use the file's ``name``. A link at ``path`` is
-    replaced, its goal is left alone.
+    replaced; the file that it leads to is left alone.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
@@ -72,7 +72,8 @@ def new_folder(parent: Path) -> Iterator[Path]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """An empty folder that takes the place of ``folder`` at the end, or vanishes on an error.
 
-    A reader that comes between the two renames finds no folder: for what can be made again.
+    A reader that comes between the two renames finds no folder, so this is only for what can be
+    made again.
     """
     with new_folder(folder.parent) as fresh:
         yield fresh

@@ -171,7 +171,7 @@ class TensorSpec:
 
 
 def default_negative(name: str, values: np.ndarray) -> np.ndarray | None:
-    """A condition of guidance's unconditional half where none is given, as diffusers has it.
+    """What diffusers feeds guidance's unconditional half for a condition that is not given.
 
     Sizes (``time_ids``) and class numbers are those of the prompt. An image embedding (unCLIP's
     ``class_labels``, float [N, width]) is zeros. Prompts have no default: None.
@@ -207,7 +207,7 @@ class Segment:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Schedule:
-    """Which block is recomputed at which step (DESIGN: ``recompute[S, K]``, eq. 7).
+    """Which block is recomputed at which step: ``recompute[S, K]``, see eq. 7.
 
     ``recompute`` is indexed by step number, never by timestep: solver spacings repeat timesteps.
     Schedules compare and hash by their table.
@@ -410,7 +410,7 @@ def row_specs(model: ModelFacts, segments: Iterable[Segment]) -> tuple[TensorSpe
 
 
 def preset_name(text: str) -> str:
-    """The name of a preset that is written as one asks the compiler for it, or a name as it is.
+    """The name of a preset written as for the compiler (``dpm:20:0.5``); a name stays as it is.
 
     Examples:
         >>> preset_name("dpm:20:0.5"), preset_name("dpm-20-0.5"), preset_name("dpm-20-d0.5")

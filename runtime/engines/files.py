@@ -74,7 +74,7 @@ class EngineEntry:
     kernels: int  # launches of one execution
     scratch_bytes: int  # at the largest profile; 0 where the library did not say
     facts: Mapping[str, int] = field(default_factory=dict)  # fusions seen, see the build report
-    copied: Sequence[str] = ()  # boundary tensors that a kernel does nothing to but lay out anew
+    copied: Sequence[str] = ()  # boundary tensors that a kernel only copies to another layout
 
     def __post_init__(self) -> None:
         for name, kind in _ENTRY_TYPES.items():

@@ -24,7 +24,7 @@ from blockcache.runtime.errors import ConfigError, EngineError, MissingExtraErro
 from blockcache.runtime.plan import Segment
 
 MAX_LOADS = 8
-"""Segments that load at once at most: each takes memory for its graph while it is optimised."""
+"""How many segments may load at once: each takes memory while its graph is optimised."""
 
 
 class OrtBackend:

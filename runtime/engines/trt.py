@@ -53,8 +53,8 @@ class TrtBackend:
     """TensorRT on the current device."""
 
     loads_at_once = 1
-    """TensorRT promises that threads may deserialise side by side, but not that they may refit; and
-    its log is one a process: an error would quote another segment's messages."""
+    """One at a time: TensorRT lets threads deserialise side by side, but does not promise that they
+    may refit. Also, a process has one log, so an error could quote another segment's messages."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ def refit(
     engine: Any,
     log: list[tuple[str, str]],
 ) -> bool:
-    """Give a plan without weights, or with those of an earlier compile, the bundle's; True if so.
+    """Give the bundle's weights to a plan that has none, or an earlier compile's; True if done.
 
     Raises:
         EngineError: the library refuses the weights.

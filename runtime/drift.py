@@ -13,10 +13,11 @@ measures eq. 6 between the new output and the one that was in use until then.
 
 The two outputs mostly lie several steps apart (at delta = 0.5 nearly always). So the measured
 change is compared with the profile's change summed over the steps in between, as eq. 7 sums it. One
-step apart, the two are the same quantity. Over more steps the sum is an upper bound, because changes
-may cancel (triangle inequality, as far as outputs keep their norm). So only outputs one step apart
-can be reported for too low a change. The bound is close: on the demo model with its calibration
-prompts, a measured change is 0.91 of the sum on average, 0.63 to 1.10 over steps and blocks.
+step apart, the two are the same quantity. Over more steps the sum is an upper bound, because
+changes may cancel (triangle inequality, as far as outputs keep their norm). So only outputs one
+step apart can be reported for too low a change. The bound is close: on the demo model with its
+calibration prompts, a measured change is 0.91 of the sum on average, 0.63 to 1.10 over steps and
+blocks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The ``blockcache`` command: expected errors in one line, exit code 1, no traceback."""
+"""The ``blockcache`` command: expected errors in one line, exit code 1, no traceback.
+
+Whatever takes time to import is imported under the signal handlers, so that Ctrl-C is one line from
+the start.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import errno
 import sys
 from typing import Any
 
-from blockcache.runtime.errors import BlockCacheError, MissingExtraError
 from blockcache.tools.interrupts import Interrupted, interruptible
 
 RESUMED = ("build", "compile", "demo", "evaluate")
@@ -21,7 +24,6 @@ DISK_ERRORS = {
 }
 """What to do about an error of the disk; all others are faults of ours and keep their traceback."""
 
-
 EXPORT_PACKAGES = {
     "PIL", "accelerate", "diffusers", "filelock", "matplotlib", "ml_dtypes", "onnx", "onnx_ir",
     "onnxscript", "torch", "transformers",
@@ -33,11 +35,19 @@ def main() -> None:
     """Entry point of the ``blockcache`` script."""
     try:
         with interruptible():
-            _app()(prog_name="blockcache")
+            _run()
     except Interrupted as stop:
-        resumes = "; the same command resumes" if set(RESUMED) & set(sys.argv[1:]) else ""
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        resumes = "; the same command resumes" if command in RESUMED else ""
         print(f"interrupted{resumes}", file=sys.stderr)
         sys.exit(stop.exit_code)
+
+
+def _run() -> None:
+    from blockcache.runtime.errors import BlockCacheError, MissingExtraError
+
+    try:
+        _app()(prog_name="blockcache")
     except BlockCacheError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
@@ -61,6 +71,8 @@ def _fail(message: str) -> None:
 
 def _app() -> Any:
     """The typer application; commands import heavy libraries only when they run."""
+    from blockcache.runtime.errors import MissingExtraError
+
     try:
         import typer
     except ImportError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def app():
             pass
     return run
 cli._app = app
-sys.argv = ["blockcache", "{command}"]
+sys.argv = ["blockcache", *"{command}".split()]
 cli.main()
 """
 
@@ -33,7 +34,7 @@ cli.main()
     [
         ("SIGINT", "compile", 130, "interrupted; the same command resumes\n"),
         ("SIGTERM", "build", 143, "interrupted; the same command resumes\n"),
-        ("SIGTERM", "run", 143, "interrupted\n"),
+        ("SIGTERM", "run compile", 143, "interrupted\n"),
     ],
 )
 def test_a_signal_is_one_line_and_an_exit_code(tmp_path, name, command, code, message):
@@ -42,6 +43,17 @@ def test_a_signal_is_one_line_and_an_exit_code(tmp_path, name, command, code, me
         cwd=tmp_path, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (made.returncode, made.stdout, made.stderr) == (code, "", message)
+
+
+def test_ctrl_c_is_one_line_while_the_command_is_imported(tmp_path):
+    """numpy, which takes longest at the start, is where the signal comes."""
+    (tmp_path / "numpy.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    made = subprocess.run(
+        [sys.executable, "-m", "blockcache.tools.cli", "compile"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (made.returncode, made.stderr) == (130, "interrupted; the same command resumes\n")
 
 
 def test_handlers_are_given_back():

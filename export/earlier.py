@@ -21,7 +21,7 @@ _MUST_AGREE = {
     "precision": "of another precision",
     "blocks": "with other blocks to cache",
 }
-"""Facts of the model that a preset's tables depend on, and how a bundle that differs is called."""
+"""Facts of the model that a preset's tables depend on, and what is said of one that differs."""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def named_grid(name: str, training: np.ndarray, steps: int) -> Grid:
         return grid_of(name, interpolated(ALIGN_YOUR_STEPS[name], steps), training)
     if name not in _FORMULAS:
         known = ", ".join((AUTO, *SPACINGS, *NAMES))
-        raise ConfigError(f"Expected a grid of {known}, or a file with one; got {name!r}.")
+        raise ConfigError(f"Expected a grid of {known}; got {name!r}.")
     levels, whole = _FORMULAS[name]
     sigmas = levels(float(training[-1]), float(training[0]), steps)
     timesteps = whole(timesteps_of(sigmas, training))
@@ -93,8 +93,8 @@ def named_grid(name: str, training: np.ndarray, steps: int) -> Grid:
 def grid_of(name: str, sigmas: Sequence[float] | np.ndarray, training: np.ndarray) -> Grid:
     """A grid of levels that somebody chose, with the nearest whole timesteps.
 
-    Rounding costs nothing that can be seen in a picture, and a service that looks its timesteps up
-    finds them.
+    Whole numbers cost nothing that can be seen in a picture, and code that looks a timestep up in a
+    table finds it.
     """
     timesteps = np.round(timesteps_of(np.asarray(sigmas, np.float64), training))
     return Grid(name, _float32(sigmas), tuple(timesteps.tolist()))

@@ -50,14 +50,14 @@ MOST = math.inf
 """In place of a speed-up: the most that block caching can give."""
 
 ROUNDING = 1e-9
-"""A share of the whole that sums of the same costs in another order may differ by."""
+"""Sums of the same costs in another order may differ by this share."""
 
 
 class Needs(enum.Flag):
     """What a schedule is made from, besides steps and blocks. Nothing else is measured."""
 
     NOTHING = 0
-    CHANGE = enum.auto()  # the profile, eq. 6: of a budget it serves the drift monitor alone
+    CHANGE = enum.auto()  # the profile, eq. 6; budgets keep it for the drift monitor
     LOSSES = enum.auto()  # sensitivity and residuals
     COSTS = enum.auto()  # in proportion
     MILLISECONDS = enum.auto()  # costs of one image in this unit

@@ -22,8 +22,8 @@ def threshold(change: np.ndarray, delta: float) -> Schedule:
     ``change[a+1..s]`` is at most ``delta``; the first step at which the sum exceeds it recomputes
     the block and the sum starts again.
 
-    A larger ``delta`` recomputes no more often, at any prefix of the steps; but not at a subset of
-    them: where one recompute falls moves all later ones.
+    With a larger ``delta``, no block is recomputed more often up to any step. But the recomputes do
+    not fall on a subset of the same steps: where one moves, all later ones move.
 
     Args:
         change: float [S, K], finite, not negative.
@@ -85,7 +85,8 @@ def least_loss(loss: np.ndarray, cost: np.ndarray, spend: float) -> Schedule:
     Args:
         loss: float [K, S, S], ``loss[k, s, a]`` of the output of step a in use at step s > a; or
             [K, S, S, S], ``loss[k, s, a, b]`` with that of step b <= a computed before it, b = a
-            where there is none. Finite, not negative, and anything such, as 0, elsewhere.
+            where there is none. Finite and not negative, also in entries that stand for no
+            reuse: 0 will do there.
         cost: float [K], what one run of a block costs (FLOPs, milliseconds), more than 0.
         spend: what all runs of all blocks may cost, in the same unit.
 

@@ -1,4 +1,4 @@
-"""Build: a bundle's segments become TensorRT engines for a target (DESIGN 3.6).
+"""Build: a bundle's segments become TensorRT engines for a target.
 
 ``build_engines`` is what ``blockcache build`` runs. Engines that did not change are kept, and an
 interrupted build resumes. New engines are written beside the old ones; ``engines.json`` then lists

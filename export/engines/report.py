@@ -30,7 +30,7 @@ class Fusions:
 
     kernels: int
     counts: Mapping[str, int]
-    copied: tuple[str, ...]  # boundary tensors that a kernel does nothing to but lay out anew
+    copied: tuple[str, ...]  # boundary tensors that a kernel only copies to another layout
 
 
 def fusion_facts(segment: Segment, layers: Sequence[Layer], attentions: int) -> Fusions:

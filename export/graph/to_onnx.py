@@ -1,4 +1,4 @@
-"""Export: torch U-Net to ONNX segments that share one weights file (DESIGN 3.5).
+"""Export: torch U-Net to ONNX segments that share one weights file.
 
 ``export_segments`` runs ``torch.onnx.export`` once on the whole U-Net with prime-coded static
 shapes, then the passes align, hoist, split and symbolic. Weights are written once; everything

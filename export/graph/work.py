@@ -1,4 +1,4 @@
-"""What a graph's operations compute and move: the ground of every cost without measured engines.
+"""What a graph's operations compute and move: the basis of every cost that nobody has measured.
 
 Arithmetic is counted where it is: Conv, MatMul, Gemm; a multiply-add counts as two. Memory traffic
 depends on who runs the graph. ``Fusion.COMPILER`` counts as an engine compiler would schedule it:

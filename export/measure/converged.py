@@ -22,7 +22,7 @@ from blockcache.runtime.grid import Grid
 from blockcache.runtime.solver import SolverConfig
 
 REST = 8
-"""Steps in which an error is carried to the end where its gain is measured."""
+"""To measure a gain, an error is carried to the end in this many steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

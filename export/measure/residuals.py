@@ -1,10 +1,10 @@
 """Residuals: what is left of a reuse's error, by the step whose output is reused.
 
-A budget must know what it does to reuse a block's output not for one step but for many, and with
-the alignment that will repair it. Accumulated change (eq. 7) adds up the steps in between as if
-each moved the output in a new direction, and knows no alignment. So compile runs a few images once,
-keeps samples of every block's output at every step, and fits each later output by the earlier ones
-in closed form, as the alignment will:
+A budget must know what the image loses when a block's output is reused for many steps, after the
+alignment has repaired what it can. Accumulated change (eq. 7) does not tell: it adds up the steps
+in between as if each moved the output in a new direction, and it leaves alignment out. So compile
+runs a few images once, keeps samples of every block's output at every step, and fits each later
+output by the earlier ones in closed form, as the alignment will:
 
     ratio[k, s, a] = |C_s - estimate(C_a)| / |C_s - C_{s-1}|
 
@@ -99,7 +99,7 @@ def ratios(outputs: np.ndarray, reuse: str) -> np.ndarray:
     else:
         raise ConfigError(f"Expected a reuse of {REUSES}, got {reuse!r}.")
     change = np.sqrt(np.append(0.0, plain.diagonal(-1)))  # [S]: |C_s - C_{s-1}|
-    # Where a block hardly changes the quotient says nothing: a tenth of the mean at least.
+    # Where a block hardly changes, divide by a tenth of the mean: the quotient would say nothing.
     floor = 0.1 * change[1:].mean() if steps > 1 else 1.0
     scale = np.maximum(np.maximum(change, floor), 1e-30)
     table = np.sqrt(np.maximum(squares, 0.0)) / scale.reshape(-1, *[1] * (squares.ndim - 1))

@@ -1,9 +1,9 @@
 """Prompts to the U-Net's conditions: what the model's own diffusers pipeline would feed.
 
-The pipeline itself runs, up to the first call of its U-Net. In the places of U-Net and VAE stand
-parts with their configs and no weights; the U-Net's notes what it is called with. So everything
-that a pipeline does with a prompt is done as it does it: zeros for an empty prompt, time_ids of the
-picture's size, aesthetic scores.
+The pipeline itself runs, up to the first call of its U-Net. Its U-Net and its VAE are replaced by
+parts that have their configs but no weights; the stand-in of the U-Net notes what it is called
+with. So all that a pipeline does with a prompt is done by the pipeline: zeros for an empty prompt,
+time_ids of the picture's size, aesthetic scores.
 """
 
 from __future__ import annotations

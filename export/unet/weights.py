@@ -164,7 +164,7 @@ def load_part(
 
 
 def _refuse_incomplete(kind: Any, folder: Path, found: Mapping[str, Any], spare: bool) -> None:
-    """Raise ConfigError where the loader left a tensor as it happened to be, or one aside."""
+    """Raise ConfigError where a tensor of the part got no weights, or weights were left over."""
     faults = []
     if found["missing_keys"]:
         faults.append(f"without {_some(found['missing_keys'])}")

@@ -66,7 +66,7 @@ class Contestant:
     def take_turn(
         self, clock: Callable[[], float] = time.perf_counter
     ) -> tuple[float, RunRecord | None]:
-        """One timed call; ``first_s`` is wall time by any clock."""
+        """One timed call. The first one also sets ``first_s``, in wall time whatever the clock."""
         entered, begin = time.perf_counter(), clock()
         record = self.run()
         seconds = clock() - begin

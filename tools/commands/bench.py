@@ -44,7 +44,7 @@ def bench(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="Its source (demo, sd15, folder, hub id), for the torch ones.")
+        str, typer.Option(help="Where PyTorch gets its U-Net: demo, sd15, sdxl, folder, hub id.")
     ] = "",
     images: Annotated[int, typer.Option(help="Images in one call.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
@@ -57,10 +57,10 @@ def bench(
     out: ReportFolder = None,
     timings: Annotated[
         Path | None,
-        typer.Option(help="Write the segments' times of the first engine, for the scheduler."),
+        typer.Option(help="Write each segment's time on the first engine, for compile, estimate."),
     ] = None,
     history: Annotated[
-        Path | None, typer.Option(help="Append the main figures to a file over commits.")
+        Path | None, typer.Option(help="Append the main figures to this file, one line a run.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

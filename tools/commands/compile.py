@@ -26,9 +26,10 @@ Presets = Annotated[
         "GRID: auto (measured: nearest to a converged run), karras, exponential, beta, lu, "
         "ays-sd15, ays-sdxl, linspace, leading, trailing; none: the scheduler's own. POLICY: "
         "0.5 (threshold of eq. 7), x1.5 (speed-up; least predicted loss), ms250 (the same, in "
-        "milliseconds an image), j1.5 (as x1.5, with fewer steps too), c1.5 (least change), t1.5 "
-        "(by threshold), every3, deepcache3, smooth0.1, FILE.json; none: uncached. ALIGNMENT: "
-        "least-squares, history, distil, history-distil; none: reuse as it is."
+        "milliseconds an image), j1.5 (as x1.5, with fewer steps too), branch2 (whole branches of "
+        "the U-Net reused), c1.5 (least change), t1.5 (by threshold), every3, deepcache3, "
+        "smooth0.1, FILE.json; none: uncached. ALIGNMENT: least-squares, history, distil, "
+        "history-distil; none: reuse as it is."
     ),
 ]
 Recommended = Annotated[
@@ -59,7 +60,7 @@ Precision = Annotated[
 ]
 BudgetTimings = Annotated[
     Path | None,
-    typer.Option(help="Segment times for budgets (blockcache bench --timings); default FLOPs."),
+    typer.Option(help="Segment times that budgets count in (of bench --timings); default FLOPs."),
 ]
 BudgetGpu = Annotated[
     str | None,
@@ -82,7 +83,7 @@ def compile_bundle(
     preset: Presets = None,
     variant: Variant = None,
     recommend: Recommended = None,
-    guidance: Annotated[float, typer.Option(help="Guidance scale, as in use.")] = 5.0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale of later requests.")] = 5.0,
     target: EngineTarget = None,
     precision: Precision = None,
     history: Annotated[

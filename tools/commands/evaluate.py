@@ -24,7 +24,7 @@ ReferenceWork: TypeAlias = Annotated[
     Path | None,
     typer.Option(
         help="Demo model: the folder of 'python -m blockcache.tools.demo data', whose real "
-        "pictures are the reference. Default: the uncached run from other noise is."
+        "pictures are the reference. Default: pictures of the uncached run from other noise."
     ),
 ]
 Embeddings: TypeAlias = Annotated[

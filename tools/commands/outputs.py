@@ -1,4 +1,4 @@
-"""Where a command writes is checked before it works: no hour of drawing ends in an error."""
+"""Checks where a command will write before it starts, so that hours of work are not lost."""
 
 from __future__ import annotations
 

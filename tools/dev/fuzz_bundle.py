@@ -4,8 +4,8 @@
     python -m blockcache.tools.dev.fuzz_bundle BUNDLE --count 600 --bits
 
 Mutations run in a process of their own, so that a crash is an outcome like another. ``--bits``
-flips one bit of the manifest each time and signs nothing: every flip must be refused. Exit 1 where
-a mutation ended as none may.
+flips one bit of the manifest each time and signs nothing: every flip must be refused. The exit code
+is 1 where a mutation crashed, raised another library's error, or drew another picture unnoticed.
 """
 
 from __future__ import annotations

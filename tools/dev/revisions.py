@@ -72,7 +72,7 @@ def source_hash(revision: Revision, package: Path = PACKAGE) -> str:
 def _plain(node: Any) -> Any:
     """A syntax tree as lists, without docstrings and empty fields.
 
-    Python's own dump is another from version to version: new fields come, empty ones.
+    Python's own ``ast.dump`` differs between versions of Python, which add (empty) fields.
     """
     if isinstance(node, ast.AST):
         fields = {name: value for name, value in _fields(node) if value not in (None, [])}

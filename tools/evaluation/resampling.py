@@ -2,9 +2,9 @@
 
 Every figure is also computed on B random halves of the images, the same halves for all presets.
 The standard deviation over halves is that of the whole around the truth (the delete-half jackknife:
-a half drawn without replacement varies around the whole as the whole does, Shao & Wu 1989). A
-bootstrap with replacement would do for means, but not here: the copies of a picture count as pairs
-in KID and lower the rank in the Fréchet distance.
+a half drawn without replacement varies around the whole as the whole does, Shao & Wu 1989). We do
+not bootstrap: a picture that is drawn twice would bias KID, which counts pairs, and lower the rank
+in the Fréchet distance.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Resampled:
     value: float
     halves: np.ndarray  # float64 [B]
     grain: float = 0.0
-    """The step in which the figure counts, 1 / N for a share of images. It joins the spread (one
-    more image with a different outcome, Agresti & Min 2005): two or three images that fall on one
-    side have next to no spread of their own and are chance all the same."""
+    """The smallest step of the figure, 1 / N for a share of images. It is added to the spread, as
+    one more image with a different outcome (Agresti & Min 2005): two or three images that all fall
+    on one side have next to no spread, and may be chance all the same."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@
 
 Runs the uncached loop of the demo model, keeps every block's outputs, fits later outputs by earlier
 ones in many ways on half of the images, and prints the error on the other half, as a share of the
-error without alignment. All of it on the uncached trajectory, which flatters every way alike. Then
-denoises by the preset's schedule with alignments fitted on few and on many images, and prints the
-distance to the uncached run: whether more data would help.
+error without alignment. Outputs are those of the uncached run, which makes every way look better
+than it is in use. Then it denoises by the preset's schedule with alignments fitted on few and on
+many images, and prints the distance to the uncached run: would more data help?
 """
 
 from __future__ import annotations

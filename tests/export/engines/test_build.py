@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -460,3 +461,17 @@ def test_a_build_that_stops_leaves_the_engines_that_were_there(built_copy, monke
     assert {path.name for path in folder.glob("*.plan")} == {
         entry.file for entry in report.entries.values()
     }
+
+
+def test_a_full_disk_names_the_plan_and_leaves_the_engines_that_were_there(built_copy, monkeypatch):
+    few, folder = tiny_build(built_copy, "trunk_07"), engines_folder(built_copy, "sm80")
+    before = read_engines(few, "sm80")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/trunk_07-[0-9a-f]{12}.plan'"):
+        build_engines(few, SM80, BuildOptions(level=2))
+    assert read_engines(few, "sm80") == before
+    assert list(folder.rglob("*.partial")) == []

@@ -54,11 +54,14 @@ class Stage:
         self.done, self.total, self.reported = done, total, now
 
     def left(self, now: float) -> float | None:
-        """Seconds to the end, at the mean pace of this run; None before its first unit."""
+        """Seconds to the end, at the mean pace of this run; None before its first unit.
+
+        A unit that takes longer than those before slows the pace down while it is at work.
+        """
         made = self.done - self.first
         if made <= 0 or self.total <= 0:
             return None
-        pace = (self.heard - self.began) / made
+        pace = max((self.heard - self.began) / made, (now - self.began) / (made + 1))
         return max(0.0, pace * (self.total - self.done) - (now - self.heard))
 
     def line(self, now: float) -> str:

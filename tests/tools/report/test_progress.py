@@ -38,10 +38,18 @@ def test_units_of_an_earlier_run_took_no_time():
 def test_time_left_is_never_negative_and_ends_at_zero(done, more, seconds, later):
     stage = Stage("s", began=0.0, first=0)
     stage.hear(done, done + more, seconds)
-    assert 0 <= stage.left(seconds + later) <= stage.left(seconds)
+    assert stage.left(seconds + later) >= 0
+    assert stage.left(seconds) == pytest.approx(seconds / done * more)
     stage.hear(done + more, done + more, 2 * seconds)
     assert stage.finished
     assert stage.left(2 * seconds) == 0
+
+
+def test_a_unit_that_takes_long_is_not_almost_done():
+    stage = Stage("presets", began=0.0, first=0)
+    stage.hear(2, 10, 2.0)  # two quick ones; the third is slow
+    assert stage.left(2.0) == 8
+    assert stage.left(180.0) == 60 * 8 - 178
 
 
 def test_an_unknown_length_is_counted():

@@ -28,7 +28,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from blockcache.export.measure.calibration import Calibration
+from blockcache.export import Calibration
 from blockcache.export.measure.converged import ConvergedOptions, converged_solver
 from blockcache.export.measure.sampling import Job, Sampling
 from blockcache.runtime import Bundle, ConfigError, Preset, Session, SolverConfig

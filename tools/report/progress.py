@@ -98,7 +98,9 @@ class StageProgress:
     def __call__(self, stage: str, done: int, total: int) -> None:
         """``done`` of ``total`` units of ``stage`` are finished; a total of 0 means unknown."""
         now = time.monotonic()
-        found = self._stages.setdefault(stage, Stage(stage, now, done))
+        found = self._stages.get(stage)
+        if found is None or done < found.done:  # the same stage again, of the next preset
+            found = self._stages[stage] = Stage(stage, now, done)
         found.hear(done, total, now)
         self._view.show(found)
 
@@ -128,7 +130,7 @@ class _Bars:
             _TimeLeft(stages),
             console=console,
         )
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[str, tuple[Stage, TaskID]] = {}
 
     def start(self) -> None:
         self._progress.start()
@@ -137,11 +139,10 @@ class _Bars:
         self._progress.stop()
 
     def show(self, stage: Stage) -> None:
-        if stage.name not in self._tasks:
-            self._tasks[stage.name] = self._progress.add_task(stage.name)
-        self._progress.update(
-            self._tasks[stage.name], completed=stage.done, total=stage.total or None
-        )
+        if stage.name not in self._tasks or self._tasks[stage.name][0] is not stage:
+            self._tasks[stage.name] = (stage, self._progress.add_task(stage.name))
+        _, task = self._tasks[stage.name]
+        self._progress.update(task, completed=stage.done, total=stage.total or None)
 
 
 class _TimeLeft(ProgressColumn):
@@ -178,7 +179,9 @@ class _Lines:
         self._thread.join()
 
     def show(self, stage: Stage) -> None:
-        if stage.finished and stage.name not in self._ended:
+        if not stage.finished:
+            self._ended.discard(stage.name)
+        elif stage.name not in self._ended:
             self._ended.add(stage.name)
             self._print(stage.line(time.monotonic()))
 

@@ -106,3 +106,12 @@ def test_on_a_terminal_stages_are_bars_with_our_time_left(monkeypatch, capsys):
     with StageProgress() as progress:
         progress("profile", 1, 2)
     assert "0:12:34" in capsys.readouterr().err
+
+
+def test_a_stage_that_begins_again_is_told_from_its_own_beginning(capsys):
+    with StageProgress(seconds_a_line=60) as progress:
+        for _ in range(2):  # of two presets
+            progress("align", 0, 2)
+            progress("align", 2, 2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("align")]
+    assert lines == ["align  2/2  done in 0:00:00"] * 2

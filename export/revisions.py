@@ -42,7 +42,7 @@ class Revision:
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
         2,
-        "df70af2987db4c9f",
+        "1f5187546628561b",
         (
             *_MODEL,
             "export/graph/passes/*.py",
@@ -50,16 +50,16 @@ REVISIONS: Mapping[str, Revision] = {
             "export/graph/work.py",
         ),
     ),
-    "profile": Revision(2, "520f0fc268c709e6", (*_SAMPLING, "export/measure/change.py")),
-    "converged": Revision(2, "14dec861bdba63d5", (*_SAMPLING, "export/measure/converged.py")),
-    "sensitivity": Revision(2, "6131a241bad07e0a", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "profile": Revision(2, "9897bb0af22eee01", (*_SAMPLING, "export/measure/change.py")),
+    "converged": Revision(2, "5dab7983de2a583c", (*_SAMPLING, "export/measure/converged.py")),
+    "sensitivity": Revision(2, "82371ac58f8765e9", (*_SAMPLING, "export/measure/sensitivity.py")),
     "residuals": Revision(
         2,
-        "02a7e6fa3f807597",
+        "75f37f1e67d6d81b",
         (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
     ),
-    "alignment": Revision(2, "7cfc8d2fcc7b3b09", (*_SAMPLING, "export/align/*.py")),
-    "trial": Revision(2, "0039b04c22760e7e", (*_SAMPLING, "export/measure/trial.py")),
+    "alignment": Revision(2, "8e9aec79256223ca", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(2, "e0256ac069c9e820", (*_SAMPLING, "export/measure/trial.py")),
     "engine": Revision(
         1,
         "d664e8720cfa5f85",

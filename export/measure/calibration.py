@@ -63,7 +63,7 @@ class Calibration:
     @property
     def prompts(self) -> int:
         """P."""
-        return max(len(values) for values in self.positive.values())
+        return max((len(values) for values in self.positive.values()), default=0)
 
     @property
     def sha256(self) -> str:
@@ -106,6 +106,8 @@ def check_calibration(model: SourceModel, calibration: Calibration, guided: bool
 
     Names, widths, dtypes, class numbers and finiteness are checked; with ``guided`` in both halves.
     """
+    if calibration.prompts < 1:
+        raise ConfigError("Calibration: expected one prompt or more, got none. Encode some.")
     known = [condition.name for condition in model.conditions]
     for name in (*calibration.positive, *calibration.negative):
         if name not in known:

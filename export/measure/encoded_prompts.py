@@ -26,11 +26,23 @@ def read_encoded_prompts(path: Path) -> tuple[Conditions, Conditions]:
         The prompts' conditions by name, [P or 1, ...], and the unconditional ones, [P or 1, ...].
 
     Raises:
-        ConfigError: no such file, or one without the text encoder's output.
+        ConfigError: no such file, or one without the text encoder's output, without a prompt, or
+            with numbers that are not finite.
     """
     if not path.is_file():
         raise ConfigError(f"Expected a calibration file at {path}, found none.")
     tensors = read_tensors(path)
+    for name, values in tensors.items():
+        if values.shape[:1] in ((), (0,)):
+            raise ConfigError(
+                f"Expected {name} of one prompt or more in {path}, got the shape "
+                f"{list(values.shape)}. Encode the prompts again."
+            )
+        if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+            raise ConfigError(
+                f"Expected finite numbers as {name} in {path}, got NaN or infinity. Encode the "
+                f"prompts again, in float32."
+            )
     positive = {name: values for name, values in tensors.items() if not name.startswith(NEGATIVE)}
     negative = {
         name.removeprefix(NEGATIVE): values

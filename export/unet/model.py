@@ -242,7 +242,7 @@ def check_supported(config: Mapping[str, Any]) -> None:
     kind = config.get("_class_name", SUPPORTED_CLASS)
     if kind != SUPPORTED_CLASS:
         raise UnsupportedModelError(
-            f"Expected a {SUPPORTED_CLASS}, got a {kind}, which blockcache does not support: its "
+            f"Expected a {SUPPORTED_CLASS}, got {kind}, which blockcache does not support: its "
             f"forward differs. Supported are the text-conditioned U-Nets of Stable Diffusion 1.x, "
             f"2.x and XL."
         )

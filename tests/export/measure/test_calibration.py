@@ -113,6 +113,13 @@ def test_what_does_not_fit_is_named(fitting, kind, name, values, text):
     assert text in fault(model, changed(calibration, name, values))
 
 
+@pytest.mark.parametrize("half", [{}, {STATES: np.zeros((0, 7, 32), np.float32)}])
+def test_a_calibration_without_prompts_is_refused(fitting, half):
+    model, calibration = fitting("sd")
+    text = fault(model, Calibration(half, calibration.negative))
+    assert text == "Calibration: expected one prompt or more, got none. Encode some."
+
+
 def test_what_is_missing_is_named(fitting):
     model, calibration = fitting("sdxl")
     states = {STATES: calibration.positive[STATES]}

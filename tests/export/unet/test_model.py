@@ -65,7 +65,7 @@ def test_a_u_net_in_memory_is_checked_too(tiny_models):
 def test_another_class_is_refused_by_name(kind):
     with pytest.raises(UnsupportedModelError) as caught:
         check_supported({**PLAIN, "_class_name": kind})
-    assert str(caught.value).startswith(f"Expected a UNet2DConditionModel, got a {kind}, which")
+    assert str(caught.value).startswith(f"Expected a UNet2DConditionModel, got {kind}, which")
 
 
 def test_a_derived_class_is_refused_in_memory(tiny_models):

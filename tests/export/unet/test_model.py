@@ -74,7 +74,7 @@ def test_a_derived_class_is_refused_in_memory(tiny_models):
     class Derived(diffusers.UNet2DConditionModel):
         pass
 
-    with pytest.raises(UnsupportedModelError, match="got a Derived, which"):
+    with pytest.raises(UnsupportedModelError, match="got Derived, which"):
         describe(Derived(**tiny_models("sd").unet.config), name="derived")
 
 

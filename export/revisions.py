@@ -62,7 +62,7 @@ REVISIONS: Mapping[str, Revision] = {
     "trial": Revision(2, "e0256ac069c9e820", (*_SAMPLING, "export/measure/trial.py")),
     "engine": Revision(
         1,
-        "d664e8720cfa5f85",
+        "9757c0e782025229",
         (
             "export/engines/bfloat16_resize.py",
             "export/engines/build.py",

@@ -226,7 +226,7 @@ def _recipe(
         flags = (*flags, "REQUIRE_USER_ALLOCATION")
     return Recipe(
         segment=segment,
-        onnx=bundle.segment_path(segment).resolve(),
+        onnx=bundle.segment_path(segment).absolute(),
         library=library.name,
         capabilities=target.capabilities,
         profiles=options.shapes.profiles(bundle.model),

@@ -268,6 +268,23 @@ def test_a_build_leaves_alone_what_links_lead_to(built_copy, tmp_path):
     assert read_engines(bundle, "sm86").engines.keys() == {"trunk_07"}
 
 
+def test_a_snapshot_of_the_hub_is_built(built_copy, tmp_path):
+    """There every file is a link to the cache's blobs, where weights have another name."""
+    cache = tmp_path / "models--maker--model"
+    snapshot = cache / "snapshots" / ("0" * 40)
+    (cache / "blobs").mkdir(parents=True)
+    for name, entry in built_copy.manifest.files.items():
+        shutil.copy(built_copy.folder / name, cache / "blobs" / entry.sha256)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(cache / "blobs" / entry.sha256)
+    shutil.copy(built_copy.folder / "manifest.json", snapshot)
+    bundle = Bundle.open(snapshot)
+    build_engines(tiny_build(bundle, "trunk_07"), Target.parse("sm86"))
+    engines = read_engines(bundle, "sm86")
+    (segment,) = (s for s in bundle.segments if s.name == "trunk_07")
+    assert read_plan(bundle, engines, segment)
+
+
 @pytest.mark.parametrize("name", [".records", ".lock"])
 def test_a_link_out_of_the_bundle_where_a_build_writes_is_refused(built_copy, tmp_path, name):
     folder = engines_folder(built_copy, "sm86")

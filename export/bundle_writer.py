@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from blockcache.export.sole_writer import LOCK
 from blockcache.export.stages import RECORDS
 from blockcache.runtime.bundle_files import safe_path
 from blockcache.runtime.files import remove_partials, settle, write_bytes, write_text
@@ -23,9 +24,6 @@ from blockcache.runtime.tensor_files import preset_bytes
 
 SEGMENTS, PRESETS, PROFILES = "segments", "presets", "profiles"
 """The folders that a compile writes to; engines and times are others'."""
-
-LOCK = ".lock"
-"""Held by the one compile that may write to the bundle."""
 
 
 def check_folders(root: Path) -> None:

@@ -15,10 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from blockcache.export.bundle_writer import (
-    LOCK,
     SEGMENTS,
     check_folders,
     collect,
@@ -49,6 +46,7 @@ from blockcache.export.measurements import (
 )
 from blockcache.export.observer import Observer, unobserved
 from blockcache.export.preset_maker import PresetMaker
+from blockcache.export.sole_writer import LOCK, sole_writer
 from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import BRANCH, SourceModel
 from blockcache.export.unet.scheduler import other_kind
@@ -143,12 +141,8 @@ def compile_model(
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(folder)
     try:
-        with FileLock(folder / LOCK, timeout=0):
+        with sole_writer(folder, "compile"):
             return _compile(model, folder, options, calibration, observer)
-    except Timeout as error:
-        raise ConfigError(
-            f"Another compile is writing to {folder}. Wait for it, or choose another folder."
-        ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -62,7 +62,7 @@ REVISIONS: Mapping[str, Revision] = {
     "trial": Revision(2, "e0256ac069c9e820", (*_SAMPLING, "export/measure/trial.py")),
     "engine": Revision(
         1,
-        "9757c0e782025229",
+        "0e1964f9efd61a4f",
         (
             "export/engines/bfloat16_resize.py",
             "export/engines/build.py",

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
-from filelock import FileLock, Timeout
 
 from blockcache.export.engines.cache import EngineStore, engine_key, segment_weights
 from blockcache.export.engines.engine import BuiltEngine, Recipe
@@ -23,8 +22,8 @@ from blockcache.export.engines.report import BuildReport, fusion_facts
 from blockcache.export.engines.targets import CURRENT, Target
 from blockcache.export.engines.workers import Job, run_jobs
 from blockcache.export.observer import Observer, unobserved
+from blockcache.export.sole_writer import sole_writer
 from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.bundle_files import safe_path
 from blockcache.runtime.engines.files import (
     EngineEntry,
     EngineSet,
@@ -136,13 +135,8 @@ def build_engines(
     capabilities = _check_target(library, target, bundle.model.precision)
     folder = engines_folder(bundle, target.name)
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(safe_path(folder, ".lock"), timeout=0):
-            return _build(bundle, target, capabilities, options, library, observer)
-    except Timeout as error:
-        raise ConfigError(
-            f"Another build is writing to {folder}. Wait for it: what it finishes is kept."
-        ) from error
+    with sole_writer(folder, "build"):
+        return _build(bundle, target, capabilities, options, library, observer)
 
 
 def _check_target(library: TensorRT, target: Target, precision: str) -> tuple[str, ...]:

@@ -559,7 +559,7 @@ def test_a_second_compile_into_the_same_folder_is_refused(model, calls, tmp_path
     with FileLock(folder / ".lock"), pytest.raises(ConfigError) as caught:
         compile_model(model, folder, options("ddim:2"))
     assert str(caught.value) == (
-        f"Another compile is writing to {folder}. Wait for it, or choose another folder."
+        f"Another compile is writing to {folder}. Wait for it: what it finishes is kept."
     )
 
 

@@ -8,8 +8,8 @@ ones left; when it gets through, its result is compared with that of a run which
 After every kill the old bundle or the new one must open, no process may be left, and the command
 must have said in one line how to go on. Exit 1 where one of these failed.
 
-Moments count from when the command has set its signal handlers: before that it is Python that
-starts, and ends as every Python program does. TensorRT does not always build the same bytes from
+Kills come while the command has its signal handlers set. Before and after it is Python that starts
+or ends, and takes a signal as in every Python program; the work then has not begun, or is done. TensorRT does not always build the same bytes from
 the same graph, so of engines the keys and the names of files are compared, and every plan is
 checked against its hash.
 """
@@ -105,7 +105,8 @@ def try_kills(
     while waiting:
         moment, earlier = rng.uniform(0, work.seconds), _partials(folder)
         run = _Run.start(work.arguments, folder)
-        if run.ends_within(moment):
+        if run.ends_within(moment) or not run.is_at_work():
+            run.ends_within(PATIENCE_S)
             yield _through(work, run, moment, folder)
             folder = _copied(work.before, scratch)
         else:
@@ -158,6 +159,10 @@ class _Run:
         while process.poll() is None and not _handles(process.pid, signal.SIGTERM):
             time.sleep(0.005)
         return cls(process, mark, log)
+
+    def is_at_work(self) -> bool:
+        """Whether it still handles signals itself."""
+        return self.process.poll() is None and _handles(self.process.pid, signal.SIGTERM)
 
     def ends_within(self, seconds: float) -> bool:
         """Whether it gets through by itself in this time."""

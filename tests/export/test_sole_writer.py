@@ -54,7 +54,7 @@ def test_a_link_out_of_the_bundle_is_refused(tmp_path):
     folder.mkdir()
     outside.write_text("content")
     (folder / LOCK).symlink_to(outside)
-    with pytest.raises(BundlePathError, match=r"'\.lock' links to .*outside"):
-        with sole_writer(folder, "compile"):
-            pass
+    refused = pytest.raises(BundlePathError, match=r"'\.lock' links to .*outside")
+    with refused, sole_writer(folder, "compile"):
+        pass
     assert outside.read_text() == "content"

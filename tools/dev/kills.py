@@ -9,9 +9,9 @@ After every kill the old bundle or the new one must open, no process may be left
 must have said in one line how to go on. Exit 1 where one of these failed.
 
 Kills come while the command has its signal handlers set. Before and after it is Python that starts
-or ends, and takes a signal as in every Python program; the work then has not begun, or is done. TensorRT does not always build the same bytes from
-the same graph, so of engines the keys and the names of files are compared, and every plan is
-checked against its hash.
+or ends, and takes a signal as in every Python program; the work then has not begun, or is done.
+TensorRT does not always build the same bytes from the same graph, so of engines the keys and the
+names of files are compared, and every plan is checked against its hash.
 """
 
 from __future__ import annotations

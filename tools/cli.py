@@ -35,38 +35,36 @@ def main() -> None:
     """Entry point of the ``blockcache`` script."""
     try:
         with interruptible():
-            _run()
+            _app()(prog_name="blockcache")
     except Interrupted as stop:
         command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
         resumes = "; the same command resumes" if command in RESUMED else ""
         print(f"interrupted{resumes}", file=sys.stderr)
         sys.exit(stop.exit_code)
-
-
-def _run() -> None:
-    from blockcache.runtime.errors import BlockCacheError, MissingExtraError
-
-    try:
-        _app()(prog_name="blockcache")
-    except BlockCacheError as error:
-        _fail(str(error))
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXPORT_PACKAGES:
-            raise
-        _fail(str(MissingExtraError.of(package, "export", "This command")))
     except BrokenPipeError:
         sys.exit(1)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except Exception as error:
+        message = _explained(error)
+        if message is None:
             raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _explained(error: Exception) -> str | None:
+    """An expected error in one line; None for a fault of ours, which keeps its traceback."""
+    from blockcache.runtime.errors import BlockCacheError, MissingExtraError
+
+    if isinstance(error, BlockCacheError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        missing = package in EXPORT_PACKAGES
+        return str(MissingExtraError.of(package, "export", "This command")) if missing else None
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         place = f" at {error.filename}" if error.filename else ""
-        _fail(f"{error.strerror}{place}. {DISK_ERRORS[error.errno]}")
-
-
-def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
+        return f"{error.strerror}{place}. {DISK_ERRORS[error.errno]}"
+    return None
 
 
 def _app() -> Any:

@@ -21,19 +21,30 @@ class Interrupted(BaseException):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within it, both signals raise ``Interrupted``; a second one ends the process at once."""
+    """Within it, both signals raise ``Interrupted``; a second one ends the process at once.
+
+    Libraries may turn what comes through them into an error of their own: an extension module that
+    is being imported says "initialization failed". So whatever leaves the block after a signal is
+    ``Interrupted``.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
-    before = {number: signal.signal(number, _interrupt) for number in SIGNALS}
+    came: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:
         yield
+    except BaseException as error:
+        if came and not isinstance(error, Interrupted):
+            raise Interrupted(came[0]) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
-    raise Interrupted(number)

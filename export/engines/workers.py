@@ -7,11 +7,12 @@ outlives the build: whatever ends the parent, an exception or SIGKILL, ends its 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -81,13 +82,22 @@ def run_jobs(jobs: Sequence[Job], count: int, budget: int, finished: Finished) -
             raise
 
 
+@contextlib.contextmanager
+def _signals_of_the_terminal_held() -> Iterator[None]:
+    """Ctrl-C is delivered after the block; workers that are started in it never get one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_with(parent: int) -> None:
-    """In a worker: leave signals of the terminal to the parent, and end when the parent ends.
+    """In a worker: end when the parent ends.
 
     Linux sends SIGKILL to a process whose parent is gone (PR_SET_PDEATHSIG); the parent may have
     gone before this was asked for.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -101,7 +111,9 @@ def _run_side_by_side(
         while waiting or running:
             while (i := next_job(waiting, list(running.values()), count, budget)) is not None:
                 job = waiting.pop(i)
-                running[pool.submit(build_engine, job.recipe, job.plan)] = job
+                with _signals_of_the_terminal_held():
+                    future = pool.submit(build_engine, job.recipe, job.plan)
+                running[future] = job
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 job = running[future]

@@ -56,6 +56,21 @@ def test_ctrl_c_is_one_line_while_the_command_is_imported(tmp_path):
     assert (made.returncode, made.stderr) == (130, "interrupted; the same command resumes\n")
 
 
+@pytest.mark.parametrize("disguise", [ImportError("initialization failed"), SystemExit(1)])
+def test_a_signal_that_a_library_turns_into_an_error_of_its_own_stays_one(disguise):
+    def library():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Interrupted:
+            raise disguise from None
+
+    with pytest.raises(Interrupted) as stop, interruptible():
+        library()
+    assert stop.value.exit_code == 143
+    with pytest.raises(type(disguise)), interruptible():
+        raise disguise  # without a signal it is what it says
+
+
 def test_handlers_are_given_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Interrupted) as stop, interruptible():

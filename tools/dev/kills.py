@@ -155,6 +155,7 @@ class _Run:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=output,
+                start_new_session=True,
             )
         while process.poll() is None and not _handles(process.pid, signal.SIGTERM):
             time.sleep(0.005)
@@ -173,8 +174,14 @@ class _Run:
         return True
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal and wait for the end."""
-        self.process.send_signal(number)
+        """Send a signal as it comes in life, and wait for the end.
+
+        Ctrl-C goes to all processes of the terminal's group; other signals go to one.
+        """
+        if number is signal.SIGINT:
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
         if not self.ends_within(PATIENCE_S):
             self.process.kill()
             self.process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("onnx_ir")
+if sys.platform != "linux":
+    pytest.skip("parent-death signals and /proc are Linux'", allow_module_level=True)
 
 SLOW = """
 import os, time
@@ -53,26 +56,45 @@ def until(condition, seconds=60):
         time.sleep(0.05)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux'")
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
-)
-def test_no_worker_outlives_a_build(tmp_path, number, code):
+@pytest.fixture
+def build(tmp_path):
+    """A build at work in a session of its own: the process, and the numbers of its two workers."""
     pids = tmp_path / "pids"
     pids.mkdir()
     (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "parent.py").write_text(PARENT)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     parent = subprocess.Popen(
-        [sys.executable, tmp_path / "parent.py", pids], env=environment, cwd=tmp_path,
-        stderr=subprocess.PIPE, text=True,
+        [sys.executable, tmp_path / "parent.py", pids],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     until(lambda: len(list(pids.iterdir())) == 2 or parent.poll() is not None)
     workers = [int(path.name) for path in pids.iterdir()]
     assert len(workers) == 2
     assert all(alive(pid) for pid in workers)
+    yield parent, workers
+    parent.kill()
+    parent.communicate()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
+)
+def test_no_worker_outlives_a_build(build, number, code):
+    parent, workers = build
     parent.send_signal(number)
     assert parent.wait(30) == code
     until(lambda: not any(alive(pid) for pid in workers), seconds=10)
     assert "Traceback" not in parent.stderr.read()
+
+
+def test_ctrl_c_is_the_parents_alone(build):
+    """A terminal sends it to every process of the group; a worker that starts would say so."""
+    parent, workers = build
+    for pid in workers:
+        blocked = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        assert int(blocked[1], 16) >> (signal.SIGINT - 1) & 1
+    os.killpg(parent.pid, signal.SIGINT)
+    assert parent.wait(30) == 130
+    assert parent.stderr.read() == ""

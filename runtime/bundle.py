@@ -136,8 +136,8 @@ class Bundle:
         Raises:
             UnknownPresetError: there is none of this name; the error lists those there are.
         """
-        name = self.recommended if name is None else name
-        known = name if name in self.presets else preset_name(name)
+        text = self.recommended if name is None else str(name)
+        known = text if text in self.presets else preset_name(text)
         if known not in self.presets:
             raise UnknownPresetError(
                 f"Expected a preset of {list(self.preset_names)}, got {name!r}. Add one with "

@@ -29,13 +29,24 @@ import numpy as np
 import typer
 
 from blockcache.export import Calibration
+from blockcache.export.graph.time_tables import time_tables
 from blockcache.export.measure.converged import ConvergedOptions, converged_solver
 from blockcache.export.measure.sampling import Job, Sampling
-from blockcache.runtime import Bundle, ConfigError, Preset, Session, SolverConfig
+from blockcache.runtime import (
+    Alignment,
+    Bundle,
+    ConfigError,
+    Preset,
+    Provenance,
+    Schedule,
+    Session,
+    SolverConfig,
+)
 from blockcache.runtime.engines.ort import OrtBackend
 from blockcache.runtime.files import write_bytes, write_text
 from blockcache.runtime.plan import LOOP_ROLES
 from blockcache.runtime.run_table import flops_run
+from blockcache.runtime.solver import solver_tables
 from blockcache.runtime.tensor_files import preset_bytes
 from blockcache.tools.demo.concepts import caption
 from blockcache.tools.demo.prompts import STYLES
@@ -88,10 +99,10 @@ def main(
     if len(guidance) != 1:
         raise ConfigError(f"Expected presets of one guidance scale, got {sorted(guidance)}.")
     first = next(iter(opened.presets.values()))
-    solver = converged_solver(SolverConfig.from_json(first.solver), ConvergedOptions().levels)
-    sampling = Sampling(model, solver, prompts, first.guidance_scale)
+    sampling = Sampling(model, SolverConfig.from_json(first.solver), prompts, first.guidance_scale)
+    fine = converged_preset(opened, first)
     with StageProgress() as progress:
-        converged = draw.once("converged", solver.to_json(), lambda: draw.reference(sampling))
+        converged = draw.once(fine.name, digest(fine), lambda: draw.preset(fine, sampling))
         rows = []
         for done, preset in enumerate(opened.presets.values()):
             progress("presets", done, len(opened.presets))
@@ -119,15 +130,6 @@ class _Draw:
             self._work.mkdir(parents=True, exist_ok=True)
             write_bytes(file, _npy(latents))
         return np.asarray(np.load(file, allow_pickle=False))
-
-    def reference(self, sampling: Sampling) -> np.ndarray:
-        """By PyTorch, uncached."""
-        drawn = []
-        with sampling.cached_unet() as cached:
-            for jobs in self._batches():
-                denoiser, noise = sampling.begin(cached, jobs)
-                drawn.append(denoiser.denoise(noise, sampling.uncached).numpy())
-        return np.concatenate(drawn)
 
     def preset(self, preset: Preset, sampling: Sampling) -> np.ndarray:
         """By the runtime, from the same noise."""
@@ -162,6 +164,22 @@ def _row(bundle: Bundle, preset: Preset, draw: _Draw, sampling: Sampling, far: n
         cached=cached,
         to_converged=distances(latents, far),
         to_uncached=None if reference is None else distances(latents, reference),
+    )
+
+
+def converged_preset(bundle: Bundle, like: Preset) -> Preset:
+    """The uncached run on a grid so fine that more steps change nothing."""
+    solver = converged_solver(SolverConfig.from_json(like.solver), ConvergedOptions().levels)
+    tables = solver_tables(solver)
+    channels = tuple(block.channels for block in bundle.model.blocks)
+    return dataclasses.replace(
+        like,
+        name="converged",
+        solver=solver.to_json(),
+        schedule=Schedule.uncached(solver.steps, len(channels)),
+        alignment=Alignment.identity(solver.steps, channels, like.alignment.outputs),
+        time_tables=time_tables(bundle.segments, bundle.folder, tables.timesteps),
+        provenance=Provenance(kind="uncached"),
     )
 
 

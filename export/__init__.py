@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from blockcache.export.measure.calibration import encode_prompts as encode_prompts
     from blockcache.export.measure.calibration import read_calibration as read_calibration
     from blockcache.export.measure.change import ProfileOptions as ProfileOptions
+    from blockcache.export.measure.converged import ConvergedOptions as ConvergedOptions
     from blockcache.export.measure.residuals import ResidualOptions as ResidualOptions
     from blockcache.export.measure.sensitivity import SensitivityOptions as SensitivityOptions
     from blockcache.export.measure.trial import TrialOptions as TrialOptions
@@ -55,6 +56,7 @@ _HOMES = {
     "CalibrationOptions": "measurements",
     "CompileOptions": "pipeline",
     "Compiled": "pipeline",
+    "ConvergedOptions": "measure.converged",
     "DistillationOptions": "align.distil",
     "ExportOptions": "graph.to_onnx",
     "Observer": "observer",

@@ -29,9 +29,9 @@ def save_grid(rows: Sequence[tuple[str, np.ndarray]], columns: Sequence[str], fi
         file: PNG.
     """
     count = len(columns)
-    figure, axes = pyplot().subplots(
-        len(rows), count, figsize=(1.55 * count + 2.4, 1.75 * len(rows) + 0.3), squeeze=False
-    )
+    height, width = rows[0][1].shape[1:3]
+    size = (1.55 * count * width / height + 2.4, 1.75 * len(rows) + 0.3)
+    figure, axes = pyplot().subplots(len(rows), count, figsize=size, squeeze=False)
     for row, (caption, pictures) in enumerate(rows):
         for column in range(count):
             cell = axes[row][column]
@@ -47,6 +47,16 @@ def save_grid(rows: Sequence[tuple[str, np.ndarray]], columns: Sequence[str], fi
         )
     figure.tight_layout()
     save_figure(figure, file)
+
+
+def beside_differences(pictures: np.ndarray, reference: np.ndarray, gain: float) -> np.ndarray:
+    """Each picture, and right of it how far it is from another one: uint8 [N, H, 2 W, 3].
+
+    White is no difference; a mean difference of the channels by 255 / ``gain`` or more is black.
+    """
+    apart = np.abs(pictures.astype(np.float64) - reference).mean(axis=3, keepdims=True)
+    shade = (255 - gain * apart).clip(0, 255).astype(np.uint8)
+    return np.concatenate([pictures, np.repeat(shade, 3, axis=3)], axis=2)
 
 
 def _save_image(image: Any, file: Path) -> None:

@@ -50,6 +50,7 @@ from blockcache.runtime.solver import solver_tables
 from blockcache.runtime.tensor_files import preset_bytes
 from blockcache.tools.demo.concepts import caption
 from blockcache.tools.demo.prompts import STYLES
+from blockcache.tools.evaluation.quality import relative_distance
 from blockcache.tools.report.errors import one_line_errors
 from blockcache.tools.report.progress import StageProgress
 from blockcache.tools.report.tables import markdown_table
@@ -162,8 +163,8 @@ def _row(bundle: Bundle, preset: Preset, draw: _Draw, sampling: Sampling, far: n
         steps=preset.schedule.steps,
         cost=float(flops_run(bundle.segments, preset.schedule).sum()) / once,
         cached=cached,
-        to_converged=distances(latents, far),
-        to_uncached=None if reference is None else distances(latents, reference),
+        to_converged=relative_distance(latents, far),
+        to_uncached=None if reference is None else relative_distance(latents, reference),
     )
 
 
@@ -186,12 +187,6 @@ def converged_preset(bundle: Bundle, like: Preset) -> Preset:
 def digest(preset: Preset) -> str:
     """Of everything that decides what a preset draws."""
     return hashlib.sha256(preset_bytes(preset) + json.dumps(preset.solver).encode()).hexdigest()
-
-
-def distances(latents: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Relative L2 distance of every image: float64 [N]."""
-    ours, theirs = (x.reshape(len(x), -1).astype(np.float64) for x in (latents, reference))
-    return np.asarray(np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1))
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -21,6 +21,9 @@ SETTINGS = {
     "TQDM_DISABLE": "1",
 }
 """Environment variables that transformers, diffusers, huggingface_hub and tqdm read on import."""
+
+SPEAKING_ALONE = ("transformers", "diffusers", "huggingface_hub")
+"""Libraries whose loggers, once imported, have a handler of their own and hand nothing on."""
 
 _ROOT = Path(__file__).resolve().parents[1]
 OWN = tuple(_ROOT / room for room in ("export", "runtime", "kernels", "tools"))
@@ -48,7 +51,7 @@ def diverted(log: Path | None = None) -> Iterator[None]:
     root, own = logging.getLogger(), logging.getLogger("blockcache")
     root.addHandler(others)
     own.addHandler(ours)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _heard_by_all(SPEAKING_ALONE):
         warnings.showwarning = _show_warning
         try:
             yield
@@ -56,6 +59,20 @@ def diverted(log: Path | None = None) -> Iterator[None]:
             root.removeHandler(others)
             own.removeHandler(ours)
             others.close()
+
+
+@contextmanager
+def _heard_by_all(names: Sequence[str]) -> Iterator[None]:
+    """Loggers that write to stderr by themselves hand their messages on instead."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [], True
+    try:
+        yield
+    finally:
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
 
 
 class _Lines(logging.Handler):

@@ -2,9 +2,9 @@
 
 A cut d lies before a concatenation of the up path; its *branch* is everything below it. A step that
 reuses cut d runs the stages above the cut on kept output T_d, and skips the rest: cut 0 skips most.
-The branches are nested, so that one number per step says it all: the cut that is reused, or D for
-none. A step that reuses cut d computes the outputs of all shallower cuts anew, the step that
-computes everything all of them.
+The branches are nested, so one number a step says it all: the cut that is reused, or D for none. A
+step that reuses cut d computes the outputs of all shallower cuts anew. A step that reuses none
+computes the outputs of all cuts.
 
 The search keeps, step by step, the best partial schedules of every cost (a beam). A partial
 schedule is judged by its loss so far; of several that will reuse the same outputs later, the one

@@ -36,6 +36,22 @@ def test_a_log_file_holds_what_the_others_said(tmp_path, capsys):
     assert "drifts" in capsys.readouterr().err
 
 
+def test_a_library_that_writes_by_itself_is_diverted_too(tmp_path, capsys):
+    """As transformers does once it is imported."""
+    library = logging.getLogger("transformers")
+    handler = logging.StreamHandler()
+    before = (library.handlers, library.propagate)
+    library.handlers, library.propagate = [handler], False
+    try:
+        with diverted(tmp_path / "log.txt"):
+            speak()
+        assert (library.handlers, library.propagate) == ([handler], False)
+    finally:
+        library.handlers, library.propagate = before
+    assert "torchvision is not there" in (tmp_path / "log.txt").read_text()
+    assert "torchvision" not in capsys.readouterr().err
+
+
 def test_everything_is_put_back():
     root, own, show = logging.getLogger(), logging.getLogger("blockcache"), warnings.showwarning
     before = list(root.handlers), list(own.handlers)

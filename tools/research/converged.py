@@ -28,9 +28,9 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from blockcache.export import Calibration
+from blockcache.export import Calibration, ConvergedOptions
 from blockcache.export.graph.time_tables import time_tables
-from blockcache.export.measure.converged import ConvergedOptions, converged_solver
+from blockcache.export.measure.converged import converged_solver
 from blockcache.export.measure.sampling import Job, Sampling
 from blockcache.runtime import (
     Alignment,

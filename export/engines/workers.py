@@ -12,6 +12,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -83,13 +84,26 @@ def run_jobs(jobs: Sequence[Job], count: int, budget: int, finished: Finished) -
 
 
 @contextlib.contextmanager
-def _signals_of_the_terminal_held() -> Iterator[None]:
-    """Ctrl-C is delivered after the block; workers that are started in it never get one."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_held() -> Iterator[None]:
+    """What interrupts comes after the block; workers that are started in it never get a Ctrl-C.
+
+    A worker whose start is interrupted prints a traceback. Workers inherit what this thread blocks;
+    but a blocked signal still reaches the process's other threads, and Python's handler then runs
+    in the main thread. So both are held.
+    """
+    came: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    handlers = {n: signal.signal(n, lambda number, frame: came.append(number)) for n in numbers}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for held in came[:1]:
+            signal.raise_signal(held)
 
 
 def _end_with(parent: int) -> None:
@@ -111,7 +125,7 @@ def _run_side_by_side(
         while waiting or running:
             while (i := next_job(waiting, list(running.values()), count, budget)) is not None:
                 job = waiting.pop(i)
-                with _signals_of_the_terminal_held():
+                with _signals_held():
                     future = pool.submit(build_engine, job.recipe, job.plan)
                 running[future] = job
             done, _ = wait(running, return_when=FIRST_COMPLETED)

@@ -198,7 +198,9 @@ class _Run:
             faults.append(f"exit code {status} instead of {wanted}: {last}")
         if not through and number is not signal.SIGKILL and last != MESSAGE:
             faults.append(f"last words {last!r}")
-        faults += [f"said {word}" for word in ("Traceback", "Exception ignored") if word in said]
+        if number is not signal.SIGKILL:  # of a worker that was just starting
+            noise = ("Traceback", "Exception ignored")
+            faults += [f"said {word}" for word in noise if word in said]
         left = self._left()
         if left:
             faults.append(f"left running: {left}")

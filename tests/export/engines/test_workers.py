@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import pytest
 pytest.importorskip("onnx_ir")
 if sys.platform != "linux":
     pytest.skip("parent-death signals and /proc are Linux'", allow_module_level=True)
+
+from blockcache.export.engines import workers
+from blockcache.tools.interrupts import Interrupted, interruptible
 
 SLOW = """
 import os, time
@@ -98,3 +102,29 @@ def test_ctrl_c_is_the_parents_alone(build):
     os.killpg(parent.pid, signal.SIGINT)
     assert parent.wait(30) == 130
     assert parent.stderr.read() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_signal_while_a_worker_starts_comes_afterwards(number, elsewhere):
+    """Also where another thread of the process gets it."""
+    begin, done = threading.Event(), []
+
+    def send():
+        begin.wait()
+        signal.raise_signal(number)
+
+    def start():
+        with workers._signals_held():
+            begin.set()
+            thread.join()
+            if not elsewhere:
+                signal.raise_signal(number)
+            done.append("started")
+        done.append("went on")
+
+    thread = threading.Thread(target=send if elsewhere else begin.wait)
+    thread.start()
+    with pytest.raises(Interrupted) as stop, interruptible():
+        start()
+    assert (stop.value.exit_code, done) == (128 + number, ["started"])

@@ -221,11 +221,23 @@ def without_doors(graph):
     return {name: graph[name] & inside for name in inside}
 
 
-@pytest.mark.parametrize("room", ["runtime", "kernels"])
+@pytest.mark.parametrize("room", ROOMS)
 def test_imports_of_a_room_form_no_circle(room):
     graph = without_doors(import_graph(ROOT, room))
     assert circle(graph) == []
-    assert circle(by_folder(graph)) == []
+    if room != "tools":  # its folders have a test of their own, below
+        assert circle(by_folder(graph)) == []
+
+
+EXPORT_FLOORS = ("pipeline", "preset_maker", "measurements", "align", "choose", "measure", "unet")
+"""From the order of the stages down to the model: none imports one that stands before it."""
+
+
+def test_the_stages_of_export_lie_in_order():
+    folders = by_folder(without_doors(import_graph(ROOT, "export")))
+    for place, name in enumerate(EXPORT_FLOORS):
+        above = {f"export.{other}" for other in EXPORT_FLOORS[:place]}
+        assert not folders[f"export.{name}"] & above, name
 
 
 RUNTIME_FLOORS = ("runtime.session", "runtime.program", "runtime.engines", "runtime.devices")

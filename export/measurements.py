@@ -130,7 +130,7 @@ class Measurements:
             raise ConfigError(
                 f"Preset {preset.name!r}: a budget with history looks at all pairs of earlier "
                 f"steps, {pairs:.2g} numbers for {preset.steps} steps. Take fewer steps, "
-                f"another policy (t1.5, c1.5), or the alignment least-squares."
+                f"another policy (t1.5, c1.5), or the alignment scale-shift."
             )
 
     def solver(self, preset: PresetOptions) -> SolverConfig:

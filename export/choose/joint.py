@@ -21,7 +21,7 @@ from blockcache.runtime.errors import ConfigError
 
 MOST_CANDIDATES = 5
 NEGLIGIBLE = 1e-3  # a speed-up by less than this is none
-UNTRAINED = {"distil": "least-squares", "history-distil": "history"}
+UNTRAINED = {"distil": "scale-shift", "history-distil": "history"}
 """What stands for a distilled alignment in a trial: only the winner is trained."""
 
 

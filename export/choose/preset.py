@@ -15,7 +15,7 @@ from blockcache.export.measure.reuse import HISTORY, PLAIN, SCALE_SHIFT
 from blockcache.runtime.errors import ConfigError
 
 SOLVERS = ("dpm", "ddim", "euler")
-ALIGNMENTS = {"none": 1, "least-squares": 1, "distil": 1, "history": 2, "history-distil": 2}
+ALIGNMENTS = {"none": 1, "scale-shift": 1, "distil": 1, "history": 2, "history-distil": 2}
 """Ways to align reused outputs, and how many computed outputs of a block they combine."""
 
 GRIDS = (grids.AUTO, *grids.SPACINGS, *grids.NAMES)

@@ -252,15 +252,15 @@ def test_a_budget_with_history_over_500_steps_is_refused_at_once(model, calibrat
     assert str(caught.value) == (
         f"Preset 'ddim-500-x1.5-history': a budget with history looks at all pairs of earlier "
         f"steps, {len(model.blocks) * 500**3:.2g} numbers for 500 steps. Take fewer steps, "
-        f"another policy (t1.5, c1.5), or the alignment least-squares."
+        f"another policy (t1.5, c1.5), or the alignment scale-shift."
     )
 
 
 def test_presets_share_measurements_but_not_fits(made, model, calibration, calls, copy):
-    wanted = [BUDGET, "dpm:4:x1.2:history", "dpm:4:c1.1", "dpm:4:0.5", "dpm:4:every2:least-squares"]
+    wanted = [BUDGET, "dpm:4:x1.2:history", "dpm:4:c1.1", "dpm:4:0.5", "dpm:4:every2:scale-shift"]
     bundle = compile_model(model, copy, options(*wanted), calibration).bundle
     assert calls == ["fit_alignment", "fit_alignment"]
-    plain = bundle.preset("dpm-4-every2-least-squares").alignment
+    plain = bundle.preset("dpm-4-every2-scale-shift").alignment
     assert plain.outputs == 2, "the segments combine two"
     assert not any(table[:, 1].any() for table in plain.tables)
     assert any((table[:, 0] != 1).any() for table in plain.tables)
@@ -330,7 +330,7 @@ def test_a_preset_that_reuses_nothing_is_not_fitted(made, model, calibration, ca
 # -- refusals --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["ddim:2:x1.5", "ddim:2:every2:least-squares"])
+@pytest.mark.parametrize("text", ["ddim:2:x1.5", "ddim:2:every2:scale-shift"])
 def test_prompts_are_asked_for_before_any_work(model, calls, tmp_path, text):
     calls.clear()
     with pytest.raises(ConfigError, match=r"is made from measurements and needs prompts"):

@@ -94,7 +94,7 @@ def _measured(name: str, out: Path, bundle: Path, gpu: str, bench: tuple[str, ..
     """Build, check, time and predict one bundle."""
     folder, timings = out / f"{name}-bench", out / f"{name}-timings.json"
     engines = ("--target", "current", "--whole", "--jobs", "4", "--memory-gb", "40")
-    written = ("--out", str(folder), "--timings", str(timings), "--history", f"{out}/history.jsonl")
+    written = ("--out", str(folder), "--timings", str(timings), "--append", f"{out}/history.jsonl")
     found = [
         _blockcache(f"{name}-build", 90, "build", str(bundle), *engines),
         _blockcache(f"{name}-check", 60, "check", str(bundle), "--json"),

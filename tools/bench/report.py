@@ -113,7 +113,7 @@ def _bar(row: Row) -> Bar:
     )
 
 
-def append_history(file: Path, report: LatencyReport) -> None:
+def append_figures(file: Path, report: LatencyReport) -> None:
     """Add one line of JSON: the figures to watch from commit to commit."""
     line = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),

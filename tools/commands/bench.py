@@ -59,7 +59,7 @@ def bench(
         Path | None,
         typer.Option(help="Write each segment's time on the first engine, for compile, estimate."),
     ] = None,
-    history: Annotated[
+    append: Annotated[
         Path | None, typer.Option(help="Append the main figures to this file, one line a run.")
     ] = None,
     as_json: AsJson = False,
@@ -90,7 +90,7 @@ def bench(
     if out is not None:
         check_plots()
         check_folder(out)
-    for file in (timings, history):
+    for file in (timings, append):
         if file is not None:
             check_file(file)
     opened = Bundle.open(bundle)
@@ -101,23 +101,23 @@ def bench(
     with StageProgress() as progress:
         report = measure_latency(opened, options, progress, other)
     print(report_json(report) if as_json else report_text(report))
-    _write(report, out, timings, history)
+    _write(report, out, timings, append)
 
 
 def _write(
-    report: LatencyReport, out: Path | None, timings: Path | None, history: Path | None
+    report: LatencyReport, out: Path | None, timings: Path | None, append: Path | None
 ) -> None:
     """The files that were asked for."""
     from blockcache.export.costs.timings import write_timings
     from blockcache.tools.bench.latency import own_timings
-    from blockcache.tools.bench.report import append_history, write_report
+    from blockcache.tools.bench.report import append_figures, write_report
 
     if out is not None:
         write_report(report, out)
-    if history is not None:
-        append_history(history, report)
+    if append is not None:
+        append_figures(append, report)
     if timings is not None:  # the last one: it may find nothing to write
         write_timings(timings, own_timings(report))
-    for written in (out, history, timings):
+    for written in (out, append, timings):
         if written is not None:
             print(f"wrote {written}", file=sys.stderr)

@@ -28,7 +28,7 @@ Presets = Annotated[
         "0.5 (threshold of eq. 7), x1.5 (speed-up; least predicted loss), ms250 (the same, in "
         "milliseconds an image), j1.5 (as x1.5, with fewer steps too), branch2 (whole branches of "
         "the U-Net reused), c1.5 (least change), t1.5 (by threshold), every3, deepcache3, "
-        "smooth0.1, FILE.json; none: uncached. ALIGNMENT: least-squares, history, distil, "
+        "smooth0.1, FILE.json; none: uncached. ALIGNMENT: scale-shift, history, distil, "
         "history-distil; none: reuse as it is."
     ),
 ]

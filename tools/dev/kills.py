@@ -307,7 +307,7 @@ def make_works(scratch: Path) -> list[Work]:
         *("--calibration", str(calibration), "--profile-prompts", "1", "--profile-seeds", "1"),
         *("--align-images", "2", "--precision", "bfloat16"),
     )
-    presets = ("--preset", "dpm:3", "--preset", "dpm:3:0.5:least-squares")
+    presets = ("--preset", "dpm:3", "--preset", "dpm:3:0.5:scale-shift")
     old, new = (("compile", *measured, *presets, str(model), "{folder}") for model in models)
     level = ("build", "--target", TARGET, "--jobs", "2", "--level")
     compiled = _uninterrupted(old, None, scratch / "old")

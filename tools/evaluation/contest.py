@@ -27,7 +27,6 @@ KINDS = {
 }
 """Names for policies whose kind does not say what they do."""
 ALIGNMENTS = {
-    "least-squares": "scale-shift",
     "distil": "scale-shift, distilled",
     "history-distil": "history, distilled",
 }

@@ -96,7 +96,7 @@ def test_only_the_winner_would_be_trained():
     tried = candidates(preset(20, 1.5, "history-distil"), COSTS)
     assert {made.alignment for made in tried} <= {"history", "none"}
     assert {made.alignment for made in candidates(preset(20, 1.5, "distil"), COSTS)} <= {
-        "least-squares", "none",
+        "scale-shift", "none",
     }  # fmt: skip
 
 

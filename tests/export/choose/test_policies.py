@@ -17,6 +17,7 @@ from blockcache.export.choose.policies import (
     KINDS,
     MOST,
     UNCACHED,
+    Branches,
     Budget,
     ChangeBudget,
     DeepCache,
@@ -34,14 +35,15 @@ from blockcache.export.choose.policies import (
     predicted_loss,
 )
 from blockcache.export.choose.schedule import budget, least_loss, threshold
-from blockcache.export.costs.costs import Costs
-from blockcache.runtime import ConfigError, Provenance
+from blockcache.export.costs.costs import BranchCost, Costs
+from blockcache.runtime import ConfigError, Provenance, Schedule
 
 TABLE = {
     "0.5": Threshold(0.5),
     "d0.5": Threshold(0.5),
     "t1.5": ThresholdSpeedup(1.5),
     "x1.5": Budget(1.5),
+    "branch2": Branches(2),
     "ms250": Latency(250),
     "j1.5": Joint(1.5),
     "c1.5": ChangeBudget(1.5),
@@ -366,3 +368,32 @@ def test_a_latency_out_of_reach_says_what_is_within():
 def test_a_joint_policy_has_no_schedule_of_its_own():
     with pytest.raises(TypeError, match="candidates, each with a schedule of its own"):
         Joint(1.5).schedule(FACTS)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_branches_are_planned_within_the_speedup_and_their_loss_is_counted(outputs):
+    """Three blocks lie in two branches: the deeper one holds one block and half of the trunk."""
+    branches = (
+        BranchCost(trunk=2.5, inside=np.array([True, True, False])),
+        BranchCost(trunk=1.5, inside=np.array([False, True, False])),
+    )
+    costs = Costs(np.array([1.5, 4.0, 2.0]), trunk=3.0, prompt=1.0, branches=branches)
+    assert costs.by_cut.tolist() == [2.5, 5.0, 10.5]
+    shape = (2, 8, 8, 8)[: 2 + outputs]
+    evidence = Evidence(
+        steps=8,
+        paths=["a", "b"],
+        costs=costs,
+        sensitivity=np.full((8, 2), 0.1),
+        gains=np.ones(8),
+        residuals=np.ones(shape),
+    )
+    schedule = Branches(1.5).schedule(evidence)
+    blocks = np.ones((8, 3), np.bool_)
+    whole = Schedule(np.concatenate([blocks, schedule.recompute], axis=1))
+    assert costs.speedup(whole) >= 1.5
+    assert costs.blocks_share(whole) < 1
+    reuses = (~schedule.recompute).any(1).sum()
+    assert Branches(1.5).loss(evidence, schedule) >= 0.1 * reuses - 1e-9
+    with pytest.raises(ConfigError, match=r"A speed-up of 5.2.* is out of reach with 8 steps"):
+        Branches(5).check_costs(8, costs)

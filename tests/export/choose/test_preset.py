@@ -110,7 +110,7 @@ REFUSED = {
     "dpm:0": "Expected 1 to 1000 steps, got 0.",
     "dpm:1001": "Expected 1 to 1000 steps, got 1001.",
     "dpm-1000000000": "Expected 1 to 1000 steps, got 1000000000.",
-    "dpm:20:0.5:1": "Expected an alignment of none, least-squares, distil, history, "
+    "dpm:20:0.5:1": "Expected an alignment of none, scale-shift, distil, history, "
     "history-distil, got '1'.",
     "dpm:20:ms0": "Expected a number of milliseconds above 0, got 0.",
     "dpm:20::history": "Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), xmax "
@@ -143,7 +143,7 @@ CALIBRATED = {
     "dpm:20:x1.5": True,
     "dpm:20:c1.5": True,
     "dpm:20:smooth0.1": True,
-    "dpm:20:every3:least-squares": True,
+    "dpm:20:every3:scale-shift": True,
 }
 
 

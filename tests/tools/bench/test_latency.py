@@ -31,7 +31,7 @@ from blockcache.runtime.solver import solver_tables
 from blockcache.tools.bench import torch_loop
 from blockcache.tools.bench.contestants import Contestant, Entry, Lineup
 from blockcache.tools.bench.latency import BenchOptions, measure_latency, own_timings
-from blockcache.tools.bench.report import append_history, report_text
+from blockcache.tools.bench.report import append_figures, report_text
 from blockcache.tools.bench.segment_times import device_ms
 from blockcache.tools.bench.sessions import (
     base_of,
@@ -390,8 +390,8 @@ def test_the_report_reads_as_markdown(report):
 
 def test_the_history_grows_by_a_line_a_run(report, tmp_path):
     file = tmp_path / "results" / "history.jsonl"
-    append_history(file, report)
-    append_history(file, report)
+    append_figures(file, report)
+    append_figures(file, report)
     first, second = (json.loads(line) for line in file.read_text().splitlines())
     assert first == second
     assert (first["rounds"], first["warm_up"], first["cpu_time"]) == (2, True, False)

@@ -132,7 +132,7 @@ def test_alignments_stand_side_by_side_for_one_schedule(preset_of, presets_only)
             preset_of("dpm-3", 3),
             preset_of("a", 4, HALF, kind="threshold", value=0.5),
             preset_of("a-history", 4, HALF, kind="threshold", value=0.5, alignment="history"),
-            preset_of("b-ls", 4, last, kind="budget", value=1.1, alignment="least-squares"),
+            preset_of("b-ls", 4, last, kind="budget", value=1.1, alignment="scale-shift"),
         ]
     )
     (group,) = make_groups(bundle)

@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from blockcache.tools import interrupts
 from blockcache.tools.interrupts import Interrupted, interruptible
 
 COMMAND = """
@@ -69,6 +71,66 @@ def test_a_signal_that_a_library_turns_into_an_error_of_its_own_stays_one(disgui
     assert stop.value.exit_code == 143
     with pytest.raises(type(disguise)), interruptible():
         raise disguise  # without a signal it is what it says
+
+
+def hours_of_work(seconds=20):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+    return "nobody stopped it"
+
+
+def test_a_signal_that_a_destructor_drops_comes_again(capsys):
+    class Dropped:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def work():
+        Dropped()
+        return hours_of_work()
+
+    with pytest.raises(Interrupted) as stop, interruptible():
+        work()
+    assert stop.value.exit_code == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_signal_that_a_library_swallows_comes_again(monkeypatch):
+    monkeypatch.setattr(interrupts, "AGAIN_S", 0.05)
+
+    def optional_import():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            return
+
+    def work():
+        optional_import()
+        return hours_of_work()
+
+    with pytest.raises(Interrupted) as stop, interruptible():
+        work()
+    assert stop.value.exit_code == 143
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_other_faults_of_destructors_are_reported_as_ever():
+    class Faulty:
+        def __del__(self):
+            raise KeyError("faulty")
+
+    def work():
+        Faulty()
+
+    seen, before = [], sys.unraisablehook
+    sys.unraisablehook = seen.append
+    try:
+        with interruptible():
+            work()
+        assert sys.unraisablehook == seen.append
+    finally:
+        sys.unraisablehook = before
+    assert [type(lost.exc_value) for lost in seen] == [KeyError]
 
 
 def test_handlers_are_given_back():

@@ -245,7 +245,7 @@ def test_the_measured_change_is_the_profiles_own(compiled, conditions_of, kind, 
     session.denoise(
         noise, embeds, -embeds, conditions=added, negative_conditions=added, guidance_scale=3.0
     )
-    picked = Calibration(conditions, {"encoder_hidden_states": -embeds}).pick([0, 1], guided=True)
+    picked = Calibration(conditions, {**added, "encoder_hidden_states": -embeds}).pick([0, 1], True)
     wanted = np.full_like(listener.change, np.nan)
     tables = solver_tables(SolverConfig.from_json(preset.solver))
     with CachedUNet(model, 2) as cached:

@@ -56,7 +56,10 @@ def test_the_plan_of_a_small_problem_is_the_best(seed, share):
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(2, 20), st.floats(0.5, 1.0))
 def test_a_plan_begins_with_everything_and_keeps_within_reach(seed, cuts, steps, share):
     problem = made_up(seed, cuts, steps)
-    plan = plan_branches(problem, max(share * steps, 0.7 * steps + 1))
+    try:
+        plan = plan_branches(problem, share * steps)
+    except ConfigError:  # out of reach: the cut costs nearly as much as everything
+        return
     assert plan[0] == cuts
     assert np.isfinite(loss_of(problem, *plan))
     full = np.flatnonzero(plan == cuts)

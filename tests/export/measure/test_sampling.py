@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
-from blockcache.runtime.solver import SolverConfig  # noqa: E402
+from blockcache.runtime.diffusers_config import solver_from_diffusers  # noqa: E402
 
 PROMPTS = 3
 jobs = st.tuples(st.integers(0, PROMPTS - 1), st.integers(0, 2**31))
@@ -24,7 +24,7 @@ jobs = st.tuples(st.integers(0, PROMPTS - 1), st.integers(0, 2**31))
 def sampling(tiny_models, conditions_of):
     model = tiny_models("one-level")
     calibration = Calibration(conditions_of(model, PROMPTS), conditions_of(model, 1, seed=5))
-    solver = SolverConfig.from_diffusers(model.scheduler, solver="dpm", steps=4)
+    solver = solver_from_diffusers(model.scheduler, solver="dpm", steps=4)
     return Sampling(model, solver, calibration, 3.0)
 
 

@@ -64,7 +64,7 @@ def measured(sampling):
     """(The sensitivity of the whole model, the progress reported.)"""
     heard = []
     made = measure_sensitivity(sampling, OPTIONS, observer=lambda *told: heard.append(told))
-    return made, heard
+    return made.table, heard
 
 
 def test_every_block_has_a_sensitivity_at_every_step_but_the_first(measured, model):
@@ -89,7 +89,7 @@ def test_of_one_block_alone_it_is_the_definition_at_every_step(model, sampling):
     chosen = 1
     others = [k for k in range(len(model.blocks)) if k != chosen]
     alone = dataclasses.replace(sampling, model=silenced(model, others))
-    made = measure_sensitivity(alone, OPTIONS)
+    made = measure_sensitivity(alone, OPTIONS).table
     for step in range(1, STEPS):
         expected = by_definition(alone, step, chosen)
         assert made[step, chosen] == pytest.approx(expected, rel=1e-3)
@@ -97,7 +97,7 @@ def test_of_one_block_alone_it_is_the_definition_at_every_step(model, sampling):
 
 
 def test_it_is_the_same_every_time(measured, sampling):
-    again = measure_sensitivity(sampling, OPTIONS)
+    again = measure_sensitivity(sampling, OPTIONS).table
     np.testing.assert_array_equal(again, measured[0])
 
 
@@ -106,6 +106,18 @@ def test_the_shared_gain_is_a_fair_estimate(measured, model, sampling):
     for k in range(len(model.blocks)):
         expected = by_definition(sampling, 1, k)
         assert 0.5 < measured[0][1, k] / expected < 2
+
+
+def test_a_gain_says_how_an_error_of_the_model_output_moves_the_latents(sampling):
+    """At the last step nothing follows: it is the solver's own coefficient, over their size."""
+    gains = measure_sensitivity(sampling, OPTIONS).gains
+    assert gains.shape == (STEPS,)
+    assert (gains > 0).all()
+    with sampling.cached_unet() as cached:
+        denoiser, noise = sampling.begin(cached, [(0, OPTIONS.seed), (2, OPTIONS.seed)])
+        size = denoiser.denoise(noise, sampling.uncached).double().norm()
+    expected = abs(float(sampling.tables.coefficients[-1, 1])) / float(size)
+    assert gains[-1] == pytest.approx(expected, rel=1e-3)
 
 
 def test_at_least_one_image():

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from blockcache.export.sole_writer import LOCK
 from blockcache.export.stages import RECORDS
-from blockcache.runtime.bundle_files import safe_path
+from blockcache.runtime.bundles.bundle_files import safe_path
+from blockcache.runtime.bundles.manifest import MANIFEST, FileEntry, Manifest, PresetEntry
+from blockcache.runtime.bundles.tensor_files import preset_bytes
 from blockcache.runtime.files import remove_partials, settle, write_bytes, write_text
-from blockcache.runtime.manifest import MANIFEST, FileEntry, Manifest, PresetEntry
 from blockcache.runtime.plan import Preset, Segment
 from blockcache.runtime.run_table import blocks_share
-from blockcache.runtime.tensor_files import preset_bytes
 
 SEGMENTS, PRESETS, PROFILES = "segments", "presets", "profiles"
 """The folders that a compile writes to; engines and times are others'."""

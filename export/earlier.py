@@ -9,12 +9,12 @@ from pathlib import Path
 
 from blockcache.export.bundle_writer import write_preset
 from blockcache.export.graph.time_tables import time_tables
-from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.bundle_files import hash_files
+from blockcache.runtime.bundles.bundle import Bundle
+from blockcache.runtime.bundles.bundle_files import hash_files
+from blockcache.runtime.bundles.manifest import MANIFEST, FileEntry, PresetEntry
 from blockcache.runtime.errors import BundleError
-from blockcache.runtime.manifest import MANIFEST, FileEntry, PresetEntry
 from blockcache.runtime.plan import ModelFacts, Preset, Segment
-from blockcache.runtime.solver import SolverConfig, solver_tables
+from blockcache.runtime.solvers.solver import SolverConfig, solver_tables
 
 _MUST_AGREE = {
     "sha256": "of other weights",

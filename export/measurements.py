@@ -46,12 +46,12 @@ from blockcache.export.measure.trial import TrialOptions, mean_distance, trial_l
 from blockcache.export.observer import Observer, qualified
 from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import SourceModel
-from blockcache.runtime.diffusers_config import solver_from_diffusers
+from blockcache.runtime.bundles.tensor_files import read_tensors, write_tensors
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.grid import Grid
 from blockcache.runtime.plan import Alignment, Schedule
-from blockcache.runtime.solver import SolverConfig
-from blockcache.runtime.tensor_files import read_tensors, write_tensors
+from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers
+from blockcache.runtime.solvers.grid import Grid
+from blockcache.runtime.solvers.solver import SolverConfig
 
 MOST_PAIRS = 1 << 28
 """At most 2^28 entries of a residual table with history: 1 GiB stored, about 3 GiB at peak."""

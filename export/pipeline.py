@@ -50,17 +50,18 @@ from blockcache.export.sole_writer import LOCK, sole_writer
 from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import BRANCH, SourceModel
 from blockcache.export.unet.scheduler import other_kind
-from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.bundle_files import hash_files
-from blockcache.runtime.errors import BundleError, ConfigError
-from blockcache.runtime.files import new_folder
-from blockcache.runtime.manifest import (
+from blockcache.runtime.bundles.bundle import Bundle
+from blockcache.runtime.bundles.bundle_files import hash_files
+from blockcache.runtime.bundles.manifest import (
     MANIFEST,
     Manifest,
     PresetEntry,
     segment_from_plain,
     to_plain,
 )
+from blockcache.runtime.bundles.strict_json import Field
+from blockcache.runtime.errors import BundleError, ConfigError
+from blockcache.runtime.files import new_folder
 from blockcache.runtime.plan import (
     BlockFacts,
     Dim,
@@ -68,8 +69,7 @@ from blockcache.runtime.plan import (
     Segment,
     TensorSpec,
 )
-from blockcache.runtime.solver import solver_tables
-from blockcache.runtime.strict_json import Field
+from blockcache.runtime.solvers.solver import solver_tables
 
 
 @dataclass(frozen=True, kw_only=True)

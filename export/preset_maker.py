@@ -25,7 +25,7 @@ from blockcache.runtime.plan import (
     Segment,
 )
 from blockcache.runtime.provenance import Provenance
-from blockcache.runtime.solver import solver_tables
+from blockcache.runtime.solvers.solver import solver_tables
 
 
 def _is_part(block: BlockFacts, cuts: Sequence[int]) -> bool:

@@ -22,10 +22,10 @@ _SAMPLING = (
     "export/measure/sampling.py",
     "export/unet/cached_unet.py",
     "export/unet/torch_kernels.py",
-    "runtime/diffusers_config.py",
-    "runtime/grid.py",
-    "runtime/noise.py",
-    "runtime/solver.py",
+    "runtime/solvers/diffusers_config.py",
+    "runtime/solvers/grid.py",
+    "runtime/solvers/noise.py",
+    "runtime/solvers/solver.py",
 )
 """What every measurement runs."""
 
@@ -42,7 +42,7 @@ class Revision:
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
         2,
-        "1f5187546628561b",
+        "6b7470849a90d3db",
         (
             *_MODEL,
             "export/graph/passes/*.py",
@@ -50,19 +50,19 @@ REVISIONS: Mapping[str, Revision] = {
             "export/graph/work.py",
         ),
     ),
-    "profile": Revision(2, "9897bb0af22eee01", (*_SAMPLING, "export/measure/change.py")),
-    "converged": Revision(2, "5dab7983de2a583c", (*_SAMPLING, "export/measure/converged.py")),
-    "sensitivity": Revision(2, "82371ac58f8765e9", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "profile": Revision(2, "4b5b2404fa404610", (*_SAMPLING, "export/measure/change.py")),
+    "converged": Revision(2, "5e499477f1703463", (*_SAMPLING, "export/measure/converged.py")),
+    "sensitivity": Revision(2, "1c4665985d1b914c", (*_SAMPLING, "export/measure/sensitivity.py")),
     "residuals": Revision(
         2,
-        "75f37f1e67d6d81b",
+        "5850e7c5e4a43730",
         (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
     ),
-    "alignment": Revision(2, "8e9aec79256223ca", (*_SAMPLING, "export/align/*.py")),
-    "trial": Revision(2, "e0256ac069c9e820", (*_SAMPLING, "export/measure/trial.py")),
+    "alignment": Revision(2, "aeb1fe4452a96ac2", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(2, "371277fac4dec710", (*_SAMPLING, "export/measure/trial.py")),
     "engine": Revision(
         1,
-        "0e1964f9efd61a4f",
+        "74d6222849fd6d75",
         (
             "export/engines/bfloat16_resize.py",
             "export/engines/build.py",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from blockcache.runtime.bundle_files import safe_path
+from blockcache.runtime.bundles.bundle_files import safe_path
 from blockcache.runtime.errors import ConfigError
 
 LOCK = ".lock"

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from blockcache.export.revisions import REVISIONS
-from blockcache.runtime.bundle_files import hash_files
+from blockcache.runtime.bundles.bundle_files import hash_files
+from blockcache.runtime.bundles.manifest import FileEntry
 from blockcache.runtime.files import write_text
-from blockcache.runtime.manifest import FileEntry
 
 RECORDS = ".stages"
 """Folder of what only a compile reads; nothing in it is part of the bundle."""

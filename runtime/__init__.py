@@ -3,7 +3,8 @@
 It never imports torch, diffusers or onnx, so that a service can embed it.
 """
 
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
+from blockcache.runtime.bundles.manifest import Manifest
 from blockcache.runtime.drift import DriftMonitor, DriftReport, Excess
 from blockcache.runtime.engines.empty import EmptyBackend
 from blockcache.runtime.engines.engine import Backend, Engine
@@ -27,13 +28,12 @@ from blockcache.runtime.errors import (
     WrongLibraryError,
 )
 from blockcache.runtime.loop import Denoised, Progress
-from blockcache.runtime.manifest import Manifest
-from blockcache.runtime.noise import NoiseSchedule
 from blockcache.runtime.plan import Alignment, Preset, Schedule, Segment, TensorSpec
 from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.record import RunRecord
 from blockcache.runtime.session import Session
-from blockcache.runtime.solver import SolverConfig
+from blockcache.runtime.solvers.noise import NoiseSchedule
+from blockcache.runtime.solvers.solver import SolverConfig
 
 __all__ = [
     "Alignment",

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.change_meter import previous_steps
 from blockcache.runtime.errors import BundleFormatError, ConfigError
 from blockcache.runtime.plan import Preset

@@ -17,7 +17,7 @@ from blockcache.runtime.errors import Cancelled, InputError
 from blockcache.runtime.program import Program
 from blockcache.runtime.record import RunRecord
 from blockcache.runtime.request import Request, check_finite_values
-from blockcache.runtime.solver import SolverTables
+from blockcache.runtime.solvers.solver import SolverTables
 
 
 class Progress:

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from blockcache.runtime.arguments import whole_number
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.devices.device import modes_of
 from blockcache.runtime.devices.graphs import GraphPlayer, LoopGraphs
 from blockcache.runtime.drift import DriftMonitor
@@ -36,7 +36,7 @@ from blockcache.runtime.loop import Denoised, Progress, denoise
 from blockcache.runtime.plan import LOOP_ROLES, MOST_SIZE, Preset, Sizes
 from blockcache.runtime.program import MemoryReport, Program
 from blockcache.runtime.request import PROMPT, Request, checked_request, guidance_of
-from blockcache.runtime.solver import SolverConfig, solver_tables
+from blockcache.runtime.solvers.solver import SolverConfig, solver_tables
 
 SHAPES = 4
 """How many shapes a session keeps memory for; the one unused for longest is let go."""

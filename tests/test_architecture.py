@@ -99,10 +99,10 @@ BELOW = {
     "kernels": ("kernels",),
 }
 EXPORT_MAY_USE = (
-    ("plan",), ("provenance",), ("grid",), ("run_table",), ("noise",), ("solver",),
-    ("diffusers_config",),
+    ("plan",), ("provenance",), ("run_table",), ("solvers",),
     ("errors",), ("files",),
-    ("bundle",), ("bundle_files",), ("manifest",), ("tensor_files",), ("strict_json",),
+    ("bundles", "bundle"), ("bundles", "bundle_files"), ("bundles", "manifest"),
+    ("bundles", "tensor_files"), ("bundles", "strict_json"),
     ("engines", "files"), ("engines", "onnxruntime_library"),
 )  # fmt: skip
 """Plain data types, errors, how files are written, and the door to ONNX Runtime."""
@@ -470,7 +470,7 @@ DOORS = {
     "rich": ("tools/", "export/engines/report.py"),
     "matplotlib": ("tools/",),
     "PIL": ("tools/",),
-    "safetensors": ("runtime/tensor_files.py", "export/unet/weights.py", "tools/"),
+    "safetensors": ("runtime/bundles/tensor_files.py", "export/unet/weights.py", "tools/"),
 }  # fmt: skip
 
 

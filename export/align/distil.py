@@ -19,7 +19,7 @@ from blockcache.export.observer import Observer, unobserved
 from blockcache.export.unet.cached_unet import CachedUNet, Denoiser
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
-from blockcache.runtime.solver import SolverTables
+from blockcache.runtime.solvers.solver import SolverTables
 
 
 @dataclass(frozen=True, kw_only=True)

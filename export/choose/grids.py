@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from blockcache.runtime.errors import ConfigError, MissingExtraError
-from blockcache.runtime.grid import Grid
+from blockcache.runtime.solvers.grid import Grid
 
 SPACINGS = ("linspace", "leading", "trailing")
 AUTO = "auto"

@@ -12,8 +12,8 @@ import hashlib
 import re
 
 from blockcache.export.costs.timings import Timings, read_timings, write_timings
-from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.bundle_files import safe_path
+from blockcache.runtime.bundles.bundle import Bundle
+from blockcache.runtime.bundles.bundle_files import safe_path
 
 FOLDER = "times"
 

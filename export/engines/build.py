@@ -23,7 +23,8 @@ from blockcache.export.engines.targets import CURRENT, Target
 from blockcache.export.engines.workers import Job, run_jobs
 from blockcache.export.observer import Observer, unobserved
 from blockcache.export.sole_writer import sole_writer
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
+from blockcache.runtime.bundles.manifest import FileEntry
 from blockcache.runtime.engines.files import (
     EngineEntry,
     EngineSet,
@@ -33,7 +34,6 @@ from blockcache.runtime.engines.files import (
 )
 from blockcache.runtime.engines.tensorrt_library import TensorRT, load_library
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.manifest import FileEntry
 from blockcache.runtime.plan import ModelFacts, Role, Segment
 
 BUILT_ROLES: tuple[Role, ...] = ("prompt", "condition", "trunk", "block")

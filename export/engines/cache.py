@@ -19,10 +19,10 @@ import onnx_ir as ir
 
 from blockcache.export.engines.engine import Recipe
 from blockcache.export.revisions import REVISIONS
-from blockcache.runtime.bundle_files import safe_path
+from blockcache.runtime.bundles.bundle_files import safe_path
+from blockcache.runtime.bundles.manifest import FileEntry
 from blockcache.runtime.engines.files import EngineEntry
 from blockcache.runtime.files import remove_partials, write_text
-from blockcache.runtime.manifest import FileEntry
 
 
 @dataclasses.dataclass(frozen=True)

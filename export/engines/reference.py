@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.plan import Segment, Sizes, TensorSpec
 
 FACTOR = 2.0

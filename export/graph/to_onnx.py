@@ -29,8 +29,8 @@ from blockcache.export.graph.work import graph_flops
 from blockcache.export.observer import Observer, unobserved
 from blockcache.export.unet.model import BRANCH, SourceModel, UNetCall
 from blockcache.export.unet.precision import converted
+from blockcache.runtime.bundles.manifest import WEIGHTS_FILE
 from blockcache.runtime.errors import ConfigError, ExportError
-from blockcache.runtime.manifest import WEIGHTS_FILE
 from blockcache.runtime.plan import DTYPE_BYTES, Dim, Segment, Sizes, TensorSpec
 
 OPSET = 22

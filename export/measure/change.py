@@ -17,8 +17,8 @@ from blockcache.export.measure.sampling import Job, Sampling
 from blockcache.export.observer import Observer, unobserved
 from blockcache.export.unet import torch_kernels
 from blockcache.export.unet.cached_unet import CachedUNet
+from blockcache.runtime.bundles.tensor_files import read_tensors, write_tensors
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.tensor_files import read_tensors, write_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

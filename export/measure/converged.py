@@ -18,8 +18,8 @@ from blockcache.export.measure.sampling import Job, Sampling
 from blockcache.export.observer import Observer, unobserved
 from blockcache.export.unet.cached_unet import Denoiser, State
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.grid import Grid
-from blockcache.runtime.solver import SolverConfig
+from blockcache.runtime.solvers.grid import Grid
+from blockcache.runtime.solvers.solver import SolverConfig
 
 REST = 8
 """To measure a gain, an error is carried to the end in this many steps."""

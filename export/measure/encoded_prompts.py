@@ -10,8 +10,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from blockcache.runtime.bundles.tensor_files import read_tensors
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.tensor_files import read_tensors
 
 NEGATIVE = "negative."
 """Prefix of the unconditional prompt's tensors."""

@@ -25,7 +25,7 @@ from blockcache.export.unet.model import SourceModel
 from blockcache.export.unet.precision import rounded
 from blockcache.export.unet.torch_kernels import on_gpu
 from blockcache.runtime.plan import Schedule
-from blockcache.runtime.solver import SolverConfig, SolverTables, solver_tables
+from blockcache.runtime.solvers.solver import SolverConfig, SolverTables, solver_tables
 
 Job: TypeAlias = tuple[int, int]
 """One image to draw: the index of its prompt, and a seed."""

@@ -19,7 +19,7 @@ import torch
 from blockcache.export.unet.model import BRANCH, SourceModel, UNetCall
 from blockcache.export.unet.torch_kernels import scale_shift_residual
 from blockcache.runtime.plan import Alignment, Schedule
-from blockcache.runtime.solver import SolverTables
+from blockcache.runtime.solvers.solver import SolverTables
 
 Kept: TypeAlias = tuple[tuple[torch.Tensor, ...], ...]
 """Per block, the outputs C [B, C_k, H, W] that it computed last and a reuse may combine, the

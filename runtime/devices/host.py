@@ -15,7 +15,7 @@ from blockcache.runtime.devices.device import Guidance, StepFunction, modes_of
 from blockcache.runtime.devices.device_view import DeviceView
 from blockcache.runtime.devices.kernel_errors import kernel_errors
 from blockcache.runtime.devices.tensor import NUMPY_DTYPES, Tensor, item_bytes
-from blockcache.runtime.solver import solver_step_numpy
+from blockcache.runtime.solvers.solver import solver_step_numpy
 
 
 class HostDevice:

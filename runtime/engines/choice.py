@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.engines.empty import EmptyBackend
 from blockcache.runtime.engines.engine import Backend
 from blockcache.runtime.errors import ConfigError

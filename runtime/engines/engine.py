@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeAlias
 
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.devices.device import Device
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.plan import Segment

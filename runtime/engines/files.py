@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.bundle_files import safe_path
+from blockcache.runtime.bundles.bundle import Bundle
+from blockcache.runtime.bundles.bundle_files import safe_path
 from blockcache.runtime.errors import (
     BundleFormatError,
     BundleIntegrityError,

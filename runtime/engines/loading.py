@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
-from blockcache.runtime.bundle import Bundle
-from blockcache.runtime.bundle_files import FileIdentity
+from blockcache.runtime.bundles.bundle import Bundle
+from blockcache.runtime.bundles.bundle_files import FileIdentity
 from blockcache.runtime.engines.engine import Backend, Engine
 from blockcache.runtime.plan import Segment
 

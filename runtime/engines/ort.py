@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blockcache.runtime.arguments import whole_number
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.engine import Launch

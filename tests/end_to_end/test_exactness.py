@@ -19,7 +19,7 @@ from blockcache.export.unet.model import BRANCH, UNetCall  # noqa: E402
 from blockcache.runtime import Alignment, Schedule, Session  # noqa: E402
 from blockcache.runtime.plan import Sizes  # noqa: E402
 from blockcache.runtime.run_table import run_table  # noqa: E402
-from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
+from blockcache.runtime.solvers.solver import SolverConfig, solver_tables  # noqa: E402
 
 SHAPES = [(1, 16, 16), (2, 8, 8), (3, 24, 40)]
 

@@ -32,9 +32,9 @@ from blockcache.export.measurements import CalibrationOptions  # noqa: E402
 from blockcache.export.pipeline import CompileOptions, compile_model  # noqa: E402
 from blockcache.export.unet.cached_unet import CachedUNet, Denoiser  # noqa: E402
 from blockcache.runtime import Bundle, ConfigError, Session  # noqa: E402
+from blockcache.runtime.bundles.tensor_files import read_tensors  # noqa: E402
 from blockcache.runtime.provenance import Provenance  # noqa: E402
-from blockcache.runtime.solver import SolverConfig, solver_tables  # noqa: E402
-from blockcache.runtime.tensor_files import read_tensors  # noqa: E402
+from blockcache.runtime.solvers.solver import SolverConfig, solver_tables  # noqa: E402
 
 CALIBRATION = CalibrationOptions(
     guidance_scale=3.0,

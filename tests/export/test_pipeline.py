@@ -38,7 +38,7 @@ from blockcache.export.measure.change import ProfileOptions, measure_change
 from blockcache.export.measure.sampling import Sampling
 from blockcache.export.measurements import CalibrationOptions
 from blockcache.export.pipeline import CompileOptions, compile_model
-from blockcache.runtime.diffusers_config import solver_from_diffusers
+from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers
 
 PROFILE = ProfileOptions(prompts=2, seeds=2, images_at_once=2)  # four images in two batches
 

@@ -12,7 +12,7 @@ from blockcache.export.costs.bundle_timings import bundle_timings
 from blockcache.export.engines.build import BuildOptions, build_engines
 from blockcache.export.engines.targets import Target
 from blockcache.runtime import Session
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.devices.cuda import call, device_capability, device_count
 from blockcache.runtime.devices.device_view import DeviceView
 from blockcache.runtime.devices.interop import host_array

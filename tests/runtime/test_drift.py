@@ -21,7 +21,8 @@ from blockcache.runtime import (
     Session,
     change_meter,
 )
-from blockcache.runtime.bundle_files import hash_files
+from blockcache.runtime.bundles.bundle_files import hash_files
+from blockcache.runtime.bundles.tensor_files import write_tensors
 from blockcache.runtime.change_meter import previous_steps
 from blockcache.runtime.devices import cuda_kernels
 from blockcache.runtime.devices.cuda_kernels import bind_change
@@ -29,7 +30,6 @@ from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.drift import Band
 from blockcache.runtime.engines import ort
 from blockcache.runtime.provenance import Provenance
-from blockcache.runtime.tensor_files import write_tensors
 
 PROFILE = "profiles/made.safetensors"
 BLOCKS = 7

@@ -29,7 +29,7 @@ from blockcache.runtime.devices.device_view import DeviceView
 from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.engines import ort
 from blockcache.runtime.session import SHAPES
-from blockcache.runtime.solver import solver_tables
+from blockcache.runtime.solvers.solver import solver_tables
 
 STEPS = 6
 

@@ -13,10 +13,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("diffusers")
 
 from blockcache.runtime import Bundle
-from blockcache.runtime.bundle_files import hash_files
+from blockcache.runtime.bundles.bundle_files import hash_files
+from blockcache.runtime.bundles.tensor_files import preset_bytes, write_tensors
 from blockcache.runtime.files import write_bytes, write_text
 from blockcache.runtime.provenance import Provenance
-from blockcache.runtime.tensor_files import preset_bytes, write_tensors
 from blockcache.tools import cli
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from blockcache.export.bundle_writer import preset_entry, switch, write_preset
 from blockcache.runtime import Alignment, Bundle, Preset, Provenance, Schedule
-from blockcache.runtime.manifest import FileEntry
+from blockcache.runtime.bundles.manifest import FileEntry
 
 MADE_UP = "made-up"
 

@@ -147,7 +147,7 @@ def _torch_latents(
 
     from blockcache.export import Calibration
     from blockcache.export.unet.cached_unet import CachedUNet, Denoiser
-    from blockcache.runtime.solver import solver_tables
+    from blockcache.runtime.solvers.solver import solver_tables
 
     tables = solver_tables(SolverConfig.from_json(preset.solver))
     scale, start = preset.guidance_scale, torch.from_numpy(noise)

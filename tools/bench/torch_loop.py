@@ -20,7 +20,7 @@ import torch
 from blockcache.export import SourceModel
 from blockcache.export.unet.model import TORCH_DTYPES, UNetCall
 from blockcache.runtime import EngineError, MissingExtraError, Preset, SolverConfig
-from blockcache.runtime.solver import SolverTables, solver_tables
+from blockcache.runtime.solvers.solver import SolverTables, solver_tables
 from blockcache.tools.bench.contestants import Contestant, Entry, Kind
 from blockcache.tools.bench.sessions import GUIDANCE, base_name
 

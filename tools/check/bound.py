@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.engine import Backend, Launch
 from blockcache.runtime.engines.loading import load_shared

@@ -12,7 +12,7 @@ from blockcache.export.engines.reference import (
     widened_bundle,
     widened_graph,
 )
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.engines.engine import Backend
 from blockcache.runtime.engines.ort import OrtBackend, OrtEngine
 from blockcache.runtime.plan import Segment

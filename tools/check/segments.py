@@ -18,7 +18,7 @@ from blockcache.export.engines.reference import (
     widened_graph,
 )
 from blockcache.export.observer import unobserved
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.engines.engine import Backend
 from blockcache.runtime.engines.ort import OrtBackend
 from blockcache.runtime.errors import MissingExtraError

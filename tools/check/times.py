@@ -6,7 +6,7 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.engines.engine import Backend
 from blockcache.tools.check.bound import bound_segment, checked_segments
 

@@ -84,7 +84,7 @@ def _build_all(
 
     from blockcache.export import build_engines
     from blockcache.export.engines.report import report_table
-    from blockcache.runtime.bundle import Bundle
+    from blockcache.runtime.bundles.bundle import Bundle
     from blockcache.tools.commands.names import warn_of_float32
     from blockcache.tools.commands.outputs import check_folder
     from blockcache.tools.report.progress import StageProgress

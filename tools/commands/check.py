@@ -38,7 +38,7 @@ def check(
 
     Example: blockcache check sd21 --target sm80
     """
-    from blockcache.runtime.bundle import Bundle
+    from blockcache.runtime.bundles.bundle import Bundle
     from blockcache.tools.check.loop import check_loop
     from blockcache.tools.check.segments import check_segments
     from blockcache.tools.check.times import time_segments

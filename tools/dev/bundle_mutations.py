@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 
-from blockcache.runtime.manifest import MANIFEST, FileEntry, signed
-from blockcache.runtime.tensor_files import read_tensors, write_tensors
+from blockcache.runtime.bundles.manifest import MANIFEST, FileEntry, signed
+from blockcache.runtime.bundles.tensor_files import read_tensors, write_tensors
 
 Json: TypeAlias = Any
 _Step: TypeAlias = str | int

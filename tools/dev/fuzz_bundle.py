@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from blockcache.runtime import BlockCacheError, Bundle, Session
-from blockcache.runtime.manifest import MANIFEST
+from blockcache.runtime.bundles.manifest import MANIFEST
 from blockcache.tools.dev.bundle_mutations import Mutation, flip_bit, mutate
 
 PATIENCE_S = 60

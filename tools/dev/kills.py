@@ -35,9 +35,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blockcache.runtime import BlockCacheError, Bundle
+from blockcache.runtime.bundles.manifest import MANIFEST
 from blockcache.runtime.engines.files import built_targets, read_engines, read_plan
 from blockcache.runtime.files import PARTIAL
-from blockcache.runtime.manifest import MANIFEST
 from blockcache.tools.report.tables import markdown_table
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
+from blockcache.runtime.bundles.tensor_files import write_tensors
 from blockcache.runtime.engines.onnxruntime_library import ort
 from blockcache.runtime.errors import MissingExtraError
-from blockcache.runtime.tensor_files import write_tensors
 
 INPUT_PIXELS = 224
 BATCH = 32

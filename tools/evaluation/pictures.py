@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blockcache.runtime import BundleIntegrityError
-from blockcache.runtime.tensor_files import read_tensors, write_tensors
+from blockcache.runtime.bundles.tensor_files import read_tensors, write_tensors
 from blockcache.tools.evaluation.subject import RealPictures
 
 if TYPE_CHECKING:

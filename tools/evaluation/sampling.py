@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from blockcache.runtime import Bundle, BundleIntegrityError, Preset, Session
+from blockcache.runtime.bundles.tensor_files import preset_bytes, read_tensors, write_tensors
 from blockcache.runtime.engines.choice import make_backend
 from blockcache.runtime.engines.engine import Backend
-from blockcache.runtime.tensor_files import preset_bytes, read_tensors, write_tensors
 from blockcache.tools.evaluation.options import DrawOptions
 from blockcache.tools.evaluation.subject import Subject
 

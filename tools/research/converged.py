@@ -42,12 +42,12 @@ from blockcache.runtime import (
     Session,
     SolverConfig,
 )
+from blockcache.runtime.bundles.tensor_files import preset_bytes
 from blockcache.runtime.engines.ort import OrtBackend
 from blockcache.runtime.files import write_bytes, write_text
 from blockcache.runtime.plan import LOOP_ROLES
 from blockcache.runtime.run_table import flops_run
-from blockcache.runtime.solver import solver_tables
-from blockcache.runtime.tensor_files import preset_bytes
+from blockcache.runtime.solvers.solver import solver_tables
 from blockcache.tools.demo.concepts import caption
 from blockcache.tools.demo.prompts import STYLES
 from blockcache.tools.evaluation.quality import relative_distance

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from blockcache.runtime import Alignment, Bundle, ConfigError, Preset, Schedule, SolverConfig
-from blockcache.runtime.solver import solver_tables
+from blockcache.runtime.solvers.solver import solver_tables
 
 
 def whole_bundle(bundle: Bundle) -> Bundle:

@@ -14,7 +14,7 @@ from blockcache.export.align.distil import DistillationOptions, distil  # noqa: 
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.runtime import Alignment, ConfigError, Schedule  # noqa: E402
-from blockcache.runtime.diffusers_config import solver_from_diffusers  # noqa: E402
+from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers  # noqa: E402
 
 STEPS, SCALE = 3, 3.0
 STILL = DistillationOptions(iterations=1, images_at_once=2, learning_rate=1e-12)

@@ -24,7 +24,7 @@ from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.export.unet.cached_unet import Denoiser  # noqa: E402
 from blockcache.runtime import Alignment, ConfigError, Schedule  # noqa: E402
-from blockcache.runtime.diffusers_config import solver_from_diffusers  # noqa: E402
+from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers  # noqa: E402
 
 TINY_RIDGE = 1e-9
 

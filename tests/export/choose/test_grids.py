@@ -14,8 +14,8 @@ from blockcache.export.choose.grids import (
     timesteps_of,
 )
 from blockcache.runtime import ConfigError
-from blockcache.runtime.grid import Grid
-from blockcache.runtime.noise import NoiseSchedule
+from blockcache.runtime.solvers.grid import Grid
+from blockcache.runtime.solvers.noise import NoiseSchedule
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TRAINING = NoiseSchedule(**NOISE).sigmas()

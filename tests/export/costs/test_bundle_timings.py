@@ -9,9 +9,9 @@ import pytest
 
 from blockcache.export.costs.bundle_timings import bundle_timings, keep_timings
 from blockcache.export.costs.timings import Timings
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
+from blockcache.runtime.bundles.manifest import FileEntry
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.manifest import FileEntry
 from blockcache.runtime.plan import LOOP_ROLES, Sizes
 
 SIZES = Sizes(batch=2, height=16, width=16, tokens=7)

@@ -17,7 +17,8 @@ from blockcache.export.engines import build as build_module
 from blockcache.export.engines.build import BuildOptions, ShapeOptions, build_engines
 from blockcache.export.engines.report import report_table
 from blockcache.export.engines.targets import Target
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
+from blockcache.runtime.bundles.manifest import FileEntry
 from blockcache.runtime.engines.files import (
     built_targets,
     engines_folder,
@@ -27,7 +28,6 @@ from blockcache.runtime.engines.files import (
 from blockcache.runtime.engines.tensorrt_library import load_library
 from blockcache.runtime.errors import BundlePathError, ConfigError, EngineError, ExportError
 from blockcache.runtime.files import write_text
-from blockcache.runtime.manifest import FileEntry
 from blockcache.runtime.plan import Dim, Segment, TensorSpec
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")

@@ -70,7 +70,7 @@ spec = importlib.util.spec_from_file_location("tiny_models", where)
 tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
 from blockcache.export.graph.to_onnx import ExportOptions, export_segments
-from blockcache.runtime.manifest import FileEntry
+from blockcache.runtime.bundles.manifest import FileEntry
 export_segments(tiny.make_tiny_model("sd"), Path(folder), ExportOptions())
 print(json.dumps({file.name: FileEntry.of(file).sha256 for file in Path(folder).iterdir()}))
 """

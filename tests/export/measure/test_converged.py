@@ -21,7 +21,7 @@ from blockcache.export.measure.converged import (  # noqa: E402
 )
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.runtime import ConfigError  # noqa: E402
-from blockcache.runtime.diffusers_config import solver_from_diffusers  # noqa: E402
+from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers  # noqa: E402
 
 OPTIONS = ConvergedOptions(levels=24, images=2, gains=3)
 

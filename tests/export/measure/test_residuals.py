@@ -19,7 +19,7 @@ from blockcache.export.measure.residuals import (  # noqa: E402
 from blockcache.export.measure.reuse import HISTORY, PLAIN, REUSES, SCALE_SHIFT  # noqa: E402
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.runtime import ConfigError  # noqa: E402
-from blockcache.runtime.diffusers_config import solver_from_diffusers  # noqa: E402
+from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers  # noqa: E402
 
 STEPS, CHANNELS, SAMPLES = 5, 3, 40
 seeds = st.integers(0, 2**32 - 1)

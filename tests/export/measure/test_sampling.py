@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
-from blockcache.runtime.diffusers_config import solver_from_diffusers  # noqa: E402
+from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers  # noqa: E402
 
 PROMPTS = 3
 jobs = st.tuples(st.integers(0, PROMPTS - 1), st.integers(0, 2**31))

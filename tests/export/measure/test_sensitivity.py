@@ -15,7 +15,7 @@ from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.export.measure.sensitivity import SensitivityOptions, measure_sensitivity  # noqa: E402
 from blockcache.runtime import ConfigError, Schedule  # noqa: E402
-from blockcache.runtime.diffusers_config import solver_from_diffusers  # noqa: E402
+from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers  # noqa: E402
 
 STEPS, SCALE = 3, 3.0
 OPTIONS = SensitivityOptions(images=2)

@@ -12,7 +12,7 @@ from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.export.measure.trial import TrialOptions, mean_distance, trial_latents  # noqa: E402
 from blockcache.runtime import Alignment, ConfigError, Schedule  # noqa: E402
-from blockcache.runtime.diffusers_config import solver_from_diffusers  # noqa: E402
+from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers  # noqa: E402
 
 
 def test_the_distance_is_relative_and_a_mean_over_images():

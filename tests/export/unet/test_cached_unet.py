@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.runtime import Alignment, Schedule  # noqa: E402
-from blockcache.runtime.diffusers_config import solver_from_diffusers  # noqa: E402
+from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers  # noqa: E402
 
 STEPS = 4
 

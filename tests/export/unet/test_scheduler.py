@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blockcache.runtime.diffusers_config import solver_from_diffusers
+from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers
 
 diffusers = pytest.importorskip("diffusers")
 from blockcache.export.unet.scheduler import EXCHANGEABLE, other_kind  # noqa: E402

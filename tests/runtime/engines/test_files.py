@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
+from blockcache.runtime.bundles.manifest import FileEntry
 from blockcache.runtime.engines.choice import make_backend
 from blockcache.runtime.engines.files import (
     EngineEntry,
@@ -30,7 +31,6 @@ from blockcache.runtime.errors import (
     WrongGpuError,
     WrongLibraryError,
 )
-from blockcache.runtime.manifest import FileEntry
 from blockcache.runtime.plan import Sizes
 
 SIZES = Sizes(batch=1, height=16, width=16, tokens=7)

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from blockcache.runtime.bundles.manifest import FileEntry
 from blockcache.runtime.devices.cuda import Scratch
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.tensorrt_library import TensorRT
 from blockcache.runtime.engines.trt import RuntimeCache, TrtEngine, refit
 from blockcache.runtime.errors import EngineError
-from blockcache.runtime.manifest import FileEntry
 from blockcache.runtime.plan import Dim, Segment, TensorSpec
 
 

@@ -27,7 +27,7 @@ from blockcache.runtime import (
     UnknownPresetError,
 )
 from blockcache.runtime.provenance import Provenance
-from blockcache.runtime.solver import solver_tables
+from blockcache.runtime.solvers.solver import solver_tables
 from blockcache.tools.bench import torch_loop
 from blockcache.tools.bench.contestants import Contestant, Entry, Lineup
 from blockcache.tools.bench.latency import BenchOptions, measure_latency, own_timings

@@ -10,7 +10,7 @@ import pytest
 
 from blockcache.export.costs.bundle_timings import bundle_timings
 from blockcache.export.engines.reference import FACTOR, Comparison, relative_error, widened_bundle
-from blockcache.runtime.bundle import Bundle
+from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.engines.ort import OrtBackend
 from blockcache.runtime.errors import EngineError
 from blockcache.tools.check.loop import WidenedBackend, check_loop

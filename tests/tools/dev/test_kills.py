@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("torch")
 
-from blockcache.runtime.manifest import MANIFEST
+from blockcache.runtime.bundles.manifest import MANIFEST
 from blockcache.tools.dev import kills
 from blockcache.tools.dev.kills import SIGNALS, Outcome, table, try_kills
 

@@ -26,15 +26,20 @@ from blockcache.runtime import (
     TensorSpec,
     UnknownPresetError,
 )
-from blockcache.runtime import bundle as bundle_module
-from blockcache.runtime.bundle_files import hash_files, safe_path
-from blockcache.runtime.manifest import FileEntry, PresetEntry, signed
+from blockcache.runtime.bundles import bundle as bundle_module
+from blockcache.runtime.bundles.bundle_files import hash_files, safe_path
+from blockcache.runtime.bundles.manifest import FileEntry, PresetEntry, signed
+from blockcache.runtime.bundles.tensor_files import (
+    parse_preset,
+    preset_bytes,
+    read_tensors,
+    write_tensors,
+)
 from blockcache.runtime.plan import BlockFacts, Dim, ModelFacts, Sizes
 from blockcache.runtime.provenance import Provenance
-from blockcache.runtime.solver import SolverConfig
-from blockcache.runtime.tensor_files import parse_preset, preset_bytes, read_tensors, write_tensors
+from blockcache.runtime.solvers.solver import SolverConfig
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "manifest.json"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "manifest.json"
 
 
 def spec(name, *sizes, dtype="float32"):

@@ -28,9 +28,9 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from blockcache.runtime.bundles.manifest import PresetEntry
+from blockcache.runtime.bundles.onnx_signature import OnnxSignature
 from blockcache.runtime.errors import BundleFormatError, ConfigError
-from blockcache.runtime.manifest import PresetEntry
-from blockcache.runtime.onnx_signature import OnnxSignature
 from blockcache.runtime.plan import (
     LOOP_ROLES,
     Dim,
@@ -45,7 +45,7 @@ from blockcache.runtime.plan import (
     row_specs,
 )
 from blockcache.runtime.run_table import blocks_share
-from blockcache.runtime.solver import SolverConfig, solver_tables
+from blockcache.runtime.solvers.solver import SolverConfig, solver_tables
 
 MOST_TENSOR_BYTES = 1 << 34
 """Of a tensor at the model's default sizes; SDXL's largest takes 42 MB."""

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockcache.runtime import solver as module
-from blockcache.runtime.diffusers_config import solver_from_diffusers
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.noise import NoiseSchedule
-from blockcache.runtime.solver import (
+from blockcache.runtime.solvers import solver as module
+from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers
+from blockcache.runtime.solvers.noise import NoiseSchedule
+from blockcache.runtime.solvers.solver import (
     SolverConfig,
     SolverTables,
     solver_step_numpy,

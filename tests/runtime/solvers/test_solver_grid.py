@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from blockcache.runtime import ConfigError, SolverConfig
-from blockcache.runtime.diffusers_config import solver_from_diffusers
-from blockcache.runtime.grid import Grid
-from blockcache.runtime.noise import NoiseSchedule
-from blockcache.runtime.solver import solver_tables
+from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers
+from blockcache.runtime.solvers.grid import Grid
+from blockcache.runtime.solvers.noise import NoiseSchedule
+from blockcache.runtime.solvers.solver import solver_tables
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SOURCE = {"_class_name": "DPMSolverMultistepScheduler", **BETAS, "prediction_type": "v_prediction"}

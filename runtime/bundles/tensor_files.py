@@ -16,9 +16,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from blockcache.runtime.bundles.manifest import PresetEntry
 from blockcache.runtime.errors import BundleFormatError, BundleIntegrityError, ConfigError
 from blockcache.runtime.files import write_bytes
-from blockcache.runtime.manifest import PresetEntry
 from blockcache.runtime.plan import Alignment, Preset, Schedule
 
 

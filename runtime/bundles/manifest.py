@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from blockcache.runtime.bundles.strict_json import Field, parse_json
 from blockcache.runtime.errors import BundleFormatError, ConfigError
 from blockcache.runtime.plan import (
     AXES,
@@ -28,7 +29,6 @@ from blockcache.runtime.plan import (
     TensorSpec,
 )
 from blockcache.runtime.provenance import Provenance
-from blockcache.runtime.strict_json import Field, parse_json
 
 FORMAT = "blockcache-bundle"
 VERSION = 2

@@ -28,20 +28,20 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from blockcache.runtime.bundle_checks import check_graph, check_preset, check_segments
-from blockcache.runtime.bundle_files import (
+from blockcache.runtime.bundles.bundle_files import (
     FileIdentity,
     OpenedFile,
     open_files,
     require_unchanged,
     safe_path,
 )
+from blockcache.runtime.bundles.checks import check_graph, check_preset, check_segments
+from blockcache.runtime.bundles.manifest import MANIFEST, WEIGHTS_FILE, FileEntry, Manifest
+from blockcache.runtime.bundles.onnx_signature import OnnxSignature, read_signature
+from blockcache.runtime.bundles.strict_json import MOST_BYTES
+from blockcache.runtime.bundles.tensor_files import parse_preset, parse_tensors
 from blockcache.runtime.errors import BundleFormatError, BundleIntegrityError, UnknownPresetError
-from blockcache.runtime.manifest import MANIFEST, WEIGHTS_FILE, FileEntry, Manifest
-from blockcache.runtime.onnx_signature import OnnxSignature, read_signature
 from blockcache.runtime.plan import ModelFacts, Preset, Segment, preset_name
-from blockcache.runtime.strict_json import MOST_BYTES
-from blockcache.runtime.tensor_files import parse_preset, parse_tensors
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from blockcache.runtime.grid import Grid
-from blockcache.runtime.noise import Float32, Float64, NoiseSchedule
-from blockcache.runtime.options import check_types, from_mapping, require
+from blockcache.runtime.solvers.grid import Grid
+from blockcache.runtime.solvers.noise import Float32, Float64, NoiseSchedule
+from blockcache.runtime.solvers.options import check_types, from_mapping, require
 
 SOLVERS = ("ddim", "dpm", "euler")
 

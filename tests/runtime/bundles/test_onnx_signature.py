@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockcache.runtime import BundleFormatError, TensorSpec
-from blockcache.runtime.onnx_signature import OnnxSignature, WeightsRange, read_signature
+from blockcache.runtime.bundles.onnx_signature import OnnxSignature, WeightsRange, read_signature
 from blockcache.runtime.plan import Dim
 
 onnx = pytest.importorskip("onnx")

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from blockcache.runtime.bundles.manifest import MANIFEST, FileEntry
 from blockcache.runtime.errors import BundleIntegrityError, BundlePathError
-from blockcache.runtime.manifest import MANIFEST, FileEntry
 
 MOST_READERS = 4
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from blockcache.runtime.options import check_types, require
+from blockcache.runtime.solvers.options import check_types, require
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

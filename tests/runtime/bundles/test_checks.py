@@ -16,9 +16,9 @@ from blockcache.runtime import (
     BundlePathError,
     Session,
 )
+from blockcache.runtime.bundles.manifest import FileEntry, signed
 from blockcache.runtime.engines.empty import EmptyBackend
 from blockcache.runtime.engines.loading import load_shared
-from blockcache.runtime.manifest import FileEntry, signed
 
 onnx = pytest.importorskip("onnx")
 

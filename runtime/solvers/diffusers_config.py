@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from blockcache.runtime.grid import Grid
-from blockcache.runtime.noise import NoiseSchedule
-from blockcache.runtime.options import require
-from blockcache.runtime.solver import DERIVES_LEVELS, READ_BY, SOLVERS, SolverConfig
+from blockcache.runtime.solvers.grid import Grid
+from blockcache.runtime.solvers.noise import NoiseSchedule
+from blockcache.runtime.solvers.options import require
+from blockcache.runtime.solvers.solver import DERIVES_LEVELS, READ_BY, SOLVERS, SolverConfig
 
 # diffusers' options that change the result, and the values that we support.
 _SUPPORTED: dict[str, tuple[object, ...]] = {

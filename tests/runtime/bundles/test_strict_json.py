@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockcache.runtime import BundleFormatError
-from blockcache.runtime.strict_json import MOST_BYTES, Field, parse_json
+from blockcache.runtime.bundles.strict_json import MOST_BYTES, Field, parse_json
 
 values = st.recursive(
     st.none()

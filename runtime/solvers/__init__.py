@@ -1,0 +1,1 @@
+"""Solvers as tables of coefficients, over grids of noise levels, as diffusers has them."""

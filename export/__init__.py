@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from blockcache.export.measure.residuals import ResidualOptions as ResidualOptions
     from blockcache.export.measure.sensitivity import SensitivityOptions as SensitivityOptions
     from blockcache.export.measure.trial import TrialOptions as TrialOptions
-    from blockcache.export.measurements import CalibrationOptions as CalibrationOptions
+    from blockcache.export.measurements import MeasurementOptions as MeasurementOptions
     from blockcache.export.observer import Observer as Observer
     from blockcache.export.pipeline import Compiled as Compiled
     from blockcache.export.pipeline import CompileOptions as CompileOptions
@@ -53,7 +53,7 @@ _HOMES = {
     "BuildOptions": "engines.build",
     "BuildReport": "engines.report",
     "Calibration": "measure.calibration",
-    "CalibrationOptions": "measurements",
+    "MeasurementOptions": "measurements",
     "CompileOptions": "pipeline",
     "Compiled": "pipeline",
     "ConvergedOptions": "measure.converged",

@@ -58,7 +58,7 @@ MOST_PAIRS = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationOptions:
+class MeasurementOptions:
     """How much is measured, and with what guidance."""
 
     guidance_scale: float = 5.0  # as in the paper
@@ -91,7 +91,7 @@ class Measurements:
         model: SourceModel,
         precision: str,
         calibration: Calibration | None,
-        options: CalibrationOptions,
+        options: MeasurementOptions,
         store: StageStore,
         observer: Observer,
     ) -> None:

@@ -40,7 +40,7 @@ from blockcache.export.graph.to_onnx import (
 )
 from blockcache.export.measure.calibration import Calibration
 from blockcache.export.measurements import (
-    CalibrationOptions,
+    MeasurementOptions,
     Measurements,
     solver_config,
 )
@@ -78,7 +78,7 @@ class CompileOptions:
 
     presets: tuple[PresetOptions, ...]
     export: ExportOptions = field(default_factory=ExportOptions)
-    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    measurement: MeasurementOptions = field(default_factory=MeasurementOptions)
     timings: Timings | None = None  # what budgets count with; default FLOPs
     processor: Processor | None = None  # in their place: predicted times of one image
     recommended: str | None = None  # a preset's name; default the first given that caches
@@ -178,7 +178,7 @@ def _compile(
     export = _export_options(options, earlier, model)
     model = model.cut_at(export.cuts)
     measurements = Measurements(
-        model, export.precision, calibration, options.calibration, store, observer
+        model, export.precision, calibration, options.measurement, store, observer
     )
     _check(model, options, measurements, earlier)
     segments = _export_stage(model, store, export, observer)
@@ -247,7 +247,7 @@ def _costs(
 ) -> Costs:
     """What a step costs: as measured, as predicted for a GPU, or in GFLOP."""
     timings = options.timings
-    guided = options.calibration.guidance_scale != 1.0
+    guided = options.measurement.guidance_scale != 1.0
     sizes = facts.sizes.for_images(1, guided=guided)
     if options.processor is not None:
         timings = predict(segments, folder, options.processor, sizes)

@@ -42,7 +42,7 @@ class Revision:
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
         2,
-        "6b7470849a90d3db",
+        "dff1a7976cfc9dc4",
         (
             *_MODEL,
             "export/graph/passes/*.py",

@@ -326,7 +326,7 @@ class Alignment:
         if outputs < self.outputs:
             raise ConfigError(
                 f"An alignment that combines {self.outputs} outputs of a block needs segments "
-                f"that do; these combine {outputs}. Compile with --history."
+                f"that do; these combine {outputs}. Export with ExportOptions(outputs=2)."
             )
         return Alignment(tuple(np.insert(table, 1, 0.0, axis=1) for table in self.tables))
 

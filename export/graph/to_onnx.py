@@ -29,7 +29,7 @@ from blockcache.export.graph.work import graph_flops
 from blockcache.export.observer import Observer, unobserved
 from blockcache.export.unet.model import BRANCH, SourceModel, UNetCall
 from blockcache.export.unet.precision import converted
-from blockcache.runtime.bundles.manifest import WEIGHTS_FILE
+from blockcache.runtime.bundles.manifest import PRECISIONS, WEIGHTS_FILE
 from blockcache.runtime.errors import ConfigError, ExportError
 from blockcache.runtime.plan import DTYPE_BYTES, Dim, Segment, Sizes, TensorSpec
 
@@ -39,8 +39,6 @@ OPSET = 22
 EXPORT_PARTS = ("trace", "weights", "cut", "hash")
 """What an export does, in order. ``export_segments`` does all but the last: its caller hashes what
 it has written."""
-
-_PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +51,8 @@ class ExportOptions:
     cuts: tuple[int, ...] = ()  # depths of the branches that may be reused, see ``Block.depth``
 
     def __post_init__(self) -> None:
-        if self.precision not in _PRECISIONS:
-            raise ConfigError(f"Expected a precision of {_PRECISIONS}, got {self.precision!r}.")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"Expected a precision of {PRECISIONS}, got {self.precision!r}.")
         if self.outputs not in (1, 2):
             raise ConfigError(f"A reuse combines 1 or 2 computed outputs; got {self.outputs}.")
 

@@ -28,7 +28,7 @@ from blockcache.export.measure.converged import ConvergedOptions  # noqa: E402
 from blockcache.export.measure.residuals import ResidualOptions  # noqa: E402
 from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.export.measure.sensitivity import SensitivityOptions  # noqa: E402
-from blockcache.export.measurements import CalibrationOptions  # noqa: E402
+from blockcache.export.measurements import MeasurementOptions  # noqa: E402
 from blockcache.export.pipeline import CompileOptions, compile_model  # noqa: E402
 from blockcache.export.unet.cached_unet import CachedUNet, Denoiser  # noqa: E402
 from blockcache.runtime import Bundle, ConfigError, Session  # noqa: E402
@@ -36,7 +36,7 @@ from blockcache.runtime.bundles.tensor_files import read_tensors  # noqa: E402
 from blockcache.runtime.provenance import Provenance  # noqa: E402
 from blockcache.runtime.solvers.solver import SolverConfig, solver_tables  # noqa: E402
 
-CALIBRATION = CalibrationOptions(
+MEASUREMENT = MeasurementOptions(
     guidance_scale=3.0,
     converged=ConvergedOptions(levels=20, images=1, gains=2),
     profile=ProfileOptions(prompts=2, seeds=1, images_at_once=2),
@@ -73,7 +73,7 @@ def options(*presets, **changes):
     return CompileOptions(
         presets=tuple(PresetOptions.parse(text) for text in presets),
         export=ExportOptions(outputs=2),
-        calibration=dataclasses.replace(CALIBRATION, **changes),
+        measurement=dataclasses.replace(MEASUREMENT, **changes),
     )
 
 
@@ -287,8 +287,8 @@ def test_a_fit_is_made_on_weights_as_they_are_exported(model, calibration, calls
     assert all(torch.equal(after[name], value) for name, value in before.items())
     preset = bundle.preset("dpm-4-x1.1-history")
     config = SolverConfig.from_json(preset.solver)
-    sampling = Sampling(model, config, calibration, CALIBRATION.guidance_scale, "bfloat16")
-    fit = fit_alignment(sampling, preset.schedule, 2, CALIBRATION.alignment)
+    sampling = Sampling(model, config, calibration, MEASUREMENT.guidance_scale, "bfloat16")
+    fit = fit_alignment(sampling, preset.schedule, 2, MEASUREMENT.alignment)
     for ours, exact in zip(preset.alignment.tables, fit.alignment.tables, strict=True):
         np.testing.assert_array_equal(ours, exact)
 

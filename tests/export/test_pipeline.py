@@ -36,7 +36,7 @@ from blockcache.export.measure import change
 from blockcache.export.measure.calibration import Calibration
 from blockcache.export.measure.change import ProfileOptions, measure_change
 from blockcache.export.measure.sampling import Sampling
-from blockcache.export.measurements import CalibrationOptions
+from blockcache.export.measurements import MeasurementOptions
 from blockcache.export.pipeline import CompileOptions, compile_model
 from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers
 
@@ -86,8 +86,8 @@ def calls(compiled, copied_segments, monkeypatch):
 
 def options(*presets, **changes):
     parsed = tuple(PresetOptions.parse(text) for text in presets or ("ddim:2:0.1",))
-    calibrated = CalibrationOptions(profile=PROFILE)
-    return CompileOptions(presets=parsed, calibration=calibrated, **changes)
+    measurement = MeasurementOptions(profile=PROFILE)
+    return CompileOptions(presets=parsed, measurement=measurement, **changes)
 
 
 def manifest(folder):
@@ -308,8 +308,8 @@ STOPS = {
 def test_wherever_a_compile_stops_the_old_bundle_or_the_new_one_is_whole(
     model, calibration, calls, tmp_path, presets, guidance, export, forever
 ):
-    calibrated = CalibrationOptions(profile=PROFILE, guidance_scale=guidance)
-    wanted = dataclasses.replace(options(*presets, export=export), calibration=calibrated)
+    measurement = MeasurementOptions(profile=PROFILE, guidance_scale=guidance)
+    wanted = dataclasses.replace(options(*presets, export=export), measurement=measurement)
     first, whole = tmp_path / "first", tmp_path / "whole"
     old = compile_model(model, first, options("ddim:2:0.1", "dpm:2"), calibration).bundle
     shutil.copytree(first, whole)

@@ -86,9 +86,6 @@ def compile_bundle(
     guidance: Annotated[float, typer.Option(help="Guidance scale of later requests.")] = 5.0,
     target: EngineTarget = None,
     precision: Precision = None,
-    history: Annotated[
-        bool, typer.Option("--history", help="Let a reuse combine a block's last two outputs.")
-    ] = False,
     blocks: CachedBlocks = "transformers",
     hoist: Hoist = True,
     prompts: Annotated[
@@ -126,9 +123,9 @@ def compile_bundle(
 
     from blockcache.export import (
         AlignmentOptions,
-        CalibrationOptions,
         CompileOptions,
         ExportOptions,
+        MeasurementOptions,
         ProfileOptions,
     )
 
@@ -137,8 +134,8 @@ def compile_bundle(
         recommended=recommended,
         processor=processor,
         timings=times,
-        export=ExportOptions(precision=dtype, outputs=2 if history else 1, hoist=hoist),
-        calibration=CalibrationOptions(
+        export=ExportOptions(precision=dtype, hoist=hoist),
+        measurement=MeasurementOptions(
             guidance_scale=guidance,
             profile=ProfileOptions(
                 prompts=profile_prompts, seeds=profile_seeds, images_at_once=images_at_once

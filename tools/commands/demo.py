@@ -103,9 +103,9 @@ def compile_demo(
     """The demo bundle, and what each of its presets is; the converged run comes last."""
     from blockcache.export import (
         AlignmentOptions,
-        CalibrationOptions,
         CompileOptions,
         ConvergedOptions,
+        MeasurementOptions,
         PresetOptions,
         ProfileOptions,
         ResidualOptions,
@@ -133,7 +133,7 @@ def compile_demo(
         ),
         PresetOptions(solver="dpm", steps=CONVERGED, grid="karras"): "converged run",
     }
-    calibrated = CalibrationOptions(
+    measurement = MeasurementOptions(
         guidance_scale=guidance,
         converged=ConvergedOptions(images=2),
         profile=ProfileOptions(prompts=IMAGES, seeds=1),
@@ -141,7 +141,7 @@ def compile_demo(
         residuals=ResidualOptions(images=IMAGES // 4),
         alignment=AlignmentOptions(images=IMAGES),
     )
-    options = CompileOptions(presets=tuple(made), calibration=calibrated, recommended=cached.name)
+    options = CompileOptions(presets=tuple(made), measurement=measurement, recommended=cached.name)
     bundle = compile_model(source, folder, options, calibration, progress).bundle
     return bundle, {preset.name: about for preset, about in made.items()}
 

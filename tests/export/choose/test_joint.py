@@ -27,7 +27,7 @@ from blockcache.export.measure.change import ProfileOptions, measure_change
 from blockcache.export.measure.residuals import ResidualOptions
 from blockcache.export.measure.sensitivity import SensitivityOptions
 from blockcache.export.measure.trial import TrialOptions
-from blockcache.export.measurements import CalibrationOptions
+from blockcache.export.measurements import MeasurementOptions
 from blockcache.export.pipeline import CompileOptions, compile_model
 from blockcache.runtime import ConfigError
 
@@ -101,7 +101,7 @@ def test_only_the_winner_would_be_trained():
 
 
 def test_no_stage_takes_the_noise_of_a_trial():
-    options, trial = CalibrationOptions(), TrialOptions()
+    options, trial = MeasurementOptions(), TrialOptions()
     trained = options.distillation
     others = [
         range(options.profile.seeds),
@@ -130,7 +130,7 @@ def test_the_nearest_candidate_is_kept_and_the_others_are_reported(
     options = CompileOptions(
         presets=(PresetOptions.parse("dpm:4:j1.2:history"), PresetOptions.parse("dpm:4")),
         export=ExportOptions(precision=precision),
-        calibration=CalibrationOptions(
+        measurement=MeasurementOptions(
             guidance_scale=3.0,
             profile=ProfileOptions(prompts=2, seeds=1),
             sensitivity=SensitivityOptions(images=1),

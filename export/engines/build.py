@@ -8,9 +8,10 @@ error or a kill, leaves the engines that were there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from blockcache.export.engines.workers import Job, run_jobs
 from blockcache.export.observer import Observer, unobserved
 from blockcache.export.sole_writer import sole_writer
 from blockcache.runtime.bundles.bundle import Bundle
-from blockcache.runtime.bundles.manifest import FileEntry
+from blockcache.runtime.bundles.manifest import MANIFEST, FileEntry, Manifest
 from blockcache.runtime.engines.files import (
     EngineEntry,
     EngineSet,
@@ -33,7 +34,7 @@ from blockcache.runtime.engines.files import (
     write_engines,
 )
 from blockcache.runtime.engines.tensorrt_library import TensorRT, load_library
-from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.errors import BlockCacheError, ConfigError
 from blockcache.runtime.plan import ModelFacts, Role, Segment
 
 BUILT_ROLES: tuple[Role, ...] = ("prompt", "condition", "trunk", "block")
@@ -177,12 +178,7 @@ def _build(
     roles = (*BUILT_ROLES, "whole") if options.whole else BUILT_ROLES
     segments = tuple(segment for segment in bundle.segments if segment.role in roles)
     recipes = [_recipe(bundle, segment, target, options, library) for segment in segments]
-    entries, jobs = _plan_jobs(bundle, store, recipes, library.version)
-    reused = frozenset(entries)
-    stage = f"engines {target.name}"
-    observer(stage, len(entries), len(segments))
-
-    peaks = [0]
+    stage, peaks = f"engines {target.name}", [0]
 
     def finished(job: Job, built: BuiltEngine) -> None:
         name = job.recipe.segment.name
@@ -192,10 +188,14 @@ def _build(
         observer(stage, len(entries), len(segments))
 
     store.remove_partials()
-    try:
-        run_jobs(jobs, options.jobs, int(options.memory_gb * 1e9), finished)
-    finally:  # a worker that is killed cannot delete what it was writing
-        store.remove_partials()
+    with _until_exported_anew(bundle):
+        entries, jobs = _plan_jobs(bundle, store, recipes, library.version)
+        reused = frozenset(entries)
+        observer(stage, len(entries), len(segments))
+        try:
+            run_jobs(jobs, options.jobs, int(options.memory_gb * 1e9), finished)
+        finally:  # a worker that is killed cannot delete what it was writing
+            store.remove_partials()
     engines = EngineSet(
         target=target.name,
         library=library.name,
@@ -210,6 +210,31 @@ def _build(
     write_engines(bundle, engines)
     store.remove_others(engines.engines.values())
     return BuildReport(engines, segments, reused, time.perf_counter() - begin, max(peaks))
+
+
+@contextlib.contextmanager
+def _until_exported_anew(bundle: Bundle) -> Iterator[None]:
+    """Say so where a compile has put other segments in place meanwhile, and deleted these.
+
+    Raises:
+        ConfigError: it has.
+    """
+    try:
+        yield
+    except (OSError, BlockCacheError):
+        _require_same_segments(bundle)
+        raise
+    _require_same_segments(bundle)
+
+
+def _require_same_segments(bundle: Bundle) -> None:
+    now = Manifest.from_json((bundle.folder / MANIFEST).read_bytes()).files
+    names = {name for segment in bundle.segments for name in bundle.segment_files(segment)}
+    if any(now.get(name) != bundle.manifest.files[name] for name in names):
+        raise ConfigError(
+            f"A compile has replaced the segments of {bundle.folder} while their engines were "
+            f"built. Run the same command again: engines whose graphs are the same are kept."
+        )
 
 
 def _recipe(

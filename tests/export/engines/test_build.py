@@ -430,6 +430,31 @@ def test_two_builds_at_once(built_copy):
     assert build_engines(few, Target.parse("sm86")).reused == set(FEW)
 
 
+@pytest.mark.parametrize("vanished", [False, True])
+def test_segments_that_are_replaced_meanwhile_say_so(built_copy, vanished):
+    """As a compile of other weights does: another manifest, then the old segments are deleted."""
+    few = tiny_build(built_copy, *FEW)
+    replaced = manifest_with_hashes(few.manifest, "0" * 64)
+
+    def compile_beside(stage, done, total):
+        if not done:
+            (few.folder / "manifest.json").write_text(replaced)
+            if vanished:
+                shutil.rmtree(few.folder / "segments")
+
+    with pytest.raises(ConfigError, match=r"A compile has replaced the segments of .* again"):
+        build_engines(few, Target.parse("sm86"), observer=compile_beside)
+    assert "sm86" not in built_targets(few)
+
+
+def manifest_with_hashes(manifest, sha256):
+    """The manifest, with another hash for every file."""
+    files = {
+        name: dataclasses.replace(entry, sha256=sha256) for name, entry in manifest.files.items()
+    }
+    return dataclasses.replace(manifest, files=files).to_json()
+
+
 def _build_and_report(folder, started):
     """In another process: build, and say when the first engine is done."""
 

@@ -62,7 +62,7 @@ REVISIONS: Mapping[str, Revision] = {
     "trial": Revision(2, "371277fac4dec710", (*_SAMPLING, "export/measure/trial.py")),
     "engine": Revision(
         1,
-        "74d6222849fd6d75",
+        "7b90e2c0d6b581bd",
         (
             "export/engines/bfloat16_resize.py",
             "export/engines/build.py",

@@ -196,6 +196,7 @@ def _compile(
         recommended=_recommended(options, earlier, presets),
         presets=presets,
         files={**kept.files, **store.files, **hash_files(folder, _tables(made))},
+        unet_config=model.config,
     )
     bundle = Bundle.of(folder, manifest, verify=False)  # what does not open replaces nothing
     switch(folder, manifest)

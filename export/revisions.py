@@ -42,7 +42,7 @@ class Revision:
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
         2,
-        "dff1a7976cfc9dc4",
+        "49799f5e1e8054e1",
         (
             *_MODEL,
             "export/graph/passes/*.py",
@@ -50,16 +50,16 @@ REVISIONS: Mapping[str, Revision] = {
             "export/graph/work.py",
         ),
     ),
-    "profile": Revision(2, "4b5b2404fa404610", (*_SAMPLING, "export/measure/change.py")),
-    "converged": Revision(2, "5e499477f1703463", (*_SAMPLING, "export/measure/converged.py")),
-    "sensitivity": Revision(2, "1c4665985d1b914c", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "profile": Revision(2, "630c6921c4b4e8fa", (*_SAMPLING, "export/measure/change.py")),
+    "converged": Revision(2, "aa99779f9c579918", (*_SAMPLING, "export/measure/converged.py")),
+    "sensitivity": Revision(2, "67663b45876fb32b", (*_SAMPLING, "export/measure/sensitivity.py")),
     "residuals": Revision(
         2,
-        "5850e7c5e4a43730",
+        "68153d68acff2524",
         (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
     ),
-    "alignment": Revision(2, "aeb1fe4452a96ac2", (*_SAMPLING, "export/align/*.py")),
-    "trial": Revision(2, "371277fac4dec710", (*_SAMPLING, "export/measure/trial.py")),
+    "alignment": Revision(2, "ae758673ab27dee1", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(2, "52b41afa0667075b", (*_SAMPLING, "export/measure/trial.py")),
     "engine": Revision(
         1,
         "7b90e2c0d6b581bd",

@@ -28,6 +28,7 @@ from blockcache.runtime.errors import (
     WrongLibraryError,
 )
 from blockcache.runtime.loop import Denoised, Progress
+from blockcache.runtime.open_request import OpenRequest
 from blockcache.runtime.plan import Alignment, Preset, Schedule, Segment, TensorSpec
 from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.record import RunRecord
@@ -60,6 +61,7 @@ __all__ = [
     "Manifest",
     "MissingExtraError",
     "NoiseSchedule",
+    "OpenRequest",
     "Preset",
     "Progress",
     "Provenance",

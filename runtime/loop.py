@@ -1,8 +1,8 @@
-"""The denoising loop: for each step, for each segment, run it or leave it alone."""
+"""The denoising loop: evaluate the U-Net, do the solver's step, and report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter_ns
 
@@ -12,8 +12,8 @@ from blockcache.runtime.devices.device import Device, StepFunction
 from blockcache.runtime.devices.device_view import DeviceView
 from blockcache.runtime.devices.graphs import LoopGraphs
 from blockcache.runtime.devices.tensor import Tensor
-from blockcache.runtime.engines.engine import Launch
 from blockcache.runtime.errors import Cancelled, InputError
+from blockcache.runtime.evaluation import evaluate, take_conditions
 from blockcache.runtime.program import Program
 from blockcache.runtime.record import RunRecord
 from blockcache.runtime.request import Request, check_finite_values
@@ -105,17 +105,13 @@ def denoise(
         solver = run.meter.after(solver)
     if callback is not None:
         report = _reporter(device, program, request, tables, callback)
-    for name, values in request.conditions.items():
-        device.upload(program.tensors[name], values)
-    begin = perf_counter_ns()
-    for launch in program.prompt:
-        launch()
-    record.prompt_ns = perf_counter_ns() - begin
+    take_conditions(device, program, request.conditions, record)
     _set_latents(device, program, request, tables)
     begin = perf_counter_ns()
 
     def do_step(step: int) -> None:
-        _step(run.load_row, run.launches[step], solver, step, record)
+        evaluate(run, step, record)
+        solver(step)
 
     if graphs is not None and callback is None and cancelled is None:
         graphs.play_loop(record.steps, do_step)
@@ -135,24 +131,6 @@ def denoise(
     if request.check_finite:
         check_finite_values("the denoised latents", result)
     return Denoised(result, record, device.view(latents))
-
-
-def _step(
-    load_row: StepFunction,
-    launches: Sequence[tuple[int, Launch]],
-    solver: StepFunction,
-    step: int,
-    record: RunRecord,
-) -> None:
-    """One denoising step: a reused block is simply not among the launches."""
-    load_row(step)
-    ran, durations = record.ran[step], record.segment_ns[step]
-    for index, launch in launches:
-        begin = perf_counter_ns()
-        launch()
-        durations[index] = perf_counter_ns() - begin
-        ran[index] = True
-    solver(step)
 
 
 def _call(step: int, do_step: StepFunction) -> None:

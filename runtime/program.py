@@ -102,6 +102,8 @@ class Program:
             + 2 * self.tensors["latents"].bytes,
         )
         self.prompt = tuple(self._bind(segment) for segment in prompts)
+        self.conditions: Mapping[str, np.ndarray] | None = None
+        """Those of the last request, whose prompt tensors are in place."""
         self._bound: dict[tuple[str, ...], Launch] = {}
         self._runs: dict[int, Run] = {}
 

@@ -12,7 +12,7 @@ from blockcache.runtime.arguments import finite_number, whole_number
 from blockcache.runtime.devices.device import Guidance
 from blockcache.runtime.devices.interop import host_array
 from blockcache.runtime.errors import InputError
-from blockcache.runtime.plan import ModelFacts, Sizes, TensorSpec, default_negative
+from blockcache.runtime.plan import MOST_SIZE, ModelFacts, Sizes, TensorSpec, default_negative
 
 PROMPT = "encoder_hidden_states"
 """The condition that every model has."""
@@ -112,6 +112,46 @@ def checked_request(
     )
 
 
+def checked_conditions(
+    model: ModelFacts,
+    conditions: Mapping[str, Any],
+    *,
+    batch: object = None,
+    height: object = None,
+    width: object = None,
+    check_finite: bool = False,
+) -> tuple[Sizes, dict[str, np.ndarray]]:
+    """The conditions of a batch that the caller laid out; arguments are those of ``Session.begin``.
+
+    Returns:
+        The request's sizes, and a copy of the conditions by name, [batch, ...].
+
+    Raises:
+        InputError: the first argument that does not fit, by name.
+    """
+    given = {name: host_array(values) for name, values in conditions.items()}
+    _refuse_unknown(model, tuple(given))
+    prompt, usual = given[PROMPT], model.sizes
+    has_rows = isinstance(prompt, np.ndarray) and prompt.ndim == 3 and prompt.shape[0] > 0
+    rows = len(prompt) if batch is None and has_rows else batch
+    sizes = Sizes(
+        batch=whole_number("batch", 1 if rows is None else rows, 1, MOST_SIZE),
+        height=whole_number("height", usual.height if height is None else height, 1, MOST_SIZE),
+        width=whole_number("width", usual.width if width is None else width, 1, MOST_SIZE),
+        tokens=_tokens(model, prompt),
+    )
+    _require_factor(model, "height and width", sizes.height, sizes.width)
+    check = _Check(check_finite)
+    checked = {
+        spec.name: np.array(_half(check, spec, sizes, sizes.batch, given, ""))
+        for spec in model.conditions
+    }
+    for spec in model.conditions:
+        if spec.name == CLASSES and spec.dtype == "int64":
+            _require_classes(model, checked[spec.name])
+    return sizes, checked
+
+
 def guidance_of(scale: object, rescale: object) -> Guidance | None:
     """Classifier-free guidance, or None where it is off: at a scale of 1 or less, as in diffusers.
 
@@ -168,14 +208,19 @@ def _noise_shape(model: ModelFacts, noise: np.ndarray) -> tuple[int, int, int, i
             f"noise: expected [N, {model.channels}, height, width], got {list(shape)}. "
             f"session.noise(seeds) makes it."
         )
-    factor, (height, width) = model.downsampling, shape[2:]
+    _require_factor(model, "noise", shape[2], shape[3])
+    return shape[0], shape[1], shape[2], shape[3]
+
+
+def _require_factor(model: ModelFacts, name: str, height: int, width: int) -> None:
+    """Refuse latent sizes that the graphs cannot halve as often as they do."""
+    factor = model.downsampling
     if height % factor or width % factor:
         raise InputError(
-            f"noise: expected a latent height and width divisible by {factor}, got {height} x "
+            f"{name}: expected a latent height and width divisible by {factor}, got {height} x "
             f"{width}. The bundle's graphs halve and double sizes exactly, where diffusers rounds "
             f"up. Take {_next(height, factor)} x {_next(width, factor)} and crop the picture."
         )
-    return shape[0], shape[1], height, width
 
 
 def _next(size: int, factor: int) -> int:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,15 +28,23 @@ from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.devices.device import modes_of
 from blockcache.runtime.devices.graphs import GraphPlayer, LoopGraphs
 from blockcache.runtime.drift import DriftMonitor
-from blockcache.runtime.engines.choice import make_backend, refuse_options
+from blockcache.runtime.engines.choice import make_backend, refuse_options, require_members
 from blockcache.runtime.engines.engine import Backend, Launch
 from blockcache.runtime.engines.loading import load_engines
 from blockcache.runtime.errors import BundleFormatError, ConfigError, InputError
+from blockcache.runtime.evaluation import take_conditions
 from blockcache.runtime.fork import keep_in_children
 from blockcache.runtime.loop import Denoised, Progress, denoise
+from blockcache.runtime.open_request import OpenRequest
 from blockcache.runtime.plan import LOOP_ROLES, MOST_SIZE, Preset, Sizes
 from blockcache.runtime.program import MemoryReport, Program
-from blockcache.runtime.request import PROMPT, Request, checked_request, guidance_of
+from blockcache.runtime.request import (
+    PROMPT,
+    Request,
+    checked_conditions,
+    checked_request,
+    guidance_of,
+)
 from blockcache.runtime.solvers.solver import SolverConfig, solver_tables
 
 SHAPES = 4
@@ -78,6 +87,7 @@ class Session:
         self._programs: dict[tuple[Sizes, int], Program] = {}
         self._lock = backend.device.session_lock()
         self._running = self._closed = False
+        self._open: Callable[[], OpenRequest | None] = lambda: None  # a weak reference
         self._process = os.getpid()
         keep_in_children(self)
         self._graphs = (
@@ -123,6 +133,7 @@ class Session:
         chosen = opened.preset(preset)
         if not isinstance(backend, str):
             refuse_options(type(backend).__name__, threads=threads, stream=stream, graphs=graphs)
+            require_members(backend)
         else:
             backend = make_backend(
                 backend,
@@ -138,6 +149,22 @@ class Session:
     def steps(self) -> int:
         """S of the preset."""
         return self.preset.schedule.steps
+
+    @property
+    def timesteps(self) -> np.ndarray:
+        """What the U-Net is conditioned on at each step: float32 [S], as diffusers has them."""
+        return np.array(self._tables.timesteps)
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """Noise levels sigma / alpha of the steps: float32 [S], without the end of the last."""
+        signal, noise = self._tables.noising.T
+        return np.asarray(noise / signal)
+
+    @property
+    def unet_config(self) -> dict[str, object]:
+        """The U-Net's config, as diffusers names it."""
+        return dict(self.bundle.manifest.unet_config)
 
     def noise(
         self, seeds: Sequence[int], height: int | None = None, width: int | None = None
@@ -246,6 +273,57 @@ class Session:
             self.drift.add(result.record.change)
         return result
 
+    def begin(
+        self,
+        prompt_embeds: np.ndarray,
+        *,
+        conditions: Mapping[str, np.ndarray] | None = None,
+        batch: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        check_finite: bool = False,
+    ) -> OpenRequest:
+        """Open a request whose loop, guidance and solver are the caller's: see ``OpenRequest``.
+
+        The batch is laid out as the caller likes, guided halves or not: the session sees rows. A
+        prompt that is the same as in the request before is not computed again. A drift monitor
+        does not hear of such requests.
+
+        Args:
+            prompt_embeds: float32 [batch or 1, tokens, D].
+            conditions: further inputs by name (SDXL: text_embeds, time_ids), [batch or 1, ...].
+            batch: rows of the samples to come; default those of ``prompt_embeds``.
+            height: latent height; default the model's.
+            width: latent width; default the model's.
+            check_finite: raise InputError for NaN or infinity in the conditions.
+
+        Raises:
+            ConfigError: another request of this session is open.
+            InputError: a tensor or size that does not fit.
+            EngineError: the engine library failed.
+        """
+        model = self.bundle.model
+        given = {PROMPT: prompt_embeds, **(conditions or {})}
+        sizes, checked = checked_conditions(
+            model, given, batch=batch, height=height, width=width, check_finite=check_finite
+        )
+        with self._exclusive():
+            program = self._program(sizes, sizes.batch)
+            request = OpenRequest(
+                self.backend.device,
+                program,
+                self.steps,
+                self._held,
+                lambda first: self._graphs_of(program, (sizes, sizes.batch, first, "predict")),
+            )
+            before = program.conditions
+            if before is None or any(
+                not np.array_equal(values, before[name]) for name, values in checked.items()
+            ):
+                take_conditions(self.backend.device, program, checked, request.record)
+            self._open = weakref.ref(request)
+        return request
+
     def warm_up(
         self,
         images: int = 1,
@@ -337,6 +415,12 @@ class Session:
     def _exclusive(self) -> Iterator[None]:
         """One request at a time; a callback cannot start another on the same buffers."""
         with self._held():
+            opened = self._open()
+            if opened is not None and opened.is_open:
+                raise ConfigError(
+                    "A request that begin has opened is still open, and its buffers are in use. "
+                    "End it (request.end()), or open a second session; engines are shared."
+                )
             if self._running:
                 raise ConfigError(
                     "denoise was called from a callback of the same session, whose buffers are in "
@@ -356,17 +440,15 @@ class Session:
     ) -> Denoised:
         with self._exclusive():
             program = self._program(request.sizes, request.images)
-            graphs = self._loop_graphs(program, request)
+            modes = modes_of(request.guidance)
+            shape = (request.sizes, request.images, request.first, *modes)
+            graphs = self._graphs_of(program, shape)
             device, tables = self.backend.device, self._tables
             return denoise(device, program, request, tables, graphs, callback, cancelled)
 
-    def _loop_graphs(self, program: Program, request: Request) -> LoopGraphs | None:
-        """CUDA graphs of this request's shape and first step; None where launches stay single."""
-        if self._graphs is None:
-            return None
-        modes = modes_of(request.guidance)
-        shape = (request.sizes, request.images, request.first, *modes)
-        return LoopGraphs(self._graphs, shape, program.tensors)
+    def _graphs_of(self, program: Program, shape: tuple[Hashable, ...]) -> LoopGraphs | None:
+        """CUDA graphs of a request's shape and first step; None where launches stay single."""
+        return None if self._graphs is None else LoopGraphs(self._graphs, shape, program.tensors)
 
     def _program(self, sizes: Sizes, images: int) -> Program:
         """The program of these sizes; bound on first use, kept while among the last ``SHAPES``."""

@@ -6,6 +6,7 @@ Everything the exporter needs to know is read from the config; no shape is typed
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,13 @@ class SourceModel:
     def cuts(self) -> tuple[int, ...]:
         """Depths of the branches."""
         return tuple(block.depth for block in self.blocks if block.kind == BRANCH)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The U-Net's config as JSON has it, without what diffusers keeps there for itself."""
+        public = {k: v for k, v in dict(self.unet.config).items() if not k.startswith("_")}
+        found: dict[str, Any] = json.loads(json.dumps(public))
+        return found
 
     @property
     def downsampling(self) -> int:

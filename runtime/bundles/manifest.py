@@ -92,6 +92,7 @@ class Manifest:
     recommended: str  # the preset to take where none is named
     presets: Mapping[str, PresetEntry]
     files: Mapping[str, FileEntry]
+    unet_config: Mapping[str, object]  # of the model, as diffusers names it; for other programs
 
     def to_json(self) -> str:
         """The manifest as text: one way only to write it; presets keep their order."""
@@ -100,6 +101,7 @@ class Manifest:
                 "format": FORMAT,
                 "version": VERSION,
                 "model": to_plain(self.model),
+                "unet_config": dict(sorted(self.unet_config.items())),
                 "segments": [to_plain(segment) for segment in self.segments],
                 "recommended": self.recommended,
                 "presets": {name: to_plain(entry) for name, entry in self.presets.items()},
@@ -135,12 +137,14 @@ class Manifest:
                 f"the bundle again or compile again."
             )
         presets = _table(found["presets"], _PRESET, _preset_entry)
+        model = _model_facts(found["model"])
         return cls(
-            model=_model_facts(found["model"]),
+            model=model,
             segments=tuple(segment_from_plain(field) for field in found["segments"].items()),
             recommended=found["recommended"].choice(list(presets)),
             presets=presets,
             files=_table(found["files"], _PATH, _file_entry),
+            unet_config=_unet_config(found["unet_config"], model),
         )
 
 
@@ -218,6 +222,15 @@ def _model_facts(field: Field) -> ModelFacts:
         conditions=conditions,
         classes=classes,
     )
+
+
+def _unet_config(field: Field, model: ModelFacts) -> Mapping[str, object]:
+    """A config that says of the model what the manifest says."""
+    found = field.table()
+    for name in ("in_channels", "out_channels"):
+        channels = field.fields([name], optional=list(found))[name].whole(1, 1 << 16)
+        found[name].require(channels == model.channels, f"{model.channels}, as model.channels")
+    return {name: option.value for name, option in found.items()}
 
 
 def _sizes(field: Field) -> Sizes:

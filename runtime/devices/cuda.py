@@ -196,6 +196,11 @@ class CudaDevice:
         call("cudaMemcpyAsync", target.pointer, content.ctypes.data, count, kind, self.stream)
         self.synchronize()
 
+    def copy_from(self, target: Tensor, pointer: int) -> None:
+        """One copy inside the device."""
+        kind = self._kinds.cudaMemcpyDeviceToDevice
+        call("cudaMemcpyAsync", target.pointer, pointer, target.bytes, kind, self.stream)
+
     def download(self, source: Tensor) -> np.ndarray:
         """A host copy, float32 for floating dtypes; waits for the stream."""
         host = np.empty(source.bytes, np.uint8)

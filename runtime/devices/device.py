@@ -54,6 +54,16 @@ class Device(Protocol):
     def upload(self, target: Tensor, values: np.ndarray) -> None:
         """Copy (and convert) host values into a tensor of the same shape."""
 
+    def copy_from(self, target: Tensor, pointer: int) -> None:
+        """Copy a tensor of the same shape and dtype, which lies on this device at ``pointer``.
+
+        What wrote it is done, or comes before on ``stream``.
+        """
+
+    @property
+    def stream(self) -> int:
+        """The stream that everything of this device runs on; 0 on the host."""
+
     def download(self, source: Tensor) -> np.ndarray:
         """A host copy, float32 for floating dtypes; waits for pending work."""
 

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from blockcache.runtime.devices import dlpack
-from blockcache.runtime.devices.tensor import Tensor
+from blockcache.runtime.devices.tensor import NUMPY_DTYPES, Tensor
 
 
 class DeviceView:
-    """A float32 tensor where it lies, as ``__cuda_array_interface__`` and as DLPack.
+    """A tensor of floats where it lies, as DLPack and as ``__cuda_array_interface__``.
+
+    The latter has no bfloat16: such a tensor is lent by DLPack alone.
 
     ``torch.as_tensor``, ``torch.from_dlpack``, ``cupy.asarray`` and the like read it without a
     copy. What it shows is complete: nobody has to wait for a stream.
     """
 
     def __init__(self, tensor: Tensor, stream: int, index: int) -> None:
-        assert tensor.dtype == "float32", tensor.dtype
         self._tensor = tensor  # keeps the memory alive
         self._index = index
-        self.__cuda_array_interface__ = {
-            "shape": tensor.shape,
-            "typestr": "<f4",
-            "data": (tensor.pointer, False),
-            "version": 3,
-            "strides": None,
-            "stream": stream or dlpack.LEGACY_STREAM,
-        }
+        if tensor.dtype != "bfloat16":
+            self.__cuda_array_interface__ = {
+                "shape": tensor.shape,
+                "typestr": np.dtype(NUMPY_DTYPES[tensor.dtype]).str,
+                "data": (tensor.pointer, False),
+                "version": 3,
+                "strides": None,
+                "stream": stream or dlpack.LEGACY_STREAM,
+            }
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return dlpack.CUDA, self._index
@@ -35,4 +39,5 @@ class DeviceView:
         if copy:
             raise BufferError("This tensor is lent without a copy only.")
         tensor = self._tensor
-        return dlpack.lend(tensor.pointer, tensor.shape, self.__dlpack_device__(), tensor)
+        device = self.__dlpack_device__()
+        return dlpack.lend(tensor.pointer, tensor.shape, tensor.dtype, device, tensor)

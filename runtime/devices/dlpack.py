@@ -85,15 +85,15 @@ def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def borrow(values: Any) -> Lent:
-    """Read what ``values.__dlpack__`` hands out.
+def borrow(values: Any, stream: int = LEGACY_STREAM) -> Lent:
+    """Read what ``values.__dlpack__`` hands out; on a GPU it is complete on ``stream``.
 
     Raises:
         BufferError, RuntimeError, TypeError, ValueError: it hands out nothing that fits.
     """
     device = int(values.__dlpack_device__()[0])
     on_gpu = device in (CUDA, CUDA_MANAGED)
-    capsule = values.__dlpack__(stream=LEGACY_STREAM) if on_gpu else values.__dlpack__()
+    capsule = values.__dlpack__(stream=stream) if on_gpu else values.__dlpack__()
     tensor = ctypes.cast(_address(id(capsule), _NAME), ctypes.POINTER(_Managed)).contents.tensor
     shape = tuple(tensor.shape[i] for i in range(tensor.axes))
     given = tensor.strides
@@ -145,10 +145,15 @@ _DELETER = _Deleter(_take_back)
 _DESTRUCTOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_drop)
 
 
-def lend(pointer: int, shape: Sequence[int], device: tuple[int, int], owner: Any) -> Any:
-    """A capsule with a contiguous float32 tensor; ``owner`` lives as long as it is used."""
+_LENT_TYPES = {"float32": (_FLOAT, 32, 1), "float16": (_FLOAT, 16, 1), "bfloat16": (_BFLOAT, 16, 1)}
+
+
+def lend(
+    pointer: int, shape: Sequence[int], dtype: str, device: tuple[int, int], owner: Any
+) -> Any:
+    """A capsule with a contiguous tensor of floats; ``owner`` lives as long as it is used."""
     sizes = (ctypes.c_int64 * len(shape))(*shape)
-    tensor = _Tensor(pointer, _Device(*device), len(shape), _DataType(_FLOAT, 32, 1), sizes)
+    tensor = _Tensor(pointer, _Device(*device), len(shape), _DataType(*_LENT_TYPES[dtype]), sizes)
     managed = _Managed(tensor, None, _DELETER)
     address = ctypes.addressof(managed)
     _lent_out[address] = (managed, sizes, owner)

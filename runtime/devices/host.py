@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ class HostDevice:
     """Host memory; a ``Device`` as runtime/devices/device.py has it."""
 
     name = "cpu"
+    stream = 0
 
     def allocate(self, count: int) -> np.ndarray:
         """``count`` zeroed bytes at an address that is a multiple of 256."""
@@ -38,6 +40,10 @@ class HostDevice:
     def upload(self, target: Tensor, values: np.ndarray) -> None:
         """Copy into the view."""
         np.copyto(_view(target), values, casting="same_kind")
+
+    def copy_from(self, target: Tensor, pointer: int) -> None:
+        """Copy host memory."""
+        ctypes.memmove(target.pointer, pointer, target.bytes)
 
     def download(self, source: Tensor) -> np.ndarray:
         """A copy of the view."""

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from blockcache.runtime.devices import cuda, dlpack
-from blockcache.runtime.devices.tensor import decode
+from blockcache.runtime.devices.device import Device
+from blockcache.runtime.devices.tensor import Tensor, decode
 from blockcache.runtime.errors import InputError
 
 
@@ -32,6 +33,53 @@ def host_array(values: Any) -> Any:
     return values
 
 
+def place(device: Device, name: str, target: Tensor, values: Any) -> bool:
+    """Copy a caller's tensor to where the engines read it.
+
+    Args:
+        device: where ``target`` lies.
+        name: of the argument, for errors.
+        target: of the shape and dtype that the engines read.
+        values: float32 of numpy, or a tensor of another library, on the host or the GPU.
+
+    Returns:
+        Whether it lay on the device's GPU, so that the copy did not leave it.
+
+    Raises:
+        InputError: another shape or dtype, or a tensor that cannot be read.
+    """
+    if device.name != "cpu" and (lent := _lent_on_gpu(values, device.stream)) is not None:
+        _require(name, target.shape, lent.shape, target.dtype, lent.dtype)
+        _require_contiguous(lent.contiguous)
+        device.copy_from(target, lent.pointer)
+        return True
+    array = host_array(values)
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{name}: expected a tensor, got {type(values).__name__}.")
+    _require(name, target.shape, array.shape, "float32", str(array.dtype))
+    device.upload(target, array)
+    return False
+
+
+def _lent_on_gpu(values: Any, stream: int) -> dlpack.Lent | None:
+    """A tensor on a GPU, complete on ``stream``; None for everything else."""
+    if not hasattr(values, "__dlpack_device__"):
+        return None
+    if int(values.__dlpack_device__()[0]) not in (dlpack.CUDA, dlpack.CUDA_MANAGED):
+        return None
+    return _borrowed(values, stream)
+
+
+def _require(
+    name: str, shape: Sequence[int], given: Sequence[int], dtype: str, given_dtype: str
+) -> None:
+    if tuple(given) != tuple(shape) or given_dtype != dtype:
+        raise InputError(
+            f"{name}: expected {dtype} {list(shape)}, got {given_dtype} {list(given)}. Convert it "
+            f"to {dtype} first; a batch of another size is another request."
+        )
+
+
 def host_arrays(values: Mapping[str, Any]) -> dict[str, Any]:
     """``host_array`` of every value."""
     return {name: host_array(each) for name, each in values.items()}
@@ -39,13 +87,7 @@ def host_arrays(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_dlpack(values: Any) -> np.ndarray:
     """Copy a tensor of any library, on the host or the GPU."""
-    try:
-        lent = dlpack.borrow(values)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"Expected a tensor that can be read, got {type(values).__name__}: {error}. Convert it "
-            f"to float32 first, without gradients."
-        ) from error
+    lent = _borrowed(values, dlpack.LEGACY_STREAM)
     if lent.device in (dlpack.CPU, dlpack.CUDA_HOST):
         bits = dlpack.host_view(lent).copy()
     elif lent.device in (dlpack.CUDA, dlpack.CUDA_MANAGED):
@@ -56,6 +98,16 @@ def _from_dlpack(values: Any) -> np.ndarray:
             f"Expected a tensor on the CPU or on a CUDA device, got DLPack device {lent.device}."
         )
     return _as_float32(bits, lent.dtype)
+
+
+def _borrowed(values: Any, stream: int) -> dlpack.Lent:
+    try:
+        return dlpack.borrow(values, stream)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"Expected a tensor that can be read, got {type(values).__name__}: {error}. Convert it "
+            f"to float32 first, without gradients."
+        ) from error
 
 
 def _from_cuda(interface: Mapping[str, Any]) -> np.ndarray:

@@ -79,6 +79,17 @@ def refuse_options(backend: str, **options: object) -> None:
         )
 
 
+def require_members(backend: Backend) -> None:
+    """Raise ConfigError where an object lacks a member of ``Backend``."""
+    members = [name for name in vars(Backend) if not name.startswith("_")]
+    lacking = [name for name in members if not hasattr(backend, name)]
+    if lacking:
+        raise ConfigError(
+            f"Expected a backend: a name, or an object with {members}; {type(backend).__name__} "
+            f"lacks {lacking}. EmptyBackend is a base class that has them all."
+        )
+
+
 def _best(bundle: Bundle | None) -> str:
     """TensorRT where engines and a GPU are there, else ONNX Runtime on the CPU."""
     if bundle is None or not any(bundle.folder.glob("engines/*/engines.json")):

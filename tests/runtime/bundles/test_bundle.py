@@ -92,7 +92,8 @@ def small_manifest():
     files = {s.file: FileEntry(100 + i, f"{i:064x}") for i, s in enumerate(segments)}
     files |= {f"{CONTENT}/weights.bin": FileEntry(500, "ef" * 32)}
     files |= {preset.file: FileEntry(77, "cd" * 32)}
-    return Manifest(model, segments, "ddim-4-d0.5", {"ddim-4-d0.5": preset}, files)
+    config = {"in_channels": 4, "out_channels": 4, "sample_size": [16, 24]}
+    return Manifest(model, segments, "ddim-4-d0.5", {"ddim-4-d0.5": preset}, files, config)
 
 
 # -- the format ------------------------------------------------------------------------------------

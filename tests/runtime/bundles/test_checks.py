@@ -144,8 +144,16 @@ CONTRADICTIONS = {
         output_of(dims=["batch", 8, "height", "width"]), "got model_output float32 [batch, 8, "
         "height, width]."),
     "latent channels that are others": (
-        lambda c: c["model"].update(channels=8), "expected sample float32 [batch, 8, height, "
-        "width], got sample float32 [batch, 4, height, width]."),
+        lambda c: (c["model"].update(channels=8),
+                   c["unet_config"].update(in_channels=8, out_channels=8)),
+        "expected sample float32 [batch, 8, height, width], got sample float32 [batch, 4, height, "
+        "width]."),
+    "a config of other channels": (
+        lambda c: c["unet_config"].update(in_channels=9), "expected 4, as model.channels for "
+        "'unet_config.in_channels', got 9."),
+    "a config without channels": (
+        lambda c: c["unet_config"].pop("out_channels"), "expected an object with 'out_channels' "
+        "for 'unet_config'"),
     "a block of another width": (
         lambda c: c["model"]["blocks"][2].update(channels=32), "Segment 'block_02': expected an "
         "output [batch, 32, ...], got block_2 float32 [batch, 64, height/4, width/4]."),

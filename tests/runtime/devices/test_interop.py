@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from blockcache.runtime.devices import cuda, dlpack
 from blockcache.runtime.devices.cuda import stream_handle
 from blockcache.runtime.devices.device_view import DeviceView
-from blockcache.runtime.devices.interop import host_array
+from blockcache.runtime.devices.host import HostDevice
+from blockcache.runtime.devices.interop import host_array, place
 from blockcache.runtime.devices.tensor import Tensor, decode, encode
 from blockcache.runtime.errors import EngineError, InputError
 
@@ -179,7 +180,7 @@ def lender(values, owner):
     """An object that lends host memory as ``DeviceView`` lends a GPU's."""
 
     def lend(**_):
-        return dlpack.lend(values.ctypes.data, values.shape, (dlpack.CPU, 0), owner())
+        return dlpack.lend(values.ctypes.data, values.shape, "float32", (dlpack.CPU, 0), owner())
 
     return SimpleNamespace(__dlpack__=lend, __dlpack_device__=lambda: (dlpack.CPU, 0))
 
@@ -203,10 +204,62 @@ def test_memory_lives_as_long_as_a_consumer_uses_it(library):
 def test_a_capsule_that_nobody_takes_is_given_back():
     owner = Owner()
     alive = weakref.ref(owner)
-    capsule = dlpack.lend(4096, (2, 3), (dlpack.CUDA, 0), owner)
+    capsule = dlpack.lend(4096, (2, 3), "float32", (dlpack.CUDA, 0), owner)
     del owner
     gc.collect()
     assert alive() is not None
     del capsule
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_floats_of_any_width_are_lent(dtype):
+    view = DeviceView(Tensor(4096, (1, 4, 2, 2), dtype, None), 77, 0)
+    assert dlpack.borrow(view).dtype == dtype
+    named = getattr(view, "__cuda_array_interface__", {"typestr": "none"})["typestr"]
+    assert named == {"float32": "<f4", "float16": "<f2", "bfloat16": "none"}[dtype]
+
+
+# -- a sample that is put in place -----------------------------------------------------------------
+
+
+class Gpu(HostDevice):
+    """Host memory that passes for a GPU's."""
+
+    name = "cuda"
+
+
+def on_gpu(values, dtype="float32"):
+    """Host memory, lent as that of a GPU."""
+    tensor = Tensor(values.ctypes.data, values.shape, dtype, values)
+    return DeviceView(tensor, 0, 0)
+
+
+def target_on(device, shape=(2, 3)):
+    return device.tensor(device.allocate(24), 0, shape, "float32")
+
+
+def test_a_tensor_on_the_gpu_does_not_leave_it(monkeypatch):
+    device, values = Gpu(), np.arange(6, dtype=np.float32).reshape(2, 3)
+    monkeypatch.setattr(device, "upload", None)
+    target = target_on(device)
+    assert place(device, "sample", target, on_gpu(values)) is True
+    assert np.array_equal(target.array, values)
+
+
+def test_a_tensor_on_the_host_is_uploaded():
+    for device in (Gpu(), HostDevice()):
+        target = target_on(device)
+        assert place(device, "sample", target, np.ones((2, 3), np.float32)) is False
+        assert target.array.all()
+
+
+def test_a_tensor_on_the_gpu_is_not_converted_in_silence():
+    device, values = Gpu(), np.zeros((2, 3), np.float16)
+    with pytest.raises(InputError) as caught:
+        place(device, "sample", target_on(device), on_gpu(values, "float16"))
+    assert str(caught.value) == (
+        "sample: expected float32 [2, 3], got float16 [2, 3]. Convert it to float32 first; a batch "
+        "of another size is another request."
+    )

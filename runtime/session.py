@@ -164,7 +164,7 @@ class Session:
     @property
     def unet_config(self) -> dict[str, object]:
         """The U-Net's config, as diffusers names it."""
-        return dict(self.bundle.manifest.unet_config)
+        return dict(self.bundle.unet_config)
 
     def noise(
         self, seeds: Sequence[int], height: int | None = None, width: int | None = None

@@ -377,13 +377,27 @@ def test_graph_passes_do_not_reach_out_of_their_folder():
 RUNTIME_NEEDS = {"numpy", "safetensors", "blockcache", "__future__"}
 
 
+DROP_IN = "runtime/drop_in.py"
+"""The only file of the runtime that knows torch, imported when a pipeline asks for it."""
+
+
 def heavy_runtime_imports(root):
     """Eager imports of the runtime and the kernels beyond the standard library and numpy."""
     return [
         f"{item.file}: {item.module}"
         for item in all_imports(root, "runtime", "kernels")
         if item.eager and item.top not in RUNTIME_NEEDS | set(sys.stdlib_module_names)
+        if item.file != DROP_IN
     ]
+
+
+def test_nothing_of_the_runtime_imports_the_drop_in():
+    users = {
+        item.file
+        for item in all_imports(ROOT, "runtime")
+        if ("runtime", "drop_in") in {reached[:2] for reached in item.blockcache_modules}
+    }
+    assert users <= {"runtime/package/blockcache/diffusers.py"}
 
 
 def test_the_runtime_imports_numpy_and_little_else():
@@ -451,10 +465,12 @@ def test_the_guarded_process_sees_a_framework(tmp_path, statement):
 # -- one door per foreign library ------------------------------------------------------------------
 
 DOORS = {
-    "diffusers": ("export/unet/", "tools/bench/", "tools/demo/", "tools/dev/", "tools/research/"),
+    "diffusers": (
+        DROP_IN, "export/unet/", "tools/bench/", "tools/demo/", "tools/dev/", "tools/research/",
+    ),
     "transformers": ("tools/demo/", "export/unet/text.py"),
     "huggingface_hub": ("export/unet/hub.py",),
-    "torch": ("export/", "tools/"),
+    "torch": (DROP_IN, "export/", "tools/"),
     "onnx": ("export/", "tools/"),
     "onnx_ir": ("export/",),
     "onnxruntime": ("runtime/engines/onnxruntime_library.py",),

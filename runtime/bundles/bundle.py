@@ -109,6 +109,11 @@ class Bundle:
         return self.manifest.model
 
     @property
+    def unet_config(self) -> Mapping[str, object]:
+        """The U-Net's config, as diffusers names it."""
+        return self.manifest.unet_config
+
+    @property
     def segments(self) -> tuple[Segment, ...]:
         """All segments, in running order."""
         return self.manifest.segments

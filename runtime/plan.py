@@ -22,6 +22,9 @@ AXES = ("batch", "height", "width", "tokens")
 MOST_SIZE = 1 << 16
 """Nothing along an axis is longer than this; what claims to be is damaged."""
 
+WHOLE = -1
+"""The cut behind the last convolution: its branch is the whole U-Net."""
+
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
 Role: TypeAlias = Literal["trunk", "block", "prompt", "condition", "time", "whole"]
@@ -371,7 +374,7 @@ class BlockFacts:
 
     path: str  # module path, e.g. "mid_block.attentions.0"; of a branch, of what reads its output
     channels: int  # C_k, of the output
-    cut: int | None = None  # of a branch: its depth, the skips that lie above it
+    cut: int | None = None  # of a branch: the skips that lie above it, or ``WHOLE``
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from blockcache.export.choose.schedule import (
 )
 from blockcache.export.costs.costs import Costs
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.plan import Schedule
+from blockcache.runtime.plan import WHOLE, Schedule
 
 MOST = math.inf
 """In place of a speed-up: the most that block caching can give."""
@@ -339,7 +339,7 @@ class Branches(_AsFast):
     prefix = "branch"
     takes_most = False
     needs = Needs.LOSSES | Needs.COSTS
-    cuts = (0, 1, 2)
+    cuts = (WHOLE, 0, 1, 2)
 
     def check_costs(self, steps: int, costs: Costs) -> None:
         """The speed-up is within reach."""

@@ -18,7 +18,7 @@ import torch
 
 from blockcache.export.unet.model import BRANCH, SourceModel, UNetCall
 from blockcache.export.unet.torch_kernels import scale_shift_residual
-from blockcache.runtime.plan import Alignment, Schedule
+from blockcache.runtime.plan import WHOLE, Alignment, Schedule
 from blockcache.runtime.solvers.solver import SolverTables
 
 Kept: TypeAlias = tuple[tuple[torch.Tensor, ...], ...]
@@ -111,6 +111,20 @@ class CacheableBranch(Cacheable):
         return self.inner(joined, *args, **kwargs)
 
 
+class CacheableOutput(Cacheable):
+    """Stands in for the U-Net's last convolution: the model output may be an earlier one."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The model output [B, C, H, W]."""
+        computed: torch.Tensor = self.inner(hidden_states)
+        if self.recompute:
+            self.keep(computed)
+            return computed
+        if self.fit is not None:
+            self.coefficients = self.fit(computed, self.kept)
+        return self.reused()
+
+
 def _tensor(result: Any) -> torch.Tensor:
     """What a block returns, out of its wrapping."""
     if isinstance(result, torch.Tensor):
@@ -140,11 +154,13 @@ class CachedUNet:
     def __enter__(self) -> CachedUNet:
         for block in self.model.blocks:
             inner, outputs = self.model.unet.get_submodule(block.path), self._outputs
-            cacheable: Cacheable = (
-                CacheableBranch(inner, outputs, block.channels)
-                if block.kind == BRANCH
-                else CacheableBlock(inner, outputs)
-            )
+            cacheable: Cacheable
+            if block.kind != BRANCH:
+                cacheable = CacheableBlock(inner, outputs)
+            elif block.depth == WHOLE:
+                cacheable = CacheableOutput(inner, outputs)
+            else:
+                cacheable = CacheableBranch(inner, outputs, block.channels)
             self._install(block.path, cacheable)
             self.blocks.append(cacheable)
         return self

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blockcache.runtime.errors import ConfigError, UnsupportedModelError
+from blockcache.runtime.plan import WHOLE
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -43,7 +44,8 @@ class Block:
     """A cacheable unit: the residual branch C_i of one spatial transformer (eq. 4, 5).
 
     Or a whole branch of the U-Net: everything below a cut of the up path. Its output is what the
-    ResBlock at ``path`` concatenates to a skip.
+    ResBlock at ``path`` concatenates to a skip. At the cut ``WHOLE`` it is the U-Net itself, whose
+    output is that of the convolution at ``path``.
     """
 
     path: str  # module path inside the U-Net, e.g. "mid_block.attentions.0"
@@ -77,17 +79,18 @@ class SourceModel:
         """The same model with branches behind its blocks, the shallowest first.
 
         Args:
-            depths: of the cuts: 0 lies before the last concatenation of the up path.
+            depths: of the cuts: 0 lies before the last concatenation of the up path, ``WHOLE``
+                behind the last convolution.
 
         Raises:
             ConfigError: a depth that the U-Net does not have.
         """
-        known = find_branches(self.unet)
-        wrong = [depth for depth in depths if not 0 <= depth < len(known)]
+        known = {branch.depth: branch for branch in find_branches(self.unet)}
+        wrong = [depth for depth in depths if depth not in known]
         if wrong:
             raise ConfigError(
-                f"Expected cuts of 0 to {len(known) - 1} in {self.name!r}, which has "
-                f"{len(known)} skips; got {wrong[0]}."
+                f"Expected cuts of {WHOLE} to {max(known)} in {self.name!r}, which has "
+                f"{max(known) + 1} skips; got {wrong[0]}."
             )
         branches = tuple(known[depth] for depth in sorted(set(depths)))
         blocks = tuple(block for block in self.blocks if block.kind != BRANCH)
@@ -207,7 +210,11 @@ def find_blocks(
 
 
 def find_branches(unet: UNet2DConditionModel) -> tuple[Block, ...]:
-    """What lies below each cut of the up path, by depth; () where skips and cuts do not pair."""
+    """The whole U-Net, and what lies below each cut of the up path, the shallowest first.
+
+    The U-Net alone where skips and cuts do not pair.
+    """
+    whole = Block("conv_out", int(unet.conv_out.out_channels), BRANCH, WHOLE)
     widths = [unet.conv_in.out_channels]  # of the skips, in the order in which they are made
     for down in unet.down_blocks:
         widths += [resnet.out_channels for resnet in down.resnets]
@@ -218,8 +225,8 @@ def find_branches(unet: UNet2DConditionModel) -> tuple[Block, ...]:
         for j, resnet in enumerate(up.resnets)
     ]
     if len(joins) != len(widths):
-        return ()
-    return tuple(
+        return (whole,)
+    return whole, *(
         Block(path, int(resnet.in_channels - width), BRANCH, depth)
         for depth, (width, (path, resnet)) in enumerate(zip(widths, reversed(joins), strict=True))
     )

@@ -240,7 +240,7 @@ def _sizes(field: Field) -> Sizes:
 
 def _block_facts(field: Field) -> BlockFacts:
     found = field.fields(_names(BlockFacts))
-    cut = None if found["cut"].value is None else found["cut"].whole(0, 1000)
+    cut = None if found["cut"].value is None else found["cut"].whole(-1, 1000)
     return BlockFacts(found["path"].text(), found["channels"].whole(1, 1 << 16), cut)
 
 

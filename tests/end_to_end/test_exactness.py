@@ -101,8 +101,8 @@ def random_preset(preset, seed, outputs):
         ("sdxl", 2, ()),
         ("refiner", 1, ()),
         ("pooled-prompt", 1, ()),
-        ("sd", 2, (0, 1, 2)),
-        ("sdxl", 1, (0, 2, 4)),
+        ("sd", 2, (-1, 0, 1, 2)),
+        ("sdxl", 1, (-1, 0, 2, 4)),
         ("two-layers", 2, (1, 3)),
     ],
 )
@@ -137,13 +137,16 @@ def test_the_loop_equals_the_reference_under_any_schedule(
     np.testing.assert_array_equal(ours.record.ran, run_table(ours.record.segments, preset.schedule))
 
 
+CUTS = (-1, 0, 1, 2)
+
+
 @pytest.mark.parametrize("kind", ["sd", "two-layers"])
 def test_a_step_that_reuses_a_branch_runs_what_lies_above_it(compiled, kind):
     """And nothing else: no block inside the branch, whatever the schedule says of it."""
-    model, bundle = compiled(kind, 2, cuts=(0, 1, 2))
+    model, bundle = compiled(kind, 2, cuts=CUTS)
     loop = [segment for segment in bundle.segments if segment.role in ("trunk", "block")]
-    blocks = model.cut_at((0, 1, 2)).blocks
-    for cut in (0, 1, 2):
+    blocks = model.cut_at(CUTS).blocks
+    for cut in CUTS:
         recompute = np.ones((2, len(blocks)), bool)
         recompute[1, [(b.kind, b.depth) for b in blocks].index((BRANCH, cut))] = False
         table = run_table(loop, Schedule(recompute))

@@ -1,7 +1,8 @@
 """Pass: what may be reused is aligned where it is read (section 3.4).
 
 Every block's residual Add becomes ``x + scale * C + shift``; what a cut of the up path hands on, T,
-becomes ``scale * T + shift`` in front of the concatenation behind the cut.
+becomes ``scale * T + shift`` in front of the concatenation behind the cut. The U-Net's own output
+is aligned behind its last convolution.
 
 On a diffusers U-Net each spatial transformer's module path owns exactly one top-level Add, whose
 inputs are (C_i, x). So does each ResBlock's, x being what its ``conv_shortcut`` gives, if any.
@@ -23,7 +24,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from blockcache.runtime.errors import ExportError
-from blockcache.runtime.plan import block_output_name, coefficient_names, previous_output_name
+from blockcache.runtime.plan import (
+    WHOLE,
+    block_output_name,
+    coefficient_names,
+    previous_output_name,
+)
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -58,11 +64,11 @@ def align(graph: ir.Graph, block_paths: Sequence[str], outputs: int) -> list[Ali
 def align_cuts(
     graph: ir.Graph, depths: Sequence[int], first: int, outputs: int
 ) -> list[AlignedCut]:
-    """Align what enters the up path beside skip d, for every depth d; ``outputs`` is 1 or 2.
+    """Align what each cut hands on; ``outputs`` is 1 or 2.
 
     Args:
         graph: of the whole U-Net.
-        depths: of the cuts; 0 is the last concatenation of the up path.
+        depths: of the cuts; 0 is the last concatenation of the up path, ``WHOLE`` the output.
         first: the index of the first cut among all that may be reused, behind the blocks.
         outputs: how many computed outputs a reuse combines.
 
@@ -76,6 +82,9 @@ def align_cuts(
     ][::-1]
     cuts = []
     for k, depth in enumerate(depths, start=first):
+        if depth == WHOLE:
+            cuts.append(_align_output(graph, k, outputs))
+            continue
         if depth >= len(joins):
             raise ExportError(
                 f"Expected a concatenation for every skip of this U-Net, found {len(joins)} and "
@@ -91,6 +100,18 @@ def align_cuts(
         join.replace_input_with(0, aligned.finished(total))
         cuts.append(AlignedCut(output, tuple(aligned.nodes)))
     return cuts
+
+
+def _align_output(graph: ir.Graph, k: int, outputs: int) -> AlignedCut:
+    """The model output becomes the aligned one of what the last convolution computes."""
+    output = graph.outputs[0]
+    name, last = output.name, output.producer()
+    assert last is not None
+    aligned = _Emitter(graph, last, k, output, behind=True)
+    finished = aligned.finished(aligned.combined(output, outputs))
+    graph.outputs[0] = finished
+    output.name, finished.name = block_output_name(k), name
+    return AlignedCut(output, tuple(aligned.nodes))
 
 
 def _owner(node: ir.Node) -> str:
@@ -147,13 +168,15 @@ def _rewrite(
 
 
 class _Emitter:
-    """Writes the arithmetic of one alignment in front of a node, in float32."""
+    """Writes the arithmetic of one alignment in front of a node or behind it, in float32."""
 
-    def __init__(self, graph: ir.Graph, anchor: ir.Node, k: int, like: ir.Value) -> None:
+    def __init__(
+        self, graph: ir.Graph, anchor: ir.Node, k: int, like: ir.Value, *, behind: bool = False
+    ) -> None:
         assert like.dtype is not None
         assert like.shape is not None
         self.nodes: list[ir.Node] = []
-        self._graph, self._anchor, self._k = graph, anchor, k
+        self._graph, self._anchor, self._k, self._behind = graph, anchor, k, behind
         self._dtype, self._shape = like.dtype, like.shape
 
     def emit(
@@ -164,7 +187,11 @@ class _Emitter:
         name = f"align_{self._k}_{len(self.nodes)}"
         value = ir.Value(name=name, shape=self._shape, type=ir.TensorType(to))
         node = ir.Node("", op_type, inputs, attributes, outputs=[value])
-        self._graph.insert_before(self._anchor, [node])
+        if self._behind:
+            self._graph.insert_after(self._anchor, [node])
+            self._anchor = node
+        else:
+            self._graph.insert_before(self._anchor, [node])
         self.nodes.append(node)
         return value
 

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from blockcache.export.measure.converged import ConvergedOptions as ConvergedOptions
     from blockcache.export.measure.residuals import ResidualOptions as ResidualOptions
     from blockcache.export.measure.sensitivity import SensitivityOptions as SensitivityOptions
-    from blockcache.export.measure.trial import TrialOptions as TrialOptions
     from blockcache.export.measurements import MeasurementOptions as MeasurementOptions
     from blockcache.export.observer import Observer as Observer
     from blockcache.export.pipeline import Compiled as Compiled
@@ -69,7 +68,6 @@ _HOMES = {
     "SourceModel": "unet.model",
     "Target": "engines.targets",
     "Timings": "costs.timings",
-    "TrialOptions": "measure.trial",
     "build_engines": "engines.build",
     "compile_model": "pipeline",
     "encode_prompts": "measure.calibration",

@@ -16,25 +16,26 @@ import numpy as np
 
 from blockcache.export.align.distil import DistillationOptions, distil
 from blockcache.export.align.fit import (
-    AlignmentFit,
     AlignmentOptions,
     fit_alignment,
     judge_alignment,
 )
 from blockcache.export.choose import grids
-from blockcache.export.choose.grid_search import shortest_path, step_costs
-from blockcache.export.choose.policies import Needs
+from blockcache.export.choose.grid_search import StepCosts, shortest_path, step_costs
+from blockcache.export.choose.joint import BranchErrors, step_sizes
+from blockcache.export.choose.policies import BRANCH_CUTS, Needs
 from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.measure.calibration import Calibration, check_calibration
 from blockcache.export.measure.change import Profile, ProfileOptions, measure_change
 from blockcache.export.measure.converged import (
     ConvergedOptions,
     ConvergedRun,
+    converged_jobs,
     converged_run,
     converged_solver,
     measure_gains,
 )
-from blockcache.export.measure.residuals import ResidualOptions, measure_residuals
+from blockcache.export.measure.residuals import Moments, ResidualOptions, measure_residuals
 from blockcache.export.measure.reuse import HISTORY
 from blockcache.export.measure.sampling import Sampling
 from blockcache.export.measure.sensitivity import (
@@ -42,7 +43,6 @@ from blockcache.export.measure.sensitivity import (
     SensitivityOptions,
     measure_sensitivity,
 )
-from blockcache.export.measure.trial import TrialOptions, mean_distance, trial_latents
 from blockcache.export.observer import Observer, qualified
 from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import SourceModel
@@ -51,7 +51,10 @@ from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers
 from blockcache.runtime.solvers.grid import Grid
-from blockcache.runtime.solvers.solver import SolverConfig
+from blockcache.runtime.solvers.solver import SolverConfig, solver_tables
+
+SENSED_STEPS = 20
+"""A joint preset's sensitivity is measured with DPM-Solver++ on so many steps of Karras'."""
 
 MOST_PAIRS = 1 << 28
 """At most 2^28 entries of a residual table with history: 1 GiB stored, about 3 GiB at peak."""
@@ -68,7 +71,7 @@ class MeasurementOptions:
     residuals: ResidualOptions = field(default_factory=ResidualOptions)
     alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
-    trial: TrialOptions = field(default_factory=TrialOptions)
+    candidates: int = 8  # of a joint policy: so many are tried in earnest
 
 
 class Measurements:
@@ -109,6 +112,16 @@ class Measurements:
         """As in use."""
         return self._options.guidance_scale
 
+    @property
+    def candidates(self) -> int:
+        """How many plans of a joint policy are tried."""
+        return self._options.candidates
+
+    @property
+    def branch_cuts(self) -> tuple[int, ...]:
+        """Those of ``BRANCH_CUTS`` that the model has."""
+        return tuple(cut for cut in BRANCH_CUTS if cut in self.model.depths)
+
     def check(self, preset: PresetOptions) -> None:
         """Raise ConfigError where a preset's own table does not fit, or prompts are missing."""
         blocks = self.model.part(preset.policy.cuts).blocks
@@ -138,27 +151,67 @@ class Measurements:
         own = solver_config(self.model, preset)
         if preset.grid != grids.AUTO:
             return own
-        run, gains = self._converged(own)
-        order = 2 if preset.solver == "dpm" else 1
-        costs = step_costs(run.sigmas, run.samples, run.data, gains, order)
-        sigmas, _ = shortest_path(costs, preset.steps)
+        sigmas, _ = shortest_path(self.step_costs(preset), preset.steps)
         grid = grids.grid_of(grids.AUTO, sigmas, own.noise.sigmas())
         return on_grid(self.model, preset, grid)
 
+    def solver_on(self, preset: PresetOptions, grid: Grid) -> SolverConfig:
+        """The preset's solver on other levels, and as many steps."""
+        return on_grid(self.model, dataclasses.replace(preset, steps=grid.steps), grid)
+
+    def training_sigmas(self, preset: PresetOptions) -> np.ndarray:
+        """The training's noise levels, sigma / alpha, rising: float64 [T]."""
+        return solver_config(self.model, preset).noise.sigmas()
+
+    def step_costs(self, preset: PresetOptions) -> StepCosts:
+        """What the steps of the preset's solver between any two levels do wrong."""
+        run, gains = self._converged(solver_config(self.model, preset))
+        order = 2 if preset.solver == "dpm" else 1
+        return step_costs(run.sigmas, run.samples, run.data, gains, order)
+
+    def branch_errors(self, preset: PresetOptions, costs: StepCosts) -> BranchErrors:
+        """What errors of the branches that a joint preset reuses do to the image, at any level.
+
+        Measured on one grid and carried over; ``costs`` are of the converged run.
+        """
+        sensed = dataclasses.replace(
+            preset, solver="dpm", grid="karras", steps=SENSED_STEPS, name=""
+        )
+        solver = self.solver(sensed)
+        run, _ = self._converged(solver)
+        assert solver.grid is not None
+        at = costs.nearest(np.asarray(solver.grid.sigmas))
+        table = self.sensitivity(sensed).table
+        return BranchErrors.measured(run.moments, table, at, step_sizes(solver_tables(solver)))
+
     def _converged(self, solver: SolverConfig) -> tuple[ConvergedRun, np.ndarray]:
-        """One converged run, and the gains of errors on it: the same for all solvers and steps."""
+        """One converged run, and the gains of errors on it: the same for all solvers and steps.
+
+        Its moments are those of the branches that policies reuse.
+        """
         options = self._options.converged
         sampling = self._sampling_by(converged_solver(solver, options.levels))
+        sampling = dataclasses.replace(sampling, model=self.model.part(self.branch_cuts))
         stage = _Stage.of("converged", sampling, options)
         file = f"{RECORDS}/converged-{stage.key[:12]}.safetensors"
 
         def measure() -> dict[str, np.ndarray]:
             run = converged_run(sampling, options, observer=self._observer)
             gains = measure_gains(sampling, run, options, observer=self._observer)
-            return {"sigmas": run.sigmas, "samples": run.samples, "data": run.data, "gains": gains}
+            moments = {
+                f"{name}_{k}": getattr(own, name)
+                for k, own in enumerate(run.moments)
+                for name in ("mean", "covariance")
+            }
+            tables = {"sigmas": run.sigmas, "samples": run.samples, "data": run.data}
+            return {**tables, "gains": gains, **moments}
 
         made = self._once(stage, file, measure)
-        return ConvergedRun(made["sigmas"], made["samples"], made["data"]), made["gains"]
+        moments = tuple(
+            Moments(made[f"mean_{k}"], made[f"covariance_{k}"])
+            for k in range(len(self.branch_cuts))
+        )
+        return ConvergedRun(made["sigmas"], made["samples"], made["data"], moments), made["gains"]
 
     def profile(self, preset: PresetOptions) -> Profile:
         """Change per step and block; shared by presets of the same solver and steps."""
@@ -203,16 +256,14 @@ class Measurements:
         return self._once(stage, file, measure)["residuals"]
 
     def alignment(
-        self, preset: PresetOptions, schedule: Schedule, *, trial: bool = False
-    ) -> tuple[AlignmentFit, str]:
+        self, preset: PresetOptions, schedule: Schedule, solver: SolverConfig | None = None
+    ) -> tuple[Alignment, str]:
         """Coefficients of a preset's reused outputs, and the report's name in the bundle.
 
-        For a trial the fit takes as few images as the trial, and the report is not kept.
+        ``solver`` takes the place of the preset's own.
         """
-        sampling, options = self._sampling(preset, self._precision), self._options.alignment
-        if trial:
-            images = min(options.images, self._options.trial.images)
-            options = dataclasses.replace(options, images=images)
+        sampling = self._sampling(preset, self._precision, solver)
+        options = self._options.alignment
         training = self._options.distillation if preset.alignment.endswith("distil") else None
         stage = _Stage.of(
             "alignment",
@@ -223,8 +274,7 @@ class Measurements:
             outputs=preset.outputs,
             distillation=training and dataclasses.asdict(training),
         )
-        folder = RECORDS if trial else "profiles"
-        file = f"{folder}/{preset.name}-alignment-{stage.key[:8]}.safetensors"
+        file = f"profiles/{preset.name}-alignment-{stage.key[:8]}.safetensors"
 
         def measure() -> dict[str, np.ndarray]:
             heard = self._heard_of(preset)
@@ -236,38 +286,31 @@ class Measurements:
             return {"before": fit.before, "after": fit.after, **tables}
 
         made = self._once(stage, file, measure)
-        tables = tuple(made[f"table_{k}"] for k in range(schedule.blocks))
-        return AlignmentFit(Alignment(tables), made["before"], made["after"]), file
+        return Alignment(tuple(made[f"table_{k}"] for k in range(schedule.blocks))), file
 
-    def distance(
-        self, tried: PresetOptions, schedule: Schedule, alignment: Alignment, full: PresetOptions
-    ) -> float:
-        """How far a candidate's latents end from the uncached run of ``full``: relative, mean."""
-        reference = self._trial(full, Schedule.uncached(full.steps, schedule.blocks), None)
-        return mean_distance(self._trial(tried, schedule, alignment), reference)
+    def tried(self, preset: PresetOptions, solver: SolverConfig, schedule: Schedule) -> float:
+        """How far a candidate ends from the converged run: mean relative L2, on that run's images.
 
-    def _trial(
-        self, preset: PresetOptions, schedule: Schedule, alignment: Alignment | None
-    ) -> np.ndarray:
-        """Final latents of a few images from noise of their own: float32 [N, C, H, W]."""
-        sampling = self._sampling_by(self.solver(preset), self._precision)
-        options = self._options.trial
-        stage = _Stage.of(
-            "trial",
-            sampling,
-            options,
-            schedule=_digest(schedule.recompute),
-            coefficients=_digest(*(() if alignment is None else alignment.tables)),
-        )
+        They are few, and the alignment is fitted on them; the winner's is fitted on more.
+        """
+        run, _ = self._converged(solver)
+        options = self._options.converged
+        sampling = self._sampling(preset, self._precision, solver)
+        jobs = converged_jobs(sampling, options)
+        more = {"schedule": _digest(schedule.recompute), "ridge": self._options.alignment.ridge}
+        stage = _Stage.of("trial", sampling, options, **more)
         file = f"{RECORDS}/trial-{stage.key[:12]}.safetensors"
 
         def measure() -> dict[str, np.ndarray]:
-            heard = self._heard_of(preset)
-            return {
-                "latents": trial_latents(sampling, schedule, alignment, options, observer=heard)
-            }
+            heard = qualified(self._observer, f"{preset.name}, {schedule.steps} steps")
+            fit = fit_alignment(
+                sampling, schedule, preset.outputs, self._options.alignment, jobs=jobs,
+                observer=heard,
+            )  # fmt: skip
+            return {"latents": fit.latents}
 
-        return self._once(stage, file, measure)["latents"]
+        latents = self._once(stage, file, measure)["latents"]
+        return _mean_distance(latents, run.data[-1])
 
     def _once(
         self, stage: _Stage, file: str, measure: Callable[[], dict[str, np.ndarray]]
@@ -280,8 +323,13 @@ class Measurements:
         self._store.commit(stage.name, stage.key, [file], {})
         return tensors
 
-    def _sampling(self, preset: PresetOptions, precision: str = "float32") -> Sampling:
-        sampling = self._sampling_by(self.solver(preset), precision)
+    def _sampling(
+        self,
+        preset: PresetOptions,
+        precision: str = "float32",
+        solver: SolverConfig | None = None,
+    ) -> Sampling:
+        sampling = self._sampling_by(solver or self.solver(preset), precision)
         return dataclasses.replace(sampling, model=self.model.part(preset.policy.cuts))
 
     def _sampling_by(self, solver: SolverConfig, precision: str = "float32") -> Sampling:
@@ -342,6 +390,13 @@ def on_grid(model: SourceModel, preset: PresetOptions, grid: Grid) -> SolverConf
     return solver_from_diffusers(
         model.scheduler, solver=preset.solver, steps=preset.steps, grid=grid
     )
+
+
+def _mean_distance(latents: np.ndarray, reference: np.ndarray) -> float:
+    """Mean over images of |latents - reference| / |reference|."""
+    ours, theirs = (x.reshape(len(x), -1).astype(np.float64) for x in (latents, reference))
+    apart = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
+    return float(apart.mean())
 
 
 def _digest(*arrays: np.ndarray) -> str:

@@ -25,7 +25,6 @@ from blockcache.export.bundle_writer import (
     switch,
     write_preset,
 )
-from blockcache.export.choose.joint import check_reach
 from blockcache.export.choose.policies import Needs
 from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.costs.costs import Costs, counted
@@ -185,8 +184,8 @@ def _compile(
     facts = _model_facts(model, export, segments)
     costs = _costs(segments, folder, options, facts)
     for preset in options.presets:  # what cannot be as fast is refused before any measurement
-        check_reach(preset, costs)
-    maker = PresetMaker(measurements, costs, facts, segments, folder)
+        preset.policy.check_costs(preset.steps, costs)
+    maker = PresetMaker(measurements, costs, facts, segments, folder, observer)
     made = _preset_stage(maker, options.presets, observer)
     kept = keep_presets(earlier, folder, facts, segments, made)
     presets = _in_order(earlier, {**kept.entries, **made})

@@ -9,12 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from blockcache.export.choose.joint import candidates
-from blockcache.export.choose.policies import Evidence, Joint, Needs
-from blockcache.export.choose.preset import PresetOptions
+from blockcache.export.choose.joint import (
+    Candidate,
+    grids_to_try,
+    planned,
+    step_counts,
+)
+from blockcache.export.choose.policies import Chosen, Evidence, Needs
+from blockcache.export.choose.preset import MOST_STEPS, PresetOptions
 from blockcache.export.costs.costs import Costs
 from blockcache.export.graph.time_tables import time_tables
 from blockcache.export.measurements import Measurements
+from blockcache.export.observer import Observer, unobserved
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import (
     Alignment,
@@ -25,7 +31,7 @@ from blockcache.runtime.plan import (
     Segment,
 )
 from blockcache.runtime.provenance import Provenance
-from blockcache.runtime.solvers.solver import solver_tables
+from blockcache.runtime.solvers.solver import SolverConfig, solver_tables
 
 
 def _is_part(block: BlockFacts, cuts: Sequence[int]) -> bool:
@@ -41,17 +47,18 @@ class PresetMaker:
     facts: ModelFacts
     segments: tuple[Segment, ...]
     folder: Path  # the bundle's, where the segments' files lie
+    observer: Observer = unobserved
 
-    def make(self, preset: PresetOptions, *, trial: bool = False) -> Preset:
-        """Schedule, alignment and time tables of a preset; a trial's reports are not kept.
+    def make(self, preset: PresetOptions) -> Preset:
+        """Schedule, alignment and time tables of a preset.
 
         Raises:
             ConfigError: a budget that no schedule keeps.
         """
-        if isinstance(preset.policy, Joint):
-            return self._make_joint(preset)
+        if isinstance(preset.policy, Chosen):
+            return self._make_chosen(preset, preset.policy)
         needs, part = preset.policy.needs, self._part(preset)
-        profile = self.measurements.profile(preset) if Needs.CHANGE in needs and not trial else None
+        profile = self.measurements.profile(preset) if Needs.CHANGE in needs else None
         found = self.measurements.sensitivity(preset) if Needs.LOSSES in needs else None
         evidence = Evidence(
             steps=preset.steps,
@@ -63,67 +70,101 @@ class PresetMaker:
             residuals=self.measurements.residuals(preset) if Needs.LOSSES in needs else None,
         )
         chosen = preset.policy.schedule(evidence)  # of the part, as all that is measured
-        recompute = np.ones((preset.steps, len(self.facts.blocks)), np.bool_)
-        recompute[:, part] = chosen.recompute
-        schedule = Schedule(recompute)
         provenance = Provenance(
             kind=preset.policy.kind,
             value=preset.policy.value,
             costs=self.costs.source,
-            predicted_speedup=round(self.costs.speedup(schedule), 6),
+            predicted_speedup=round(self.costs.speedup(self._whole(chosen, part)), 6),
             predicted_loss=(
                 round(preset.policy.loss(evidence, chosen), 6) if Needs.LOSSES in needs else None
             ),
             images=None if profile is None else profile.images,
             profile=None if profile is None else profile.file,
         )
-        alignment = Alignment.identity(preset.steps, self.facts.block_channels)
+        return self._preset(preset, self.measurements.solver(preset), chosen, provenance)
+
+    def _preset(
+        self,
+        preset: PresetOptions,
+        solver: SolverConfig,
+        chosen: Schedule,
+        provenance: Provenance,
+    ) -> Preset:
+        """With the schedule that was chosen for its part, aligned."""
+        part = self._part(preset)
+        schedule = self._whole(chosen, part)
+        alignment = Alignment.identity(schedule.steps, self.facts.block_channels)
         if preset.alignment != "none" and not schedule.recompute.all():
-            fit, report = self.measurements.alignment(preset, chosen, trial=trial)
-            tables = list(alignment.combining(fit.alignment.outputs).tables)
-            for k, table in zip(part, fit.alignment.tables, strict=True):
+            fitted, report = self.measurements.alignment(preset, chosen, solver)
+            tables = list(alignment.combining(fitted.outputs).tables)
+            for k, table in zip(part, fitted.tables, strict=True):
                 tables[k] = table
             alignment = Alignment(tuple(tables))
             provenance = dataclasses.replace(
                 provenance, alignment=preset.alignment, alignment_report=report
             )
-        config = self.measurements.solver(preset)
         return Preset(
             name=preset.name,
-            solver=config.to_json(),
+            solver=solver.to_json(),
             schedule=schedule,
             alignment=alignment.combining(self.facts.outputs),
-            time_tables=time_tables(self.segments, self.folder, solver_tables(config).timesteps),
+            time_tables=time_tables(self.segments, self.folder, solver_tables(solver).timesteps),
             guidance_scale=self.measurements.guidance_scale,
             provenance=provenance,
         )
+
+    def _whole(self, chosen: Schedule, part: Sequence[int]) -> Schedule:
+        """A schedule of the part as one of everything: the rest runs at every step."""
+        recompute = np.ones((chosen.steps, len(self.facts.blocks)), np.bool_)
+        recompute[:, part] = chosen.recompute
+        return Schedule(recompute)
 
     def _part(self, preset: PresetOptions) -> list[int]:
         """What the preset may reuse: the blocks, or the branches that its policy names."""
         cuts = preset.policy.cuts
         return [k for k, block in enumerate(self.facts.blocks) if _is_part(block, cuts)]
 
-    def _make_joint(self, preset: PresetOptions) -> Preset:
-        """The candidate that lands nearest to the uncached run of all steps."""
-        tried: list[tuple[float, PresetOptions]] = []
-        for other in candidates(preset, self.costs):
-            made = self.make(other, trial=True)
-            distance = self.measurements.distance(other, made.schedule, made.alignment, preset)
-            if np.isfinite(distance):
-                tried.append((distance, other))
+    def _make_chosen(self, preset: PresetOptions, policy: Chosen) -> Preset:
+        """The candidate that ends nearest to the converged run."""
+        measured, tried = self.measurements, list[tuple[float, Candidate]]()
+        candidates = self._candidates(preset, policy.spend(preset.steps, self.costs))
+        for done, candidate in enumerate(candidates):
+            self.observer(f"candidates of {preset.name}", done, len(candidates))
+            solver = measured.solver_on(preset, candidate.grid)
+            distance = measured.tried(preset, solver, candidate.schedule)
+            tried += [(distance, candidate)] if np.isfinite(distance) else []
         if not tried:
             raise ConfigError(f"Preset {preset.name!r}: no candidate ended in finite latents.")
-        distance, best = min(tried, key=lambda pair: pair[0])
-        alignment = "none" if best.alignment == "none" else preset.alignment
-        winner = dataclasses.replace(best, name=preset.name, alignment=alignment)
-        made = self.make(winner)
-        provenance = dataclasses.replace(
-            made.provenance,
-            kind=preset.policy.kind,
-            value=preset.policy.value,
+        nearest, best = min(tried, key=lambda pair: pair[0])
+        schedule = self._whole(best.schedule, self._part(preset))
+        provenance = Provenance(
+            kind=policy.kind,
+            value=policy.value,
+            costs=self.costs.source,
+            predicted_speedup=round(self.costs.speedup(schedule, preset.steps), 6),
+            predicted_loss=round(nearest, 6),  # to the converged run
             replaced_steps=preset.steps,
-            predicted_speedup=round(self.costs.speedup(made.schedule, preset.steps), 6),
-            predicted_loss=round(distance, 6),  # of the trial: fewer steps lose something, too
-            tried={other.steps: round(distance, 6) for distance, other in tried},
+            tried={candidate.name: round(distance, 6) for distance, candidate in tried},
         )
-        return dataclasses.replace(made, provenance=provenance)
+        solver = measured.solver_on(preset, best.grid)
+        return self._preset(preset, solver, best.schedule, provenance)
+
+    def _candidates(self, preset: PresetOptions, spend: float) -> list[Candidate]:
+        """The best by prediction, as many as are tried."""
+        measured, by_cut = self.measurements, self.costs.by_cut
+        costs = measured.step_costs(preset)
+        errors = measured.branch_errors(preset, costs)
+        most = min(MOST_STEPS, len(costs.sigmas) // 2)
+        counts = step_counts(spend / float(by_cut[-1]), most)
+        training = measured.training_sigmas(preset)
+        found = []
+        for grid in grids_to_try(preset.grid, counts, costs, training):
+            tables = solver_tables(measured.solver_on(preset, grid))
+            candidate = planned(grid, tables, errors, costs, by_cut, spend)
+            found += [] if candidate is None else [candidate]
+        if not found:
+            raise ConfigError(
+                f"Preset {preset.name!r}: no grid of {counts} steps has a schedule that is cheap "
+                f"enough. Ask for less."
+            )
+        return sorted(found, key=lambda candidate: candidate.predicted)[: measured.candidates]

@@ -41,8 +41,8 @@ class Revision:
 
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
-        2,
-        "49799f5e1e8054e1",
+        4,
+        "6d5d9072af83888a",
         (
             *_MODEL,
             "export/graph/passes/*.py",
@@ -50,16 +50,20 @@ REVISIONS: Mapping[str, Revision] = {
             "export/graph/work.py",
         ),
     ),
-    "profile": Revision(2, "630c6921c4b4e8fa", (*_SAMPLING, "export/measure/change.py")),
-    "converged": Revision(2, "aa99779f9c579918", (*_SAMPLING, "export/measure/converged.py")),
-    "sensitivity": Revision(2, "67663b45876fb32b", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "profile": Revision(2, "9d45dee2d021371c", (*_SAMPLING, "export/measure/change.py")),
+    "converged": Revision(
+        4,
+        "0fbf24b3c4609338",
+        (*_SAMPLING, "export/measure/converged.py", "export/measure/residuals.py"),
+    ),
+    "sensitivity": Revision(2, "314a0d729da89882", (*_SAMPLING, "export/measure/sensitivity.py")),
     "residuals": Revision(
         2,
-        "68153d68acff2524",
+        "b6839892a25716b4",
         (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
     ),
-    "alignment": Revision(2, "ae758673ab27dee1", (*_SAMPLING, "export/align/*.py")),
-    "trial": Revision(2, "52b41afa0667075b", (*_SAMPLING, "export/measure/trial.py")),
+    "alignment": Revision(2, "fe7affd3b1183a61", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(3, "fe7affd3b1183a61", (*_SAMPLING, "export/align/*.py")),
     "engine": Revision(
         1,
         "7b90e2c0d6b581bd",

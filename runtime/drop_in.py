@@ -63,7 +63,7 @@ def attach(
         pipeline: of Stable Diffusion 1.x, 2.x or XL: text-to-image or image-to-image.
         bundle: what ``blockcache compile`` made of the pipeline's own U-Net.
         preset: one of its presets; default the recommended one. ``num_inference_steps`` of later
-            calls is the preset's step count.
+            calls is the preset's step count, or that of the uncached run that it replaces.
         keep_scheduler: leave the pipeline's scheduler. It has to visit the preset's timesteps, and
             the schedule is then run with a solver that it may not have been measured with.
         options: as for ``Session.open``: backend, threads, stream, ...
@@ -269,10 +269,10 @@ class PresetScheduler(SchedulerMixin, ConfigMixin):
     order = 1
 
     @register_to_config
-    def __init__(self, solver: Mapping[str, Any], preset: str) -> None:
+    def __init__(self, solver: Mapping[str, Any], preset: str, replaced_steps: int) -> None:
         config = SolverConfig.from_json(solver)
         self._tables: SolverTables = solver_tables(config)
-        self._preset, self._steps = preset, config.steps
+        self._preset, self._steps = preset, (config.steps, replaced_steps)
         self.register_to_config(
             num_train_timesteps=config.noise.train_timesteps, prediction_type=config.prediction
         )
@@ -285,18 +285,19 @@ class PresetScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def of(cls, preset: Preset) -> PresetScheduler:
         """The scheduler that a preset was measured with."""
-        made: PresetScheduler = cls(dict(preset.solver), preset.name)
+        made: PresetScheduler = cls(dict(preset.solver), preset.name, preset.replaced_steps)
         return made
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Any = None, **_: Any
     ) -> None:
         """Begin a run; InputError for another number of steps than the preset's."""
-        if num_inference_steps != self._steps:
+        if num_inference_steps not in self._steps:
+            steps = self._steps[-1]
             raise InputError(
-                f"num_inference_steps: expected {self._steps}, the steps of preset "
-                f"{self._preset!r}, got {num_inference_steps}. Pass num_inference_steps="
-                f"{self._steps}, or compile a preset of {num_inference_steps} steps and attach it."
+                f"num_inference_steps: expected {steps}, the steps of preset {self._preset!r}, got "
+                f"{num_inference_steps}. Pass num_inference_steps={steps}, or compile a preset of "
+                f"{num_inference_steps} steps and attach it."
             )
         self.timesteps = torch.from_numpy(self._tables.timesteps).to(device)
         self.begin_index = self.step_index = self._previous = None

@@ -418,14 +418,14 @@ def preset_name(text: str) -> str:
     Examples:
         >>> preset_name("dpm:20:0.5"), preset_name("dpm-20-0.5"), preset_name("dpm-20-d0.5")
         ('dpm-20-d0.5', 'dpm-20-d0.5', 'dpm-20-d0.5')
-        >>> preset_name("dpm-karras:20:x:max:history")
-        'dpm-karras-20-xmax-history'
+        >>> preset_name("dpm-karras:20:blocks:max:history")
+        'dpm-karras-20-blocksmax-history'
     """
     match = re.fullmatch(r"([a-z][a-z0-9-]*?)[:-]([0-9]+)[:-](.+)", text)
     if match is None:
         return text.replace(":", "-")
     solver, steps, rest = match.groups()  # a grid's name is part of the solver: "dpm-ays-sd15"
-    rest = re.sub(r"^([a-z]):max(?=:|$)", r"\1max", rest).replace(":", "-").removesuffix("-none")
+    rest = re.sub(r"^([a-z]+):max(?=:|$)", r"\1max", rest).replace(":", "-").removesuffix("-none")
     delta = "d" if rest[:1] in "0123456789." else ""
     return f"{solver}-{steps}-{delta}{rest}"
 

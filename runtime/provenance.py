@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 from blockcache.runtime.errors import ConfigError
 
@@ -32,7 +31,7 @@ class Provenance:
     alignment: str | None = None  # how reused outputs were aligned
     alignment_report: str | None = None  # the file of its errors before and after, in the bundle
     replaced_steps: int | None = None  # step count of the uncached run that this preset replaces
-    tried: Mapping[int, float] | None = None  # a joint policy's distances, by step count
+    tried: Mapping[str, float] | None = None  # distances of a joint policy's candidates, by name
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -48,8 +47,6 @@ class Provenance:
     def to_json(self) -> dict[str, object]:
         """The fields that apply, by name."""
         content = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.tried is not None:
-            content["tried"] = {str(steps): distance for steps, distance in self.tried.items()}
         return {name: value for name, value in content.items() if value is not None}
 
     @classmethod
@@ -70,24 +67,7 @@ class Provenance:
                 raise ConfigError(f"Expected {_RULES[name][0]} as {name!r}, got null.")
         if "kind" not in content:
             raise ConfigError("Expected a 'kind' of policy, got none.")
-        return cls(**{**content, **_tried(content)})
-
-
-def _tried(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Step counts are texts in JSON."""
-    tried = content.get("tried")
-    if not isinstance(tried, Mapping):
-        return {}
-    return {
-        "tried": {
-            int(steps) if isinstance(steps, str) and _is_count(steps) else steps: distance
-            for steps, distance in tried.items()
-        }
-    }
-
-
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 10 and not text.startswith("0")
+        return cls(**content)
 
 
 def _is_text(value: object) -> bool:
@@ -106,7 +86,7 @@ def _is_tried(value: object) -> bool:
     return (
         isinstance(value, Mapping)
         and len(value) > 0
-        and all(_is_positive_int(steps) and _is_number(d) for steps, d in value.items())
+        and all(_is_text(name) and _is_number(d) for name, d in value.items())
     )
 
 
@@ -124,6 +104,6 @@ _RULES = {
     "alignment": _TEXT,
     "alignment_report": _TEXT,
     "replaced_steps": _COUNT,
-    "tried": ("finite distances of 0 or more by step count", _is_tried),
+    "tried": ("finite distances of 0 or more by name", _is_tried),
 }
 """By field: what is expected, and whether a value is that."""

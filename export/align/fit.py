@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from blockcache.export.measure.sampling import Sampling
+from blockcache.export.measure.sampling import Job, Sampling
 from blockcache.export.observer import Observer, unobserved
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
@@ -46,6 +46,7 @@ class AlignmentFit:
     alignment: Alignment
     before: np.ndarray  # float32 [S, K]: |C - C_last| / |C|, 0 where recomputed
     after: np.ndarray  # float32 [S, K]: |C - what is used| / |C|, 0 where recomputed
+    latents: np.ndarray  # float32 [N, C, H, W], where the student ended
 
 
 def fit_alignment(
@@ -54,19 +55,21 @@ def fit_alignment(
     outputs: int,
     options: AlignmentOptions,
     *,
+    jobs: Sequence[Job] | None = None,
     observer: Observer = unobserved,
 ) -> AlignmentFit:
     """Fit the coefficients of every reused block and step.
 
     Args:
         sampling: what to run; image i takes prompt i modulo their number.
+        jobs: the images to fit on, in place of those.
         schedule: which block is reused when.
         outputs: computed outputs that a reuse combines: 1 (scale-shift) or 2 (history).
         options: how much to fit on.
         observer: hears the steps done, stage "align".
     """
     return _sweep(
-        "align", sampling, schedule, outputs, options, observer,
+        "align", sampling, schedule, outputs, jobs or _jobs(sampling, options), observer,
         lambda k, step, sums: solve(sums, options.ridge),
     )  # fmt: skip
 
@@ -89,7 +92,7 @@ def judge_alignment(
         observer: hears the steps done, stage "judge".
     """
     return _sweep(
-        "judge", sampling, schedule, alignment.outputs, options, observer,
+        "judge", sampling, schedule, alignment.outputs, _jobs(sampling, options), observer,
         lambda k, step, sums: judge(sums, alignment.tables[k][step]),
     )  # fmt: skip
 
@@ -99,7 +102,7 @@ def _sweep(
     sampling: Sampling,
     schedule: Schedule,
     outputs: int,
-    options: AlignmentOptions,
+    jobs: Sequence[Job],
     observer: Observer,
     choose: Callable[[int, int, np.ndarray], Solved],
 ) -> AlignmentFit:
@@ -116,14 +119,17 @@ def _sweep(
         before[step, k], after[step, k] = chosen.before, chosen.after
         return torch.from_numpy(made[k][step])
 
-    jobs = [(i % sampling.calibration.prompts, options.seed + i) for i in range(options.images)]
     with sampling.cached_unet(outputs) as cached, torch.no_grad():
         denoiser, noise = sampling.begin(cached, jobs)
         state = denoiser.start(noise)
         for step, recompute in enumerate(schedule.recompute):
             state = denoiser.step(state, step, recompute, partial(fit, step))
             observer(stage, step + 1, schedule.steps)
-    return AlignmentFit(Alignment(tuple(made)), before, after)
+    return AlignmentFit(Alignment(tuple(made)), before, after, state.latents.cpu().numpy())
+
+
+def _jobs(sampling: Sampling, options: AlignmentOptions) -> list[Job]:
+    return [(i % sampling.calibration.prompts, options.seed + i) for i in range(options.images)]
 
 
 def moments(computed: torch.Tensor, kept: Sequence[torch.Tensor], outputs: int) -> np.ndarray:

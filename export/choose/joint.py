@@ -1,80 +1,164 @@
-"""Fewer steps and caching together: which number of steps a speed-up is best reached with.
+"""Steps, grid and branches chosen together: ``x2``, twice as fast as the nominal uncached run.
 
-Either way to be faster has its own price, and the last tenth of each costs the most: 20 steps at
-1.67 times the speed leave the blocks little to run, and 12 uncached steps are a coarse path. 14 or
-16 steps with some caching share the burden. A joint preset tries: for a few step counts a budget
-is made that reaches the speed-up, aligned, and run from noise that calibrated nothing; the one that
-ends nearest to the full uncached run is kept.
+Each way to be faster has its own price. Fewer steps cost least while the grid is fine; reuse costs
+least where steps lie close together, so a schedule that reuses much wants more steps than it
+replaces, and a grid between the one that is best uncached (``auto``) and Karras'. So a joint policy
+asks of many grids, at several numbers of steps, how far each would end from the converged run by
+its best schedule over branches, and has the few best tried in earnest.
+
+All predictions come from one converged run (``measure/converged.py``): what a grid's own steps do
+wrong (``grid_search.py``), and what any later output of a branch is by two earlier ones. How an
+error of a branch's output moves the image is measured on one grid, as a sensitivity, and carried
+over to the others by the size of the solver's step.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from blockcache.export.choose.policies import UNCACHED, Budget, Joint
-from blockcache.export.choose.preset import PresetOptions
-from blockcache.export.costs.costs import Costs
+from blockcache.export.choose.branches import BranchProblem, plan_branches
+from blockcache.export.choose.grid_search import StepCosts, shortest_path
+from blockcache.export.choose.grids import AUTO, grid_of, named_grid
+from blockcache.export.measure.residuals import Moments, errors_by_two
 from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.plan import Schedule
+from blockcache.runtime.solvers.grid import Grid
+from blockcache.runtime.solvers.solver import SolverTables
 
-MOST_CANDIDATES = 5
-NEGLIGIBLE = 1e-3  # a speed-up by less than this is none
-UNTRAINED = {"distil": "scale-shift", "history-distil": "history"}
-"""What stands for a distilled alignment in a trial: only the winner is trained."""
-
-
-def step_counts(steps: int, speedup: float) -> list[int]:
-    """The numbers of steps to try, fewest first: from nearly fast enough uncached to ``steps``."""
-    fewest = min(steps, math.ceil(steps / speedup - 1e-9))  # 21 / 1.4 is 15.000000000000002
-    count = min(MOST_CANDIDATES, steps - fewest + 1)
-    return [int(value) for value in np.rint(np.linspace(fewest, steps, count))]
+BLENDS = (0.0, 0.3, 0.6, 1.0)
+"""Shares of Karras' grid that are mixed into ``auto``, in the logarithm of the levels."""
+COUNTS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.5, 2.8)
+"""Numbers of steps to look at, in those that the speed-up pays for uncached."""
+SUMMED = 0.6
+"""The sum of all reuses' losses is more than what they lose together: this share of it, about."""
 
 
-def candidate(preset: PresetOptions, steps: int, speedup: float) -> PresetOptions:
-    """An ordinary preset of ``steps`` steps, ``speedup`` times as fast as they are uncached."""
-    name = f"{preset.name}-{steps}-steps"
-    if speedup <= 1 + NEGLIGIBLE:
-        return replace(preset, name=name, steps=steps, policy=UNCACHED, alignment="none")
-    alignment = UNTRAINED.get(preset.alignment, preset.alignment)
-    return replace(preset, name=name, steps=steps, policy=Budget(speedup), alignment=alignment)
+@dataclass(frozen=True)
+class BranchErrors:
+    """What errors of the branches' outputs do to the image, at the M levels of a converged run."""
+
+    moments: Sequence[Moments]  # of each branch's output at the levels
+    weights: np.ndarray  # float64 [D, M], of an error of the output, by the solver's step
+
+    @classmethod
+    def measured(
+        cls,
+        moments: Sequence[Moments],
+        sensitivity: np.ndarray,
+        at: Sequence[int],
+        step: np.ndarray,
+    ) -> BranchErrors:
+        """From a sensitivity on one grid.
+
+        Args:
+            moments: of each branch's output at the M levels.
+            sensitivity: float [S, D], of the outputs of the step before in use, on that grid.
+            at: the S levels that are nearest to the grid's.
+            step: float64 [S], ``step_sizes`` of that grid.
+        """
+        levels = np.arange(len(moments[0].mean.T))
+        weights = []
+        for branch, own in zip(moments, sensitivity.T, strict=True):
+            change = np.maximum(branch.at(at).changes(), 1e-30)
+            found = np.maximum(own[1:] / (change[1:] * step[1:]), 1e-30)
+            weights.append(np.exp(np.interp(levels, at[1:], np.log(found))))
+        return cls(moments, np.stack(weights))
+
+    def problem(self, at: Sequence[int], step: np.ndarray, costs: np.ndarray) -> BranchProblem:
+        """What a plan over branches needs to know, on a grid at these levels."""
+        size = step * self.weights[:, at]  # [D, S]
+        losses = [
+            own[:, None, None] * errors_by_two(branch.at(at).covariance)
+            for branch, own in zip(self.moments, size, strict=True)
+        ]
+        return BranchProblem(costs, np.stack(losses), np.maximum(size[0], 1e-30))
 
 
-def candidates(preset: PresetOptions, costs: Costs) -> list[PresetOptions]:
-    """The presets to try; each costs what ``preset`` asks for.
+def step_sizes(tables: SolverTables) -> np.ndarray:
+    """How far an error of 1 of the model output moves the latents, by each step: float64 [S].
 
-    Raises:
-        ConfigError: none can be as fast.
+    A multistep solver corrects half of it at the next step, which reads the data prediction again.
     """
-    speedup = _speedup(preset)
-    counts = step_counts(preset.steps, speedup)
-    uncached = {steps: costs.uncached(steps) for steps in counts}
-    aim = uncached[preset.steps] / speedup
-    found = [
-        candidate(preset, steps, cost / aim)
-        for steps, cost in uncached.items()
-        if cost <= aim * (1 + NEGLIGIBLE) or costs.least(steps) <= aim
-    ]
-    if not found:
-        most = uncached[preset.steps] / min(costs.least(steps) for steps in counts)
-        raise ConfigError(
-            f"Preset {preset.name!r}: a speed-up of {speedup:g} is out of reach with "
-            f"{counts[0]} steps or more. Expected at most {math.floor(1000 * most) / 1000:g}, or "
-            f"more steps."
-        )
+    rows = tables.coefficients.astype(np.float64)
+    rows[0] = tables.first[0]
+    following = np.append(rows[1:, 2], 0.0)
+    return np.maximum(np.abs(rows[:, 1] + following * rows[:, 5]), 1e-30)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A grid with a schedule over the branches."""
+
+    grid: Grid
+    schedule: Schedule  # of the D branches
+    predicted: float  # distance to the converged run
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        return f"{self.grid.name}-{self.grid.steps}"
+
+
+def grids_to_try(
+    wanted: str | None, counts: Iterable[int], costs: StepCosts, training: np.ndarray
+) -> list[Grid]:
+    """The grids that a joint policy looks at.
+
+    Args:
+        wanted: the name of the grid that the user asks for; None looks at all.
+        counts: numbers of steps.
+        costs: of steps between the fine levels.
+        training: float64 [T], sigma / alpha of every training timestep, rising.
+    """
+    found = []
+    for count in counts:
+        if wanted not in (None, AUTO):
+            found.append(named_grid(wanted, training, count))
+            continue
+        best, _ = shortest_path(costs, count)
+        karras = np.asarray(named_grid("karras", training, count).sigmas)
+        for share in BLENDS if wanted is None else BLENDS[:1]:
+            levels = np.exp((1 - share) * np.log(best) + share * np.log(karras))
+            name = {0.0: AUTO, 1.0: "karras"}.get(share, f"{AUTO}-karras{share:g}")
+            found.append(grid_of(name, levels, training))
     return found
 
 
-def check_reach(preset: PresetOptions, costs: Costs) -> None:
-    """Raise ConfigError where a preset, joint or not, cannot be as fast as it asks to be."""
-    if isinstance(preset.policy, Joint):
-        candidates(preset, costs)
-    else:
-        preset.policy.check_costs(preset.steps, costs)
+def step_counts(affordable: float, most: int) -> list[int]:
+    """Numbers of steps to look at: from as many as are affordable uncached, to much reuse."""
+    return sorted({min(most, max(1, math.floor(affordable * factor + 1e-9))) for factor in COUNTS})
 
 
-def _speedup(preset: PresetOptions) -> float:
-    """What a joint preset asks for."""
-    assert isinstance(preset.policy, Joint)
-    return preset.policy.speedup
+def planned(
+    grid: Grid,
+    tables: SolverTables,
+    errors: BranchErrors,
+    costs: StepCosts,
+    by_cut: np.ndarray,
+    spend: float,
+) -> Candidate | None:
+    """A grid with its best schedule; None where no schedule is as cheap.
+
+    Args:
+        grid: the levels.
+        tables: of the solver on them.
+        errors: of the branches.
+        costs: of steps between the fine levels.
+        by_cut: float64 [D + 1], of a ``BranchProblem``.
+        spend: what all steps may cost.
+    """
+    at = costs.nearest(np.asarray(grid.sigmas))
+    if len(set(at)) < len(at):  # closer than the converged run's own levels
+        return None
+    problem = errors.problem(at, step_sizes(tables), by_cut)
+    try:
+        depths = plan_branches(problem, spend)
+    except ConfigError:
+        return None
+    lost = SUMMED * float(problem.loss(depths[None])[0])
+    schedule = Schedule(depths[:, None] != np.arange(problem.cuts)[None])
+    return Candidate(grid, schedule, math.hypot(lost, costs.predicted(at)))

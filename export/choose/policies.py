@@ -5,18 +5,19 @@
 | (none) | ``Uncached``: every block at every step |
 | ``0.5`` or ``d0.5`` | ``Threshold``: delta of eq. 7 |
 | ``t1.5`` | ``ThresholdSpeedup``: the smallest delta that is 1.5 times as fast as uncached |
-| ``x1.5`` | ``Budget``: 1.5 times as fast as uncached, with the least predicted loss |
-| ``branch2`` | ``Branches``: twice as fast by reusing whole branches, with the least loss |
-| ``ms250`` | ``Latency``: one image in 250 milliseconds, with the least predicted loss |
-| ``j1.5`` | ``Joint``: as fast with fewer steps and a budget, whatever lands nearest (joint.py) |
+| ``x2`` | ``Joint``: twice as fast; steps, grid and reused branches chosen together (joint.py) |
+| ``ms250`` | ``JointLatency``: the same for one image in 250 milliseconds |
+| ``branch2`` | ``Branches``: twice as fast by reusing whole branches of all steps, least loss |
+| ``blocks1.5`` | ``Budget``: 1.5 times as fast by reusing blocks alone, least predicted loss |
+| ``blocksms250`` | ``Latency``: the same for one image in 250 milliseconds |
 | ``c1.5`` | ``ChangeBudget``: as fast, with the least accumulated change |
 | ``every3`` | ``Interval``: every block at every third step |
 | ``deepcache3`` | ``DeepCache``: deep blocks at every third step |
 | ``smooth0.1`` | ``SmoothCache``: one decision for all blocks, error threshold 0.1 |
 | ``FILE.json`` | ``Table``: a table of one's own |
 
-In place of a speed-up, ``tmax``, ``xmax`` and ``cmax`` (or ``x:max``) ask for the most that block
-caching can give: every block runs once.
+In place of a speed-up, ``tmax``, ``blocksmax`` and ``cmax`` (or ``blocks:max``) ask for the most
+that block caching can give: every block runs once.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ from blockcache.runtime.plan import WHOLE, Schedule
 
 MOST = math.inf
 """In place of a speed-up: the most that block caching can give."""
+
+BRANCH_CUTS = (WHOLE, 0, 1, 2)
+"""The branches that are worth reusing: the whole U-Net, and what lies below the first skips."""
 
 ROUNDING = 1e-9
 """Sums of the same costs in another order may differ by this share."""
@@ -89,6 +93,7 @@ class Policy(abc.ABC):
     kind: ClassVar[str]  # as a preset's provenance calls it
     needs: ClassVar[Needs] = Needs.NOTHING
     cuts: ClassVar[tuple[int, ...]] = ()  # of branches that it reuses in place of blocks
+    alignment: ClassVar[str] = "none"  # of what it reuses, where nothing else is asked for
 
     @property
     @abc.abstractmethod
@@ -126,8 +131,9 @@ class Policy(abc.ABC):
         if match and kind and match["number"] and math.isfinite(number := float(match["number"])):
             return kind(int(number) if kind.whole and number.is_integer() else number)
         raise ConfigError(
-            f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), xmax (the most there "
-            f"is), ms250 (latency), every3, deepcache3, smooth0.1 or FILE.json, got {text!r}."
+            f"Expected a policy such as x2 (speed-up), ms250 (latency), 0.5 (delta), blocks1.5, "
+            f"blocksmax (the most there is), every3, deepcache3, smooth0.1 or FILE.json, got "
+            f"{text!r}."
         )
 
 
@@ -320,10 +326,10 @@ class ChangeBudget(_AsFast):
 
 @dataclass(frozen=True)
 class Budget(_AsFast):
-    """The least predicted loss that is fast enough."""
+    """The least predicted loss that is fast enough, by reusing blocks alone."""
 
     kind = "budget"
-    prefix = "x"
+    prefix = "blocks"
     needs = Needs.CHANGE | Needs.LOSSES | Needs.COSTS
 
     def schedule(self, evidence: Evidence) -> Schedule:
@@ -339,7 +345,7 @@ class Branches(_AsFast):
     prefix = "branch"
     takes_most = False
     needs = Needs.LOSSES | Needs.COSTS
-    cuts = (WHOLE, 0, 1, 2)
+    cuts = BRANCH_CUTS
 
     def check_costs(self, steps: int, costs: Costs) -> None:
         """The speed-up is within reach."""
@@ -372,19 +378,16 @@ class Branches(_AsFast):
 
 @dataclass(frozen=True)
 class Latency(Numbered):
-    """The least predicted loss of one image in ``milliseconds``."""
+    """The least predicted loss of one image in ``milliseconds``, by reusing blocks alone."""
 
     milliseconds: float
 
     kind = "latency"
-    prefix = "ms"
+    prefix = "blocksms"
     needs = Needs.CHANGE | Needs.LOSSES | Needs.COSTS | Needs.MILLISECONDS
 
     def __post_init__(self) -> None:
-        if not 0 < self.milliseconds < math.inf:
-            raise ConfigError(
-                f"Expected a number of milliseconds above 0, got {self.milliseconds:g}."
-            )
+        check_milliseconds(self.milliseconds)
 
     def check_costs(self, steps: int, costs: Costs) -> None:
         """The time is within reach."""
@@ -397,31 +400,83 @@ class Latency(Numbered):
         return least_loss(evidence.losses, evidence.costs.blocks, spend)
 
 
-@dataclass(frozen=True)
-class Joint(Numbered):
-    """As fast with fewer steps and a budget together: one of the candidates of ``joint.py``."""
+class Chosen(Numbered):
+    """Steps, grid and reused branches are chosen together: one of the candidates of ``joint.py``.
 
-    speedup: float
+    A preset's steps are those of the uncached run that it replaces.
+    """
 
-    kind = "joint"
-    prefix = "j"
-    least = 1
-    needs = Needs.CHANGE | Needs.LOSSES | Needs.COSTS
+    cuts = BRANCH_CUTS
+    alignment = "history"
+
+    @abc.abstractmethod
+    def spend(self, steps: int, costs: Costs) -> float:
+        """What all steps may cost together."""
+
+    def check_costs(self, steps: int, costs: Costs) -> None:
+        """The speed-up is within reach: there is a step that can be paid for."""
+        least = float(costs.by_cut[-1])
+        if not self.spend(steps, costs) >= least * (1 - ROUNDING):
+            most = costs.uncached(steps) / (costs.prompt + least)
+            raise ConfigError(
+                f"{self.text} is out of reach: one step alone costs {costs.prompt + least:.4g} "
+                f"{costs.unit}, {most:.3g} times less than {steps} steps. Ask for less."
+            )
 
     def schedule(self, evidence: Evidence) -> Schedule:
         """Refused: only a trial tells which candidate's schedule it is."""
         raise TypeError("A joint policy has candidates, each with a schedule of its own.")
 
 
+@dataclass(frozen=True)
+class Joint(Chosen):
+    """``speedup`` times as fast as uncached."""
+
+    speedup: float
+
+    kind = "joint"
+    prefix = "x"
+    least = 1
+    needs = Needs.LOSSES | Needs.COSTS
+
+    def spend(self, steps: int, costs: Costs) -> float:
+        """A share of the uncached run's."""
+        return costs.uncached(steps) / self.speedup - costs.prompt
+
+
+@dataclass(frozen=True)
+class JointLatency(Chosen):
+    """One image in ``milliseconds``."""
+
+    milliseconds: float
+
+    kind = "joint-latency"
+    prefix = "ms"
+    needs = Needs.LOSSES | Needs.COSTS | Needs.MILLISECONDS
+
+    def __post_init__(self) -> None:
+        check_milliseconds(self.milliseconds)
+
+    def spend(self, steps: int, costs: Costs) -> float:
+        """What the prompt leaves."""
+        return self.milliseconds - costs.prompt
+
+
 _NUMBERED: tuple[type[Numbered], ...] = (
-    Threshold, ThresholdSpeedup, Budget, Branches, Latency, Joint, ChangeBudget, Interval,
-    DeepCache, SmoothCache,
+    Threshold, ThresholdSpeedup, Joint, JointLatency, Branches, Budget, Latency, ChangeBudget,
+    Interval, DeepCache, SmoothCache,
 )  # fmt: skip
 KINDS: tuple[type[Policy], ...] = (Uncached, *_NUMBERED, Table)
 _TEXT = re.compile(
     r"(?P<prefix>[a-z]*?)(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)|[:-]?max)", re.ASCII
 )
 _BY_PREFIX: dict[str, type[Numbered]] = {"": Threshold, **{kind.prefix: kind for kind in _NUMBERED}}
+
+
+def check_milliseconds(milliseconds: float) -> None:
+    """Raise ConfigError where a latency is none."""
+    if not 0 < milliseconds < math.inf:
+        raise ConfigError(f"Expected a number of milliseconds above 0, got {milliseconds:g}.")
 
 
 def affordable(costs: Costs, steps: int, speedup: float) -> float:

@@ -1,7 +1,7 @@
-"""What a preset is asked to be: ``dpm:20:x1.5:history``, or its name, and what that means.
+"""What a preset is asked to be: ``dpm:20:x2``, or its name, and what that means.
 
 The noise levels that it visits are the scheduler's own, or a grid named behind the solver:
-``dpm-karras:20``, ``dpm-auto:20:x1.5:history`` (see ``grids.py``).
+``dpm-karras:20``, ``dpm-auto:20:branch2:history`` (see ``grids.py``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from blockcache.export.choose import grids
-from blockcache.export.choose.policies import UNCACHED, Needs, Policy
+from blockcache.export.choose.policies import UNCACHED, Chosen, Needs, Policy
 from blockcache.export.measure.reuse import HISTORY, PLAIN, SCALE_SHIFT
 from blockcache.runtime.errors import ConfigError
 
@@ -36,14 +36,14 @@ class PresetOptions:
     Examples:
         >>> PresetOptions.parse("dpm:20:0.5").name
         'dpm-20-d0.5'
-        >>> PresetOptions.parse("ddim-50-x1.6-history").outputs
+        >>> PresetOptions.parse("ddim-50-x1.6").outputs
         2
     """
 
     solver: str
     steps: int
     policy: Policy = UNCACHED
-    alignment: str = "none"
+    alignment: str = ""  # one of ``ALIGNMENTS``; "" stands for the policy's own
     grid: str | None = None  # one of ``GRIDS``; None: where the scheduler's own config puts them
     name: str = ""
 
@@ -54,14 +54,21 @@ class PresetOptions:
             raise ConfigError(f"Expected a grid of {', '.join(GRIDS)}, got {self.grid!r}.")
         if not 1 <= self.steps <= MOST_STEPS:
             raise ConfigError(f"Expected 1 to {MOST_STEPS} steps, got {self.steps}.")
+        if not self.alignment:
+            object.__setattr__(self, "alignment", self.policy.alignment)
         if self.alignment not in ALIGNMENTS:
             raise ConfigError(
                 f"Expected an alignment of {', '.join(ALIGNMENTS)}, got {self.alignment!r}."
             )
         if self.alignment != "none" and self.policy == UNCACHED:
             raise ConfigError("An uncached preset reuses nothing that could be aligned.")
+        if isinstance(self.policy, Chosen) and self.outputs != 2:
+            raise ConfigError(
+                f"The policy {self.policy.text!r} plans with two outputs: expected the alignment "
+                f"history or history-distil, got {self.alignment!r}."
+            )
         if not self.name:
-            ending = "" if self.alignment == "none" else self.alignment
+            ending = "" if self.alignment == self.policy.alignment else self.alignment
             parts = (self.solver, self.grid, str(self.steps), self.policy.text, ending)
             object.__setattr__(self, "name", "-".join(part for part in parts if part))
 
@@ -76,7 +83,7 @@ class PresetOptions:
             solver=solver,
             steps=int(steps),
             policy=UNCACHED if policy is None else Policy.parse(policy),
-            alignment=alignment or "none",
+            alignment=alignment or "",
             grid=grid or None,
         )
 
@@ -106,7 +113,7 @@ class PresetOptions:
 
 def _parts(text: str) -> tuple[str, str, str | None, str | None]:
     """Solver and grid, steps, policy and alignment; the last two None where left out."""
-    text = re.sub(r"([:-][a-z]):max(?=[:-]|$)", r"\1max", text)  # x:max is one part
+    text = re.sub(r"([:-][a-z]+):max(?=[:-]|$)", r"\1max", text)  # t:max is one part
     if ":" not in text:
         return _dashed(text)
     solver, steps, *more = text.split(":")
@@ -134,5 +141,5 @@ def _dashed(text: str) -> tuple[str, str, str | None, str | None]:
 def _unreadable(text: str) -> ConfigError:
     return ConfigError(
         f"Expected a preset SOLVER[-GRID]:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5, "
-        f"dpm:20:x1.5:history or dpm-karras:20, got {text!r}."
+        f"dpm:20:x2 or dpm-karras:20, got {text!r}."
     )

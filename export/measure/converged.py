@@ -1,9 +1,10 @@
 """The converged run, the yardstick: a grid so fine that more steps change nothing.
 
-It tells two things. Its end is where every faster run wants to arrive. And from its samples and
-data predictions follows, without another evaluation, what a step of any solver between any two of
-its levels does wrong (``choose/grid_search.py``); the *gain* says how far an error at a level moves
-the final latents.
+It tells three things. Its end is where every faster run wants to arrive. From its samples and data
+predictions follows, without another evaluation, what a step of any solver between any two of its
+levels does wrong (``choose/grid_search.py``); the *gain* says how far an error at a level moves
+the final latents. And from the moments of its branches' outputs follows how well any of them stands
+in for a later one (``choose/joint.py``).
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from blockcache.export.measure.residuals import Moments, ResidualOptions, sample_of
 from blockcache.export.measure.sampling import Job, Sampling
 from blockcache.export.observer import Observer, unobserved
 from blockcache.export.unet.cached_unet import Denoiser, State
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.solvers.grid import Grid
 from blockcache.runtime.solvers.solver import SolverConfig
+
+SAMPLED = ResidualOptions()
+"""Which channels and positions of an output are looked at."""
 
 REST = 8
 """To measure a gain, an error is carried to the end in this many steps."""
@@ -30,7 +35,7 @@ class ConvergedOptions:
     """How fine, and of how many images."""
 
     levels: int = 100  # M; twice as many end 0.0005 away (relative L2, on the demo model)
-    images: int = 4
+    images: int = 8
     gains: int = 8  # levels at which the gain of an error is measured
     seed: int = 71_003  # of the noise
 
@@ -47,6 +52,7 @@ class ConvergedRun:
     sigmas: np.ndarray  # float64 [M], sigma / alpha, falling
     samples: np.ndarray  # float32 [M, N, C, H, W], x in the variance-preserving space
     data: np.ndarray  # float32 [M + 1, N, C, H, W], the data predictions, then the final latents
+    moments: tuple[Moments, ...] = ()  # of the output of every block and branch, over the levels
 
 
 def converged_solver(solver: SolverConfig, levels: int) -> SolverConfig:
@@ -79,18 +85,25 @@ def converged_run(
     """
     fine = replace(sampling, solver=converged_solver(sampling.solver, options.levels))
     samples, data = [], []
+    outputs: list[list[np.ndarray]] = [[] for _ in fine.model.blocks]
     with fine.cached_unet() as cached:
-        denoiser, noise = fine.begin(cached, _jobs(fine, options))
+        denoiser, noise = fine.begin(cached, converged_jobs(fine, options))
         latents = noise
         for step, state in enumerate(denoiser.trajectory(noise, fine.uncached)):
             assert state.previous is not None
             samples.append(latents.cpu().numpy())
             data.append(state.previous.cpu().numpy())
+            for own, kept in zip(outputs, state.kept, strict=True):
+                own.append(sample_of(kept[0], SAMPLED).cpu().numpy())
             latents = state.latents
             observer("converge", step + 1, fine.steps)
     assert fine.solver.grid is not None
-    sigmas = np.array(fine.solver.grid.sigmas)
-    return ConvergedRun(sigmas, np.stack(samples), np.stack([*data, latents.cpu().numpy()]))
+    return ConvergedRun(
+        np.array(fine.solver.grid.sigmas),
+        np.stack(samples),
+        np.stack([*data, latents.cpu().numpy()]),
+        tuple(Moments.of(np.stack(own)) for own in outputs),
+    )
 
 
 def measure_gains(
@@ -113,7 +126,7 @@ def measure_gains(
     """
     M = len(run.sigmas)
     at = np.unique(np.linspace(2, M - max(REST, M // 8), options.gains).astype(int))
-    jobs = _jobs(sampling, options)
+    jobs = converged_jobs(sampling, options)
     measured = []
     for done, level in enumerate(at):
         measured.append(_gain(sampling, run, jobs, int(level)))
@@ -156,6 +169,7 @@ def _carry(denoiser: Denoiser, latents: torch.Tensor, steps: int) -> torch.Tenso
     return state.latents
 
 
-def _jobs(sampling: Sampling, options: ConvergedOptions) -> list[Job]:
+def converged_jobs(sampling: Sampling, options: ConvergedOptions) -> list[Job]:
+    """The images of the run."""
     prompts = sampling.spread_prompts(options.images)
     return [(prompt, options.seed + image) for image, prompt in enumerate(prompts)]

@@ -14,6 +14,7 @@ measures what reusing C_{s-1} at step s does to the image, that is what any reus
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,12 +63,12 @@ def measure_residuals(
         denoiser, noise = sampling.begin(cached, jobs)
         for step, state in enumerate(denoiser.trajectory(noise, sampling.uncached)):
             for sampled, outputs in zip(samples, state.kept, strict=True):
-                sampled.append(_sample(outputs[0], options))
+                sampled.append(sample_of(outputs[0], options))
             observer("residuals", step + 1, sampling.steps)
     return np.stack([ratios(torch.stack(sampled).cpu().numpy(), reuse) for sampled in samples])
 
 
-def _sample(output: torch.Tensor, options: ResidualOptions) -> torch.Tensor:
+def sample_of(output: torch.Tensor, options: ResidualOptions) -> torch.Tensor:
     """The same channels and positions at every step: [B, C, H, W] to float32 [c, B * p]."""
     random = torch.Generator().manual_seed(options.seed)
     values = output.flatten(2)
@@ -84,27 +85,56 @@ def ratios(outputs: np.ndarray, reuse: str) -> np.ndarray:
         outputs: float [S, C, N], N samples of every channel at every step.
         reuse: as of ``measure_residuals``.
     """
-    steps, _, count = outputs.shape
-    flat = outputs.astype(np.float64).transpose(1, 0, 2)  # [C, S, N]
-    mean = flat.mean(axis=2)
-    centred = flat - mean[:, :, None]
-    covariance = centred @ centred.transpose(0, 2, 1) / count  # [C, S, S]
-    plain = np.maximum(_difference(covariance, mean), 0.0)
+    steps, moments = len(outputs), Moments.of(outputs)
+    covariance = moments.covariance
+    plain = np.maximum(_difference(covariance, moments.mean), 0.0)
     if reuse == PLAIN:
         squares = plain
     elif reuse == SCALE_SHIFT:
         squares = _after_one(covariance).sum(axis=0)
     elif reuse == HISTORY:
-        squares = np.stack([_after_two(covariance, s) for s in range(steps)])
+        squares = errors_by_two(covariance) ** 2
     else:
         raise ConfigError(f"Expected a reuse of {REUSES}, got {reuse!r}.")
-    change = np.sqrt(np.append(0.0, plain.diagonal(-1)))  # [S]: |C_s - C_{s-1}|
+    change = moments.changes()
     # Where a block hardly changes, divide by a tenth of the mean: the quotient would say nothing.
     floor = 0.1 * change[1:].mean() if steps > 1 else 1.0
     scale = np.maximum(np.maximum(change, floor), 1e-30)
     table = np.sqrt(np.maximum(squares, 0.0)) / scale.reshape(-1, *[1] * (squares.ndim - 1))
     result: np.ndarray = np.where(_earlier(squares.shape), table, 0.0).astype(np.float32)
     return result
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of one output over steps, per channel: all that fits need."""
+
+    mean: np.ndarray  # float64 [C, S]
+    covariance: np.ndarray  # float64 [C, S, S]
+
+    @classmethod
+    def of(cls, outputs: np.ndarray) -> Moments:
+        """Of samples: float [S, C, N], N samples of every channel at every step."""
+        flat = outputs.astype(np.float64).transpose(1, 0, 2)
+        mean = flat.mean(axis=2)
+        centred = flat - mean[:, :, None]
+        return cls(mean, centred @ centred.transpose(0, 2, 1) / outputs.shape[2])
+
+    def at(self, steps: Sequence[int]) -> Moments:
+        """Of some of the steps."""
+        chosen = np.asarray(steps)
+        return Moments(self.mean[:, chosen], self.covariance[:, chosen[:, None], chosen])
+
+    def changes(self) -> np.ndarray:
+        """|C_s - C_{s-1}|, 0 at the first step: float64 [S]."""
+        plain = _difference(self.covariance, self.mean).diagonal(-1)
+        return np.asarray(np.sqrt(np.append(0.0, np.maximum(plain, 0.0))))
+
+
+def errors_by_two(covariance: np.ndarray) -> np.ndarray:
+    """|C_s - estimate(C_a, C_b)| with history, per step s, a, b: [C, S, S] to float64 [S, S, S]."""
+    squares = np.stack([_after_two(covariance, s) for s in range(covariance.shape[1])])
+    return np.asarray(np.sqrt(np.maximum(squares, 0.0)))
 
 
 def _difference(covariance: np.ndarray, mean: np.ndarray) -> np.ndarray:

@@ -107,6 +107,11 @@ class SourceModel:
         return replace(cut, blocks=tuple(block for block in cut.blocks if block.kind == BRANCH))
 
     @property
+    def depths(self) -> tuple[int, ...]:
+        """Of the cuts that the U-Net has."""
+        return tuple(branch.depth for branch in find_branches(self.unet))
+
+    @property
     def cuts(self) -> tuple[int, ...]:
         """Depths of the branches."""
         return tuple(block.depth for block in self.blocks if block.kind == BRANCH)

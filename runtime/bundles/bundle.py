@@ -136,7 +136,7 @@ class Bundle:
     def preset(self, name: str | None = None) -> Preset:
         """A preset, as it was read when the bundle opened; by default the recommended one.
 
-        ``dpm:20:x1.5`` is taken for ``dpm-20-x1.5``.
+        ``dpm:20:x2`` is taken for ``dpm-20-x2``.
 
         Raises:
             UnknownPresetError: there is none of this name; the error lists those there are.

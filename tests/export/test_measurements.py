@@ -45,7 +45,7 @@ MEASUREMENT = MeasurementOptions(
     alignment=AlignmentOptions(images=2),
     distillation=DistillationOptions(iterations=1, images_at_once=1),
 )
-BUDGET = "dpm:4:x1.1:history"
+BUDGET = "dpm:4:blocks1.1:history"
 STAGES = (
     "converged_run",
     "measure_gains",
@@ -131,7 +131,7 @@ def test_a_latency_on_a_gpu_that_is_not_at_hand(made, copy, model, calibration, 
     sizes = dataclasses.replace(bundle.model.sizes, batch=2)  # guidance
     costs = predict(bundle.segments, bundle.folder, gpu("a100"), sizes).costs(bundle.segments)
     within = costs.uncached(4) / 1.2
-    preset = PresetOptions.parse(f"dpm:4:ms{within:.4f}:history")
+    preset = PresetOptions.parse(f"dpm:4:blocksms{within:.4f}:history")
     wanted = dataclasses.replace(options(BUDGET), presets=(preset,), processor=gpu("a100"))
     made_for_it = compile_model(model, copy, wanted, calibration).bundle.preset(preset.name)
     assert made_for_it.provenance.costs == "a100, roofline"
@@ -143,7 +143,7 @@ def test_a_latency_on_a_gpu_that_is_not_at_hand(made, copy, model, calibration, 
     two_images = Timings("trt", "", dataclasses.replace(sizes, batch=4), {"trunk_00": 1.0})
     wrong = dataclasses.replace(wanted, processor=None, timings=two_images)
     with pytest.raises(
-        ConfigError, match=r"dpm-4-ms.*needs times of one image, at .* Measure with --images"
+        ConfigError, match=r"dpm-4-blocksms.*needs times of one image, at .* Measure with --images"
     ):
         compile_model(model, copy, wrong, calibration)
 
@@ -151,14 +151,14 @@ def test_a_latency_on_a_gpu_that_is_not_at_hand(made, copy, model, calibration, 
 def test_a_budget_preset_with_history_measures_once_and_says_so(made):
     bundle, called, heard = made
     assert called == ["measure_change", "measure_sensitivity", "measure_residuals", "fit_alignment"]
-    preset = bundle.preset("dpm-4-x1.1-history")
+    preset = bundle.preset("dpm-4-blocks1.1-history")
     assert 0 < preset.schedule.computed_fraction() < 1
     assert preset.alignment.outputs == bundle.model.outputs == 2
     policy = preset.provenance.to_json()
     assert policy.pop("profile") in bundle.manifest.files
     assert policy.pop("predicted_speedup") >= 1.1
     assert 0 < policy.pop("predicted_loss") < 1
-    assert policy.pop("alignment_report").startswith("profiles/dpm-4-x1.1-history-alignment-")
+    assert policy.pop("alignment_report").startswith("profiles/dpm-4-blocks1.1-history-alignment-")
     assert policy == {
         "kind": "budget",
         "value": 1.1,
@@ -178,7 +178,7 @@ def test_a_budget_preset_with_history_measures_once_and_says_so(made):
 
 def test_the_report_of_the_alignment_is_a_file_of_the_bundle(made):
     bundle, _, _ = made
-    preset = bundle.preset("dpm-4-x1.1-history")
+    preset = bundle.preset("dpm-4-blocks1.1-history")
     name = preset.provenance.alignment_report
     assert name in Bundle.open(bundle.folder).manifest.files, "verified by its hash"
     report = read_tensors(bundle.folder / name)
@@ -193,7 +193,7 @@ def test_the_report_of_the_alignment_is_a_file_of_the_bundle(made):
 
 def test_the_runtime_runs_what_was_calibrated(made, model, conditions_of):
     bundle, _, _ = made
-    session = Session.open(bundle, preset="dpm-4-x1.1-history", verify=False)
+    session = Session.open(bundle, preset="dpm-4-blocks1.1-history", verify=False)
     preset = session.preset
     positive, negative = conditions_of(model, 2, seed=1), conditions_of(model, 1, seed=2)
     noise = session.noise([0, 1])
@@ -229,7 +229,7 @@ def test_a_compile_interrupted_after_the_fit_does_not_fit_again(
 
 
 def test_a_damaged_report_is_fitted_again_and_alike(made, model, calibration, calls, copy):
-    name = made[0].preset("dpm-4-x1.1-history").provenance.alignment_report
+    name = made[0].preset("dpm-4-blocks1.1-history").provenance.alignment_report
     content = (copy / name).read_bytes()
     (copy / name).write_bytes(content[:-1])
     compile_model(model, copy, options(BUDGET), calibration)
@@ -248,16 +248,22 @@ def test_only_what_depends_on_an_option_is_measured_again(made, model, calibrati
 
 def test_a_budget_with_history_over_500_steps_is_refused_at_once(model, calibration, tmp_path):
     with pytest.raises(ConfigError) as caught:
-        compile_model(model, tmp_path / "b", options("ddim:500:x1.5:history"), calibration)
+        compile_model(model, tmp_path / "b", options("ddim:500:blocks1.5:history"), calibration)
     assert str(caught.value) == (
-        f"Preset 'ddim-500-x1.5-history': a budget with history looks at all pairs of earlier "
+        f"Preset 'ddim-500-blocks1.5-history': a budget with history looks at all pairs of earlier "
         f"steps, {len(model.blocks) * 500**3:.2g} numbers for 500 steps. Take fewer steps, "
         f"another policy (t1.5, c1.5), or the alignment scale-shift."
     )
 
 
 def test_presets_share_measurements_but_not_fits(made, model, calibration, calls, copy):
-    wanted = [BUDGET, "dpm:4:x1.2:history", "dpm:4:c1.1", "dpm:4:0.5", "dpm:4:every2:scale-shift"]
+    wanted = [
+        BUDGET,
+        "dpm:4:blocks1.2:history",
+        "dpm:4:c1.1",
+        "dpm:4:0.5",
+        "dpm:4:every2:scale-shift",
+    ]
     bundle = compile_model(model, copy, options(*wanted), calibration).bundle
     assert calls == ["fit_alignment", "fit_alignment"]
     plain = bundle.preset("dpm-4-every2-scale-shift").alignment
@@ -285,7 +291,7 @@ def test_a_fit_is_made_on_weights_as_they_are_exported(model, calibration, calls
     assert calls == ["fit_alignment"], "another precision is another fit, the rest is shared"
     after = model.unet.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    preset = bundle.preset("dpm-4-x1.1-history")
+    preset = bundle.preset("dpm-4-blocks1.1-history")
     config = SolverConfig.from_json(preset.solver)
     sampling = Sampling(model, config, calibration, MEASUREMENT.guidance_scale, "bfloat16")
     fit = fit_alignment(sampling, preset.schedule, 2, MEASUREMENT.alignment)
@@ -303,7 +309,7 @@ def test_an_export_before_changes_no_measurement(model, calibration, tmp_path):
     made = []
     for source, name in ((model, "before"), (exported, "after")):
         bundle = compile_model(source, tmp_path / name, wanted, calibration).bundle
-        provenance = bundle.preset("dpm-4-x1.1-history").provenance
+        provenance = bundle.preset("dpm-4-blocks1.1-history").provenance
         made.append([
             (bundle.folder / file).read_bytes()
             for file in (provenance.profile, provenance.alignment_report)
@@ -330,7 +336,7 @@ def test_a_preset_that_reuses_nothing_is_not_fitted(made, model, calibration, ca
 # -- refusals --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["ddim:2:x1.5", "ddim:2:every2:scale-shift"])
+@pytest.mark.parametrize("text", ["ddim:2:blocks1.5", "ddim:2:every2:scale-shift"])
 def test_prompts_are_asked_for_before_any_work(model, calls, tmp_path, text):
     calls.clear()
     with pytest.raises(ConfigError, match=r"is made from measurements and needs prompts"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -271,6 +272,18 @@ def test_other_schedulers_of_the_same_timesteps_run(sd, compiled, bundles, name)
     sd.register_modules(scheduler=scheduler)
     ours, theirs = both(sd, bundles["sd"], "dpm-6", lambda: call(sd), keep_scheduler=True)
     assert relative(ours, theirs) <= 1e-5
+
+
+def test_a_preset_that_chose_its_steps_takes_those_that_it_replaces(sd, bundles):
+    """``dpm:20:x2`` may run 21 steps; whoever asks the pipeline for 20 means this preset."""
+    bundle = bundles["sd"]
+    found = bundle.preset("dpm-6")
+    provenance = replace(found.provenance, replaced_steps=5)
+    chosen = replace(bundle, presets={"dpm-6": replace(found, provenance=provenance)})
+    attach(sd, chosen, preset="dpm-6")
+    assert np.array_equal(call(sd, num_inference_steps=5), call(sd))
+    with pytest.raises(InputError, match="expected 5, the steps of preset 'dpm-6', got 7"):
+        call(sd, num_inference_steps=7)
 
 
 # -- refused ---------------------------------------------------------------------------------------

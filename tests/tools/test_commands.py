@@ -121,7 +121,7 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
 
     # Measured on one image, so that a budget may count in them; or predicted, but never both.
     again = ["compile", source, tmp_path / "timed", "--calibration", calibration]
-    again += ["--preset", "ddim:4:ms1000000", "--profile-prompts", 1, "--profile-seeds", 1]
+    again += ["--preset", "ddim:4:blocksms1000000", "--profile-prompts", 1, "--profile-seeds", 1]
     code, out, _ = blockcache(*again, "--timings", timings, "--json")
     assert code == 0
     (preset,) = json.loads(out)["presets"]
@@ -140,7 +140,7 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
         (
             ["compile", "demo", "out", "--preset", "dpm"],
             "error: Expected a preset SOLVER[-GRID]:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5, "
-            "dpm:20:x1.5:history or dpm-karras:20, got 'dpm'.",
+            "dpm:20:x2 or dpm-karras:20, got 'dpm'.",
         ),
         (["compile", "demo", "out", "--preset", "heun:9"], "error: Expected a solver of"),
         (["compile", "demo", "out", "--precision", "int8"], "error: Expected a precision of"),
@@ -156,7 +156,7 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
         (["build", "x", "--target", "voodoo"], "error: Expected a target such as sm80"),
         (["compile", "demo", "out", "--gpu", "voodoo"], "error: Expected a GPU of"),
         (
-            ["compile", "demo", "out", "--preset", "dpm:20:ms250"],
+            ["compile", "demo", "out", "--preset", "dpm:20:blocksms250"],
             "error: A preset of so many milliseconds needs times. Give measured ones (blockcache "
             "bench BUNDLE --timings FILE, then --timings FILE here), or a GPU to predict them for "
             "(--gpu a100).",

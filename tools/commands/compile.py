@@ -25,11 +25,12 @@ Presets = Annotated[
         help="SOLVER[-GRID]:STEPS[:POLICY[:ALIGNMENT]], repeatable. SOLVER: dpm, ddim, euler. "
         "GRID: auto (measured: nearest to a converged run), karras, exponential, beta, lu, "
         "ays-sd15, ays-sdxl, linspace, leading, trailing; none: the scheduler's own. POLICY: "
-        "0.5 (threshold of eq. 7), x1.5 (speed-up; least predicted loss), ms250 (the same, in "
-        "milliseconds an image), j1.5 (as x1.5, with fewer steps too), branch2 (whole branches of "
-        "the U-Net reused), c1.5 (least change), t1.5 (by threshold), every3, deepcache3, "
-        "smooth0.1, FILE.json; none: uncached. ALIGNMENT: scale-shift, history, distil, "
-        "history-distil; none: reuse as it is."
+        "x2 (twice as fast; steps, grid and reuse chosen together), ms250 (the same, in "
+        "milliseconds an image); to compare: branch2 (branches of all steps reused), 0.5 "
+        "(threshold of eq. 7), blocks1.5, blocksms250 (blocks alone reused; least predicted "
+        "loss), c1.5 (least change), t1.5 (by threshold), every3, deepcache3, smooth0.1, "
+        "FILE.json; none: uncached. ALIGNMENT: scale-shift, history, distil, history-distil; "
+        "none: the policy's own (x2: history), else reuse as it is."
     ),
 ]
 Recommended = Annotated[
@@ -107,7 +108,7 @@ def compile_bundle(
     Interrupt it at any time: the bundle that was there still opens, and the same command resumes.
     Stages whose inputs did not change are taken as they are.
 
-    Example: blockcache compile stabilityai/stable-diffusion-2-1 sd21 --preset dpm:20:x1.5:history
+    Example: blockcache compile stabilityai/stable-diffusion-2-1 sd21 --preset dpm:20:x2
     """
     from blockcache.export import PresetOptions, read_timings
     from blockcache.tools.commands.names import precision_for, warn_of_float32

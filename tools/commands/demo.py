@@ -65,9 +65,10 @@ def demo(
 ) -> None:
     """Compile the demo model and denoise in several ways, from the same noise.
 
-    As the scheduler has it; with whole branches reused, at SPEEDUP times fewer FLOPs; with as many
-    fewer steps, as well placed as can be; and by the paper's threshold. All are held against the
-    converged run. Ends in a picture: right of every image, its difference to the converged one.
+    As the scheduler has it; with steps, grid and reused branches chosen together, at SPEEDUP times
+    fewer FLOPs; with as many fewer steps, as well placed as can be; and by the paper's threshold.
+    All are held against the converged run. Ends in a picture: right of every image, its
+    difference to the converged one.
     """
     from blockcache.runtime.files import write_text
     from blockcache.tools.commands.outputs import check_folder
@@ -108,11 +109,10 @@ def compile_demo(
         MeasurementOptions,
         PresetOptions,
         ProfileOptions,
-        ResidualOptions,
         SensitivityOptions,
         compile_model,
     )
-    from blockcache.export.choose.policies import Branches, Threshold
+    from blockcache.export.choose.policies import Joint, Threshold
     from blockcache.tools.sources.models import DEMO, load_source
     from blockcache.tools.sources.prompts import calibration_for
 
@@ -120,10 +120,7 @@ def compile_demo(
     source, calibration = load_source(DEMO), calibration_for(DEMO, None, None)
     progress("load", 1, 1)
     fewer = max(1, round(steps / speedup))
-    reuse = Branches(speedup)
-    cached = PresetOptions(
-        solver="dpm", steps=steps, grid="karras", policy=reuse, alignment="history"
-    )
+    cached = PresetOptions(solver="dpm", steps=steps, policy=Joint(speedup))
     made = {
         PresetOptions(solver="dpm", steps=steps): f"{steps} steps,\nthe scheduler's own",
         cached: f"blockcache,\n{speedup:g}x fewer FLOPs",
@@ -135,10 +132,10 @@ def compile_demo(
     }
     measurement = MeasurementOptions(
         guidance_scale=guidance,
-        converged=ConvergedOptions(images=2),
+        converged=ConvergedOptions(images=4),
+        candidates=4,
         profile=ProfileOptions(prompts=IMAGES, seeds=1),
         sensitivity=SensitivityOptions(images=2),
-        residuals=ResidualOptions(images=IMAGES // 4),
         alignment=AlignmentOptions(images=IMAGES),
     )
     options = CompileOptions(presets=tuple(made), measurement=measurement, recommended=cached.name)

@@ -18,11 +18,12 @@ from blockcache.tools.sources.references import uncached
 UNCACHED, FEWER = "uncached", "fewer steps"
 PLAIN = "none"
 THRESHOLD = "threshold"
-JOINT = "fewer steps and budget"
+JOINT = "steps and reuse together"
 KINDS = {
     "threshold-speedup": THRESHOLD,
     "change-budget": "budget by change",
     "joint": JOINT,
+    "joint-latency": JOINT,
     "latency": "budget",
 }
 """Names for policies whose kind does not say what they do."""

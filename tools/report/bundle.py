@@ -111,5 +111,6 @@ def _footnote(bundle: Bundle) -> str:
     costs = ", ".join(sorted({entry.provenance.costs or "FLOPs" for entry in entries}))
     return (
         f"* recommended. Guidance {guidance}; costs: {costs}. Predicted loss: relative L2 of the "
-        f"final latents to the uncached run. Steps at that cost: of an uncached run."
+        f"final latents to the uncached run (of x and ms: to the converged run). Steps at that "
+        f"cost: of an uncached run."
     )

@@ -17,11 +17,11 @@ from typing import Annotated, TypeAlias
 import numpy as np
 import typer
 
-from blockcache.export import AlignmentOptions, SourceModel, TrialOptions
+from blockcache.export import AlignmentOptions, SourceModel
 from blockcache.export.align.fit import fit_alignment
 from blockcache.export.measure.sampling import Sampling
-from blockcache.export.measure.trial import mean_distance, trial_latents
 from blockcache.runtime import Alignment, Bundle, ConfigError, Schedule, SolverConfig
+from blockcache.tools.evaluation.quality import relative_distance
 from blockcache.tools.report.errors import one_line_errors
 from blockcache.tools.report.tables import markdown_table
 from blockcache.tools.sources.block_outputs import block_outputs
@@ -233,19 +233,24 @@ def _square(error: np.ndarray) -> float:
 
 def distances(sampling: Sampling, schedule: Schedule, images: int) -> list[list[str]]:
     """Rows of the second table: distances to the uncached run on images of other noise."""
-    options = TrialOptions(images=images, seed=SEED)
+    prompts = sampling.spread_prompts(images)
+    jobs = [(prompt, SEED + image) for image, prompt in enumerate(prompts)]
 
     def ends(schedule: Schedule, alignment: Alignment | None = None) -> np.ndarray:
-        return trial_latents(sampling, schedule, alignment, options)
+        with sampling.cached_unet(1 if alignment is None else alignment.outputs) as cached:
+            denoiser, noise = sampling.begin(cached, jobs)
+            return denoiser.denoise(noise, schedule, alignment).cpu().numpy()
 
     reference = ends(sampling.uncached)
-    plain = mean_distance(ends(schedule), reference)
+    plain = relative_distance(ends(schedule), reference).mean()
     rows = []
     for name, outputs in (("scale-shift", 1), ("history", 2)):
         cells = [name, f"{plain:.4f}"]
         for amount in AMOUNTS:
             fit = fit_alignment(sampling, schedule, outputs, AlignmentOptions(images=amount))
-            cells.append(f"{mean_distance(ends(schedule, fit.alignment), reference):.4f}")
+            cells.append(
+                f"{relative_distance(ends(schedule, fit.alignment), reference).mean():.4f}"
+            )
         rows.append(cells)
     return rows
 

@@ -12,21 +12,18 @@ work=${DEMO_WORK:-$HOME/.cache/blockcache/demo}
 presets_of() { # S uncached, as few steps as the cached runs pay for, and the cached runs
   case $1 in
     dpm-20) echo 20 16 14 12 10 8 6 20:t1.43 20:t1.43:scale-shift 20:t1.43:distil \
-      20:t1.43:history 20:t1.43:history-distil 20:x1.25:history 20:x1.43 \
-      20:x1.43:scale-shift 20:x1.43:distil 20:x1.43:history 20:x1.43:history-distil \
-      20:x1.67:history \
-      20:j1.43:history 20:j1.67:history 20:j2:history 20:j2.5:history 20:j3.3:history \
+      20:t1.43:history 20:t1.43:history-distil 20:blocks1.25:history 20:blocks1.43 \
+      20:blocks1.43:scale-shift 20:blocks1.43:distil 20:blocks1.43:history \
+      20:blocks1.43:history-distil 20:blocks1.67:history \
       20:t1.25 20:t1.25:scale-shift 20:t1.25:history \
       20:t1.67 20:t1.67:scale-shift 20:t1.67:history \
       20:t2 20:t2:scale-shift 20:t2:distil 20:t2:history 20:t2:history-distil ;;
-    ddim-20) echo 20 16 14 12 10 8 6 20:t1.43 20:t1.43:scale-shift 20:t1.43:history 20:x1.43 \
-      20:x1.25:history 20:x1.43:history 20:j1.67:history 20:j2:history 20:j2.5:history \
-      20:j3.3:history ;;
+    ddim-20) echo 20 16 14 12 10 8 6 20:t1.43 20:t1.43:scale-shift 20:t1.43:history 20:blocks1.43 \
+      20:blocks1.25:history 20:blocks1.43:history ;;
     *-50) echo 50 40 35 30 25 20 15 50:t1.67 50:t1.67:scale-shift 50:t1.67:history \
-      50:x1.25:history 50:x1.43:history 50:x1.67:history 50:j2:history 50:j2.5:history \
-      50:j3.3:history ;;
+      50:blocks1.25:history 50:blocks1.43:history 50:blocks1.67:history ;;
     peers-20) echo 20 16 14 20:c1.43:history 20:every2:history 20:deepcache2:history \
-      20:smooth0.2:history 20:x1.43:history ;;
+      20:smooth0.2:history 20:blocks1.43:history ;;
     delta-20) echo 20 20:0.1 20:0.2 20:0.3 20:0.4 20:0.5 ;; # the paper's Fig. 7
     resnets-20) echo 20 16 20:t1.25 20:t1.25:history ;;     # the paper's Fig. 8
     *) echo "unknown group $1" >&2; return 1 ;;

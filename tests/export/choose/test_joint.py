@@ -1,160 +1,201 @@
-"""Fewer steps and caching together: which candidates are tried, what they cost, which one wins."""
+"""Steps, grid and branches chosen together: what is looked at, what it may cost, which one wins."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, reject
+from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from blockcache.export import measurements
 from blockcache.export.align.fit import AlignmentOptions
+from blockcache.export.choose.grid_search import step_costs
+from blockcache.export.choose.grids import named_grid
 from blockcache.export.choose.joint import (
-    MOST_CANDIDATES,
-    NEGLIGIBLE,
-    candidates,
+    BLENDS,
+    COUNTS,
+    BranchErrors,
+    grids_to_try,
+    planned,
     step_counts,
+    step_sizes,
 )
-from blockcache.export.choose.policies import UNCACHED, affordable
 from blockcache.export.choose.preset import PresetOptions
-from blockcache.export.costs.costs import Costs
-from blockcache.export.graph.to_onnx import ExportOptions
 from blockcache.export.measure.calibration import Calibration
-from blockcache.export.measure.change import ProfileOptions, measure_change
-from blockcache.export.measure.residuals import ResidualOptions
+from blockcache.export.measure.converged import ConvergedOptions
+from blockcache.export.measure.residuals import Moments, ratios
 from blockcache.export.measure.sensitivity import SensitivityOptions
-from blockcache.export.measure.trial import TrialOptions
 from blockcache.export.measurements import MeasurementOptions
 from blockcache.export.pipeline import CompileOptions, compile_model
-from blockcache.runtime import ConfigError
+from blockcache.runtime import SolverConfig
+from blockcache.runtime.solvers.noise import NoiseSchedule
+from blockcache.runtime.solvers.solver import solver_tables
 
-COSTS = Costs(np.array([1.5, 4.0, 2.0]), trunk=3.0, prompt=1.0)
-speedups = st.floats(1, 6).map(lambda value: float(f"{value:.3g}"))
-
-
-def preset(steps, speedup, alignment="history"):
-    return PresetOptions.parse(f"dpm:{steps}:j{speedup:g}:{alignment}")
-
-
-def uncached_cost(steps):
-    return COSTS.uncached(steps)
+TRAINING = NoiseSchedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+SIGMAS = TRAINING.sigmas()
+LEVELS = 40
+BY_CUT = np.array([0.001, 0.2, 1.0])
 
 
-def test_the_step_counts_of_a_hand_worked_example():
-    """20 / 1.67 is 11.98: 12 steps are nearly fast enough without any caching."""
-    assert step_counts(20, 1.67) == [12, 14, 16, 18, 20]
-    assert step_counts(20, 1.1) == [19, 20]
-    assert step_counts(4, 1.0) == [4]
-    assert step_counts(1, 3.0) == [1]
-    assert step_counts(21, 1.4)[0] == 15, "21 / 1.4 is a little more than 15 in floating point"
+def tables_on(grid, solver="dpm"):
+    return solver_tables(SolverConfig(solver=solver, steps=grid.steps, noise=TRAINING, grid=grid))
 
 
-@given(st.integers(1, 100), speedups)
-def test_step_counts_are_few_and_end_at_all_steps(steps, speedup):
-    counts = step_counts(steps, speedup)
-    assert counts == sorted(set(counts))
-    assert 1 <= len(counts) <= MOST_CANDIDATES
-    assert counts[-1] == steps
-    assert counts[0] >= steps / speedup - 1e-9
-
-
-@given(st.integers(2, 60), speedups)
-def test_every_candidate_costs_what_was_asked_for(steps, speedup):
-    asked = preset(steps, speedup)
-    aim = uncached_cost(steps) / speedup
-    try:
-        found = candidates(asked, COSTS)
-    except ConfigError:
-        reject()
-    assert len({made.name for made in found}) == len(found)
-    assert {made.steps for made in found} <= set(step_counts(steps, speedup))
-    for made in found:
-        if made.policy == UNCACHED:
-            assert made.alignment == "none"
-            assert uncached_cost(made.steps) <= aim * (1 + NEGLIGIBLE) * (1 + 1e-9)
-        else:
-            assert made.alignment == "history"
-            assert made.policy.value == pytest.approx(uncached_cost(made.steps) / aim)
-            assert affordable(COSTS, made.steps, made.policy.value) > 0, "within reach"
-
-
-def test_a_speed_up_out_of_reach_says_so():
-    """Two blocks that cost next to nothing: only fewer steps help, and 5.5 of 11 is 6."""
-    costs = Costs(np.array([1e-6]), trunk=3.0, prompt=0.0)
-    with pytest.raises(ConfigError) as caught:
-        candidates(preset(11, 2), costs)
-    assert str(caught.value) == (
-        "Preset 'dpm-11-j2-history': a speed-up of 2 is out of reach with 6 steps or more. "
-        "Expected at most 1.833, or more steps."
+@pytest.fixture(scope="module")
+def evidence():
+    """A made-up converged run, of two branches: the costs of steps, the errors, the outputs."""
+    random = np.random.default_rng(0)
+    sigmas = np.asarray(named_grid("karras", SIGMAS, LEVELS).sigmas)
+    t = np.linspace(0, 1, LEVELS + 1)
+    shape = (LEVELS + 1, 2, 3, 4, 4)
+    data = np.sin(3 * t)[:, None] * random.standard_normal((1, 96)) + random.standard_normal(96)
+    data = data.reshape(shape).astype(np.float32)
+    alpha = 1 / np.sqrt(1 + sigmas**2)
+    noise = random.standard_normal(shape[1:])
+    samples = alpha[:, None, None, None, None] * (
+        data[:-1] + sigmas[:, None, None, None, None] * noise
     )
+    costs = step_costs(sigmas, samples, data, np.full(LEVELS, 0.5), 2)
+    outputs = np.cumsum(random.standard_normal((2, LEVELS, 5, 50)), axis=1)
+    moments = [Moments.of(own) for own in outputs]
+    grid = named_grid("karras", SIGMAS, 8)
+    sensed = np.full((8, 2), 0.01)
+    errors = BranchErrors.measured(
+        moments, sensed, costs.nearest(np.asarray(grid.sigmas)), step_sizes(tables_on(grid))
+    )
+    return costs, errors, outputs
 
 
-def test_only_the_winner_would_be_trained():
-    tried = candidates(preset(20, 1.5, "history-distil"), COSTS)
-    assert {made.alignment for made in tried} <= {"history", "none"}
-    assert {made.alignment for made in candidates(preset(20, 1.5, "distil"), COSTS)} <= {
-        "scale-shift", "none",
-    }  # fmt: skip
+# -- what is looked at -----------------------------------------------------------------------------
 
 
-def test_no_stage_takes_the_noise_of_a_trial():
-    options, trial = MeasurementOptions(), TrialOptions()
-    trained = options.distillation
-    others = [
-        range(options.profile.seeds),
-        range(options.sensitivity.seed, options.sensitivity.seed + 1),
-        range(options.residuals.seed, options.residuals.seed + options.residuals.images),
-        range(options.alignment.seed, options.alignment.seed + options.alignment.images),
-        range(trained.seed, trained.seed + trained.iterations * trained.images_at_once),
+def test_step_counts_begin_where_no_reuse_is_needed():
+    assert step_counts(10.0, 50) == [10, 12, 14, 16, 18, 20, 22, 25, 28]
+    assert step_counts(9.9999999999, 50)[0] == 10, "rounding of a sum of costs"
+    assert step_counts(1.2, 50) == [1, 2, 3]
+    assert step_counts(0.4, 50)[0] == 1
+
+
+@given(st.floats(1, 200), st.integers(1, 50))
+def test_step_counts_are_few_and_within_bounds(affordable, most):
+    counts = step_counts(affordable, most)
+    assert counts == sorted(set(counts))
+    assert 1 <= len(counts) <= len(COUNTS)
+    assert 1 <= counts[0] <= max(affordable, 1) + 1e-6
+    assert counts[-1] <= most
+
+
+def test_grids_lie_between_the_best_uncached_one_and_karras(evidence):
+    costs, *_ = evidence
+    found = grids_to_try(None, [6, 9], costs, SIGMAS)
+    assert [grid.steps for grid in found] == [6] * len(BLENDS) + [9] * len(BLENDS)
+    assert [grid.name for grid in found[:4]] == [
+        "auto",
+        "auto-karras0.3",
+        "auto-karras0.6",
+        "karras",
     ]
-    taken = set().union(*others)
-    assert not taken & set(range(trial.seed, trial.seed + trial.images))
+    assert np.allclose(found[3].sigmas, named_grid("karras", SIGMAS, 6).sigmas, rtol=1e-5)
+
+
+def test_a_grid_that_is_asked_for_is_the_only_one(evidence):
+    costs, *_ = evidence
+    (found,) = grids_to_try("karras", [6], costs, SIGMAS)
+    assert found == named_grid("karras", SIGMAS, 6)
+    (found,) = grids_to_try("auto", [6], costs, SIGMAS)
+    assert found.name == "auto"
+
+
+# -- predictions -----------------------------------------------------------------------------------
+
+
+def test_on_the_grid_that_was_sensed_the_losses_are_the_sensitivity(evidence):
+    """Times the residual, as a plan on one grid counts them."""
+    costs, errors, outputs = evidence
+    grid = named_grid("karras", SIGMAS, 8)
+    at = costs.nearest(np.asarray(grid.sigmas))
+    problem = errors.problem(at, step_sizes(tables_on(grid)), BY_CUT)
+    random = np.random.default_rng(0)
+    (
+        random.standard_normal((1, 96)),
+        random.standard_normal(96),
+        random.standard_normal((2, 3, 4, 4)),
+    )
+    outputs = np.cumsum(random.standard_normal((2, LEVELS, 5, 50)), axis=1)
+    for losses, own in zip(problem.losses, outputs, strict=True):
+        expected = 0.01 * ratios(own[at], "history")
+        for step in range(1, 8):  # in use is what was computed before
+            earlier = np.tril_indices(step)
+            np.testing.assert_allclose(losses[step][earlier], expected[step][earlier], rtol=1e-4)
+
+
+def test_a_first_order_solver_moves_by_its_own_step_alone():
+    grid = named_grid("karras", SIGMAS, 6)
+    ddim = tables_on(grid, "ddim")
+    np.testing.assert_allclose(step_sizes(ddim), np.abs(ddim.coefficients[:, 1]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("spend", [2.5, 4.0, 6.0])
+def test_a_plan_costs_what_was_asked_for(evidence, spend):
+    costs, errors, _ = evidence
+    for grid in grids_to_try(None, step_counts(spend, 20), costs, SIGMAS):
+        found = planned(grid, tables_on(grid), errors, costs, BY_CUT, spend)
+        if found is None:
+            continue
+        reused = ~found.schedule.recompute
+        depths = np.where(reused.any(1), reused.argmax(1), 2)
+        assert BY_CUT[depths].sum() <= spend * (1 + 1e-9)
+        assert found.schedule.recompute[0].all()
+        assert found.predicted >= costs.predicted(costs.nearest(np.asarray(grid.sigmas)))
+
+
+def test_what_pays_for_every_step_reuses_nothing(evidence):
+    costs, errors, _ = evidence
+    grid = named_grid("karras", SIGMAS, 6)
+    found = planned(grid, tables_on(grid), errors, costs, BY_CUT, 6.0)
+    assert found.schedule.recompute.all()
+    assert found.name == "karras-6"
+
+
+def test_levels_closer_than_the_converged_runs_are_left_out(evidence):
+    costs, errors, _ = evidence
+    grid = named_grid("karras", SIGMAS, 3 * LEVELS)
+    assert planned(grid, tables_on(grid), errors, costs, BY_CUT, 50.0) is None
+
+
+# -- a compile -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_nearest_candidate_is_kept_and_the_others_are_reported(
-    tiny_models, conditions_of, tmp_path, monkeypatch, precision
+    tiny_models, conditions_of, tmp_path, precision
 ):
-    profiled = []
+    from blockcache.export.graph.to_onnx import ExportOptions
 
-    def measure(sampling, *rest, **named):
-        profiled.append(sampling.steps)
-        return measure_change(sampling, *rest, **named)
-
-    monkeypatch.setattr(measurements, "measure_change", measure)
     model = tiny_models("one-level")
     calibration = Calibration(conditions_of(model, 2), conditions_of(model, 1, seed=5))
     options = CompileOptions(
-        presets=(PresetOptions.parse("dpm:4:j1.2:history"), PresetOptions.parse("dpm:4")),
+        presets=(PresetOptions.parse("dpm:4:x1.5"), PresetOptions.parse("dpm:4")),
         export=ExportOptions(precision=precision),
         measurement=MeasurementOptions(
             guidance_scale=3.0,
-            profile=ProfileOptions(prompts=2, seeds=1),
+            converged=ConvergedOptions(levels=40, images=1, gains=2),
             sensitivity=SensitivityOptions(images=1),
-            residuals=ResidualOptions(images=1),
             alignment=AlignmentOptions(images=2),
-            trial=TrialOptions(images=2),
         ),
     )
     bundle = compile_model(model, tmp_path / "b", options, calibration).bundle
-    assert bundle.model.outputs == 2, "as the preset asks for, not the options of the export"
-    made = bundle.preset("dpm-4-j1.2-history").provenance
-    assert (made.kind, made.value, made.replaced_steps) == ("joint", 1.2, 4)
+    assert bundle.model.outputs == 2, "as the policy asks for, not the options of the export"
+    preset = bundle.preset("dpm-4-x1.5")
+    made = preset.provenance
+    assert (made.kind, made.value, made.replaced_steps) == ("joint", 1.5, 4)
     assert made.costs == "FLOPs"
-    tried = made.tried
-    assert tried, "at least one was within reach"
-    kept = bundle.preset("dpm-4-j1.2-history").schedule.steps
-    assert tried[kept] == min(tried.values()) == made.predicted_loss
-    assert made.predicted_speedup >= 1.2 * (1 - NEGLIGIBLE)
-    assert set(tried) <= set(step_counts(4, 1.2))
-    cached = not bundle.preset("dpm-4-j1.2-history").schedule.recompute.all()
-    assert profiled == [kept] * cached, "the winner alone"
-    assert bundle.preset("dpm-4-j1.2-history").replaced_steps == 4
-    assert not any(
-        name.startswith(".stages") or "-steps-" in name for name in bundle.manifest.files
-    )
+    grid = preset.solver["grid"]
+    assert made.tried[f"{grid['name']}-{preset.schedule.steps}"] == made.predicted_loss
+    assert made.predicted_loss == min(made.tried.values())
+    assert made.predicted_speedup >= 1.5 * (1 - 1e-6)
+    assert preset.replaced_steps == 4
     again = compile_model(model, tmp_path / "b", options, calibration).bundle
-    assert again.preset("dpm-4-j1.2-history").provenance == made
+    assert again.preset("dpm-4-x1.5") == preset

@@ -24,6 +24,7 @@ from blockcache.export.choose.policies import (
     Evidence,
     Interval,
     Joint,
+    JointLatency,
     Latency,
     Needs,
     Policy,
@@ -42,19 +43,20 @@ TABLE = {
     "0.5": Threshold(0.5),
     "d0.5": Threshold(0.5),
     "t1.5": ThresholdSpeedup(1.5),
-    "x1.5": Budget(1.5),
+    "blocks1.5": Budget(1.5),
     "branch2": Branches(2),
-    "ms250": Latency(250),
-    "j1.5": Joint(1.5),
+    "blocksms250": Latency(250),
+    "ms250": JointLatency(250),
+    "x2": Joint(2),
     "c1.5": ChangeBudget(1.5),
     "every3": Interval(3),
     "deepcache3": DeepCache(3),
     "smooth0.1": SmoothCache(0.1),
     "FILE.json": Table(Path("FILE.json")),
     "tmax": ThresholdSpeedup(MOST),
-    "xmax": Budget(MOST),
+    "blocksmax": Budget(MOST),
     "cmax": ChangeBudget(MOST),
-    "x:max": Budget(MOST),
+    "blocks:max": Budget(MOST),
 }
 
 
@@ -146,7 +148,7 @@ UNREADABLE = [
     "dmax",
     "msmax",
     "everymax",
-    "xmax2",
+    "blocksmax2",
     "1e999",
     "x1e999",
     "٣",
@@ -158,13 +160,14 @@ def test_a_text_that_is_no_policy_shows_examples(text):
     with pytest.raises(ConfigError) as caught:
         Policy.parse(text)
     assert str(caught.value) == (
-        f"Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), xmax (the most there "
-        f"is), ms250 (latency), every3, deepcache3, smooth0.1 or FILE.json, got {text!r}."
+        f"Expected a policy such as x2 (speed-up), ms250 (latency), 0.5 (delta), blocks1.5, "
+        f"blocksmax (the most there is), every3, deepcache3, smooth0.1 or FILE.json, got "
+        f"{text!r}."
     )
 
 
 OUT_OF_RANGE = {
-    "x0.5": "number of 1 or more for the policy 'budget', got 0.5",
+    "x0.5": "number of 1 or more for the policy 'joint', got 0.5",
     "c0": "number of 1 or more for the policy 'change-budget', got 0",
     "every0": "whole number of 1 or more for the policy 'interval', got 0",
     "every2.5": "whole number of 1 or more for the policy 'interval', got 2.5",
@@ -248,9 +251,9 @@ def test_a_budget_is_the_least_predicted_loss_and_a_change_budget_the_least_chan
     loss = predicted_loss(SENSITIVITY, RESIDUALS)
     np.testing.assert_array_equal(recompute("c1.4"), budget(CHANGE, COSTS.blocks, spend).recompute)
     np.testing.assert_array_equal(
-        recompute("x1.4"), least_loss(loss, COSTS.blocks, spend).recompute
+        recompute("blocks1.4"), least_loss(loss, COSTS.blocks, spend).recompute
     )
-    assert (recompute("x1.4") != recompute("c1.4")).any()
+    assert (recompute("blocks1.4") != recompute("c1.4")).any()
     assert Needs.LOSSES in Policy.parse("x1.4").needs
     assert Needs.LOSSES not in Policy.parse("c1.4").needs
 
@@ -319,15 +322,15 @@ def test_a_speed_up_of_1_affords_everything(made):
 def test_a_speed_up_out_of_reach_says_what_is_within():
     """uncached 1 + 6 * (3 + 7.5) = 64; at least 1 + 6 * 3 + 7.5 = 26.5; 64 / 26.5 = 2.4151."""
     with pytest.raises(ConfigError) as caught:
-        recompute("x2.416")
+        recompute("blocks2.416")
     assert str(caught.value) == (
         "A speed-up of 2.416 is out of reach with 6 steps: the trunk always runs, and every block "
         "at step 0. Expected at most 2.415, or max for the most there is."
     )
-    assert recompute("x2.415").sum() == 3
+    assert recompute("blocks2.415").sum() == 3
 
 
-@pytest.mark.parametrize("text", ["xmax", "tmax", "cmax"])
+@pytest.mark.parametrize("text", ["blocksmax", "tmax", "cmax"])
 def test_the_most_there_is_runs_every_block_once(text):
     assert recompute(text).sum(axis=0).tolist() == [1, 1, 1]
     assert recompute(text)[0].all()
@@ -347,22 +350,22 @@ def test_the_most_there_is_is_the_largest_speed_up(made):
 
 def test_a_latency_is_a_budget_in_milliseconds():
     """uncached 1 + 6 * (3 + 7.5) = 64 ms."""
-    np.testing.assert_array_equal(recompute("ms40"), recompute("x1.6"))
-    assert Policy.parse("ms40").needs == Policy.parse("x1.6").needs | Needs.MILLISECONDS
+    np.testing.assert_array_equal(recompute("blocksms40"), recompute("blocks1.6"))
+    assert Policy.parse("blocksms40").needs == Policy.parse("blocks1.6").needs | Needs.MILLISECONDS
     loss = predicted_loss(SENSITIVITY, RESIDUALS)
     everything = least_loss(loss, COSTS.blocks, 6 * COSTS.blocks.sum())
-    np.testing.assert_array_equal(recompute("ms1000"), everything.recompute)
+    np.testing.assert_array_equal(recompute("blocksms1000"), everything.recompute)
 
 
 def test_a_latency_out_of_reach_says_what_is_within():
     """At least 1 + 6 * 3 + 7.5 = 26.5."""
     with pytest.raises(ConfigError) as caught:
-        recompute("ms26.4")
+        recompute("blocksms26.4")
     assert str(caught.value) == (
         "26.4 ms an image are out of reach with 6 steps: the trunk always runs, and every block at "
         "step 0. Expected 26.5 ms or more, or fewer steps."
     )
-    assert recompute("ms26.5").sum() == 3
+    assert recompute("blocksms26.5").sum() == 3
 
 
 def test_a_joint_policy_has_no_schedule_of_its_own():

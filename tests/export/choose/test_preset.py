@@ -33,12 +33,12 @@ from blockcache.export.pipeline import CompileOptions
 READ = {
     "ddim:4": PresetOptions(solver="ddim", steps=4, name="ddim-4"),
     "dpm:20:0.5": PresetOptions(solver="dpm", steps=20, policy=Threshold(0.5), name="dpm-20-d0.5"),
-    "euler:30:x1.5:history": PresetOptions(
+    "euler:30:blocks1.5:history": PresetOptions(
         solver="euler",
         steps=30,
         policy=Budget(1.5),
         alignment="history",
-        name="euler-30-x1.5-history",
+        name="euler-30-blocks1.5-history",
     ),
     "dpm:20:every3:none": PresetOptions(
         solver="dpm", steps=20, policy=Interval(3), name="dpm-20-every3"
@@ -54,11 +54,17 @@ READ = {
 
 
 READ |= {
-    "dpm:20:x:max:history": PresetOptions(
-        solver="dpm", steps=20, policy=Budget(MOST), alignment="history", name="dpm-20-xmax-history"
+    "dpm:20:blocks:max:history": PresetOptions(
+        solver="dpm",
+        steps=20,
+        policy=Budget(MOST),
+        alignment="history",
+        name="dpm-20-blocksmax-history",
     ),
     "dpm-20-0.5": READ["dpm:20:0.5"],
-    "dpm-20-x:max": PresetOptions(solver="dpm", steps=20, policy=Budget(MOST), name="dpm-20-xmax"),
+    "dpm-20-blocks:max": PresetOptions(
+        solver="dpm", steps=20, policy=Budget(MOST), name="dpm-20-blocksmax"
+    ),
     "dpm-20-every3-none": READ["dpm:20:every3:none"],
     "dpm-2-my table.json-distil": READ["dpm:2:my table.json:distil"],
     "dpm-20-a-history.json-history-distil": PresetOptions(
@@ -101,7 +107,7 @@ def test_a_preset_that_cannot_be_read_shows_the_form(text):
         PresetOptions.parse(text)
     assert str(caught.value) == (
         f"Expected a preset SOLVER[-GRID]:STEPS[:POLICY[:ALIGNMENT]] such as dpm:20:0.5, "
-        f"dpm:20:x1.5:history or dpm-karras:20, got {text!r}."
+        f"dpm:20:x2 or dpm-karras:20, got {text!r}."
     )
 
 
@@ -113,11 +119,13 @@ REFUSED = {
     "dpm:20:0.5:1": "Expected an alignment of none, scale-shift, distil, history, "
     "history-distil, got '1'.",
     "dpm:20:ms0": "Expected a number of milliseconds above 0, got 0.",
-    "dpm:20::history": "Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), xmax "
-    "(the most there is), ms250 (latency), every3, deepcache3, smooth0.1 or FILE.json, got ''.",
-    "dpm-20-xmax-fit": "Expected a policy such as 0.5 (delta), x1.5 or j1.5 (speed-up), xmax "
-    "(the most there is), ms250 (latency), every3, deepcache3, smooth0.1 or FILE.json, got "
-    "'xmax-fit'.",
+    "dpm:20::history": "Expected a policy such as x2 (speed-up), ms250 (latency), 0.5 "
+    "(delta), blocks1.5, blocksmax (the most there is), every3, deepcache3, smooth0.1 or "
+    "FILE.json, got ''.",
+    "dpm-20-blocksmax-fit": "Expected a policy such as x2 (speed-up), ms250 (latency), 0.5 "
+    "(delta), blocks1.5, blocksmax (the most there is), every3, deepcache3, smooth0.1 or "
+    "FILE.json, got "
+    "'blocksmax-fit'.",
 }
 
 
@@ -140,7 +148,7 @@ CALIBRATED = {
     "dpm:20:deepcache3": False,
     "dpm:20:t.json": False,
     "dpm:20:0.5": True,
-    "dpm:20:x1.5": True,
+    "dpm:20:blocks1.5": True,
     "dpm:20:c1.5": True,
     "dpm:20:smooth0.1": True,
     "dpm:20:every3:scale-shift": True,
@@ -206,8 +214,8 @@ def test_export_options_are_checked():
 
 
 def test_a_latency_needs_times_and_one_source_of_them():
-    latency = PresetOptions.parse("dpm:20:ms250:history")
-    assert latency.name == "dpm-20-ms250-history"
+    latency = PresetOptions.parse("dpm:20:blocksms250:history")
+    assert latency.name == "dpm-20-blocksms250-history"
     with pytest.raises(ConfigError, match=r"needs times\. Give measured ones"):
         CompileOptions(presets=(latency,))
     times = Timings("trt", "", Sizes(batch=2, height=16, width=16, tokens=7), {"trunk_00": 1.0})
@@ -221,7 +229,7 @@ def test_a_latency_needs_times_and_one_source_of_them():
     [
         ("dpm:20", None, "dpm-20"),
         ("dpm-karras:20", "karras", "dpm-karras-20"),
-        ("dpm-auto:20:x1.5:history", "auto", "dpm-auto-20-x1.5-history"),
+        ("dpm-auto:20:blocks1.5:history", "auto", "dpm-auto-20-blocks1.5-history"),
         ("ddim-ays-sd15:10", "ays-sd15", "ddim-ays-sd15-10"),
         ("euler-trailing:8:0.5", "trailing", "euler-trailing-8-d0.5"),
     ],

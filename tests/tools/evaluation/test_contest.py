@@ -116,8 +116,8 @@ def with_joint(preset_of, presets_only):
         [
             preset_of("dpm-4", 4),
             preset_of("dpm-3", 3),
-            preset_of("dpm-4-j1.5-history", 3, THIRD, **policy, alignment="history"),
-            preset_of("dpm-4-j1.9", 2, **policy),
+            preset_of("dpm-4-x1.5-history", 3, THIRD, **policy, alignment="history"),
+            preset_of("dpm-4-x1.9", 2, **policy),
         ]
     )
 
@@ -128,21 +128,21 @@ def test_a_joint_preset_competes_where_it_was_asked_to(with_joint):
     assert [(contestant.name, contestant.method) for contestant in group.contestants] == [
         ("dpm-4", "uncached"),
         ("dpm-3", "fewer steps"),
-        ("dpm-4-j1.9", "fewer steps"),
-        ("dpm-4-j1.5-history", "fewer steps and budget + history"),
+        ("dpm-4-x1.9", "fewer steps"),
+        ("dpm-4-x1.5-history", "steps and reuse together + history"),
     ]
-    assert ("dpm-4-j1.5-history", "fewer steps", "dpm-3") in {
+    assert ("dpm-4-x1.5-history", "fewer steps", "dpm-3") in {
         (p.subject.name, p.against, p.other.name) for p in pairings(group)
     }
 
 
 def test_a_joint_preset_alone_has_nothing_to_be_compared_with(preset_of, presets_only):
     policy = {"kind": "joint", "value": 1.5, "replaced_steps": 4, "alignment": "history"}
-    bundle = presets_only([preset_of("dpm-4-j1.5-history", 3, THIRD, **policy)])
+    bundle = presets_only([preset_of("dpm-4-x1.5-history", 3, THIRD, **policy)])
     with pytest.raises(ConfigError) as caught:
         make_groups(bundle)
     assert str(caught.value) == (
-        "Expected an uncached preset of 4 steps beside 'dpm-4-j1.5-history', which takes its "
+        "Expected an uncached preset of 4 steps beside 'dpm-4-x1.5-history', which takes its "
         "place with 3; there is none. Compile one with it."
     )
 

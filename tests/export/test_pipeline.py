@@ -604,7 +604,7 @@ def test_another_operating_system_error_is_not_called_a_full_disk(
         compile_model(model, tmp_path / "b", options("ddim:2"))
 
 
-@pytest.mark.parametrize("text", ["ddim:2:x9", "ddim:2:t9", "ddim:2:c9:history"])
+@pytest.mark.parametrize("text", ["ddim:2:blocks9", "ddim:2:t9", "ddim:2:c9:history"])
 def test_a_speed_up_out_of_reach_is_refused_before_any_measurement(
     model, calibration, calls, tmp_path, text
 ):

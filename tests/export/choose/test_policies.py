@@ -373,6 +373,18 @@ def test_a_joint_policy_has_no_schedule_of_its_own():
         Joint(1.5).schedule(FACTS)
 
 
+@pytest.mark.parametrize(("text", "within"), [("x64", "x5.56"), ("ms11", "ms11.5")])
+def test_a_joint_policy_that_not_even_one_step_reaches_is_refused(text, within):
+    """One step costs 1 + 10.5 of 1 + 6 * 10.5 = 64."""
+    with pytest.raises(ConfigError) as caught:
+        Policy.parse(text).check_costs(6, COSTS)
+    assert str(caught.value) == (
+        f"{text} is out of reach: one step alone costs 11.5 ms, 5.57 times less than 6 steps. Ask "
+        f"for less."
+    )
+    Policy.parse(within).check_costs(6, COSTS)
+
+
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_branches_are_planned_within_the_speedup_and_their_loss_is_counted(outputs):
     """Three blocks lie in two branches: the deeper one holds one block and half of the trunk."""

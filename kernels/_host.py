@@ -30,7 +30,7 @@ from blockcache.kernels._library import (
 )
 
 _ERROR_STEP = -5  # BC_ERROR_STEP
-_WRITTEN = ("next_sample", "history_out", "next_input")
+_WRITTEN = ("next_sample", "x0_out", "next_input")
 
 
 def bind_guided_solver_step(
@@ -39,10 +39,10 @@ def bind_guided_solver_step(
     sample: FloatArray,
     model_out: Array | None,
     table: FloatArray,
-    history_out: FloatArray | None = None,
+    x0_out: FloatArray | None = None,
     next_input: Array | None = None,
-    history0: FloatArray | None = None,
-    history1: FloatArray | None = None,
+    previous_x0: FloatArray | None = None,
+    earlier_x0: FloatArray | None = None,
     guidance: FloatArray | float | None = None,
     rescale: FloatArray | None = None,
     dtype: str | None = None,
@@ -57,13 +57,13 @@ def bind_guided_solver_step(
         sample: float32 [N, ...].
         model_out: T [2N, ...] with guidance, the unconditional half first, else [N, ...]. None
             where no step that will be run reads it.
-        table: float32 [S, 8], rows (c_sample, c_model, c_history0, c_history1, d_sample, d_model,
+        table: float32 [S, 8], rows (c_sample, c_model, c_previous, c_earlier, d_sample, d_model,
             next_input_scale, 0).
-        history_out: float32 [N, ...], written with d_sample * sample + d_model * guided output; may
-            be `history0` or `history1`.
+        x0_out: float32 [N, ...], written with d_sample * sample + d_model * guided output; may
+            be `previous_x0` or `earlier_x0`.
         next_input: T, shaped as `model_out`, written with next_input_scale * next_sample.
-        history0: float32 [N, ...]; None where its coefficient is 0.
-        history1: float32 [N, ...]; None where its coefficient is 0.
+        previous_x0: float32 [N, ...]; None where its coefficient is 0.
+        earlier_x0: float32 [N, ...]; None where its coefficient is 0.
         guidance: the guidance scale, one or float32 [N]; None: no guidance.
         rescale: float32 [N] of `guidance_rescale_factors`.
         dtype: T by name, where the arrays do not tell.
@@ -78,10 +78,10 @@ def bind_guided_solver_step(
     """
     floats = {
         "next_sample": next_sample,
-        "history_out": history_out,
+        "x0_out": x0_out,
         "sample": sample,
-        "history0": history0,
-        "history1": history1,
+        "previous_x0": previous_x0,
+        "earlier_x0": earlier_x0,
     }
     scales = None if guidance is None else _per_sample(guidance, next_sample.shape[:1])
     uniform = {"table": table, "guidance": scales, "rescale": rescale}
@@ -138,19 +138,19 @@ def guided_solver_step(
     model_out: Array | None,
     table: FloatArray,
     step: int,
-    history_out: FloatArray | None = None,
+    x0_out: FloatArray | None = None,
     next_input: Array | None = None,
-    history0: FloatArray | None = None,
-    history1: FloatArray | None = None,
+    previous_x0: FloatArray | None = None,
+    earlier_x0: FloatArray | None = None,
     guidance: FloatArray | float | None = None,
     rescale: FloatArray | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Guidance, solver update, history and next model input in one pass over memory.
+    """Guidance, solver update, x0 and next model input in one pass over memory.
 
     With u and c the halves of `model_out` and g = rescale * (u + guidance * (c - u)), or
     g = model_out without guidance: next_sample = c_sample * sample + c_model * g
-    + c_history0 * history0 + c_history1 * history1, in float32 and in that order. Arrays whose
+    + c_previous * previous_x0 + c_earlier * earlier_x0, in float32 and in that order. Arrays whose
     coefficients are 0 are not read. A loop should bind once: see `bind_guided_solver_step`, which
     also describes the arguments.
 
@@ -160,10 +160,10 @@ def guided_solver_step(
         model_out: see there.
         table: see there.
         step: row of the table, 0..S-1.
-        history_out: see there.
+        x0_out: see there.
         next_input: see there.
-        history0: see there.
-        history1: see there.
+        previous_x0: see there.
+        earlier_x0: see there.
         guidance: see there.
         rescale: see there.
         dtype: see there.
@@ -176,10 +176,10 @@ def guided_solver_step(
         sample=sample,
         model_out=model_out,
         table=table,
-        history_out=history_out,
+        x0_out=x0_out,
         next_input=next_input,
-        history0=history0,
-        history1=history1,
+        previous_x0=previous_x0,
+        earlier_x0=earlier_x0,
         guidance=guidance,
         rescale=rescale,
         dtype=dtype,

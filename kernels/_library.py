@@ -41,12 +41,12 @@ class GuidedSolverStepArgs(ctypes.Structure):
 
     _fields_ = (
         ("next_sample", c_void_p),  # float32 [N, M]
-        ("history_out", c_void_p),  # float32 [N, M] or None
+        ("x0_out", c_void_p),  # float32 [N, M] or None
         ("next_input", c_void_p),  # T [2N or N, M] or None
         ("sample", c_void_p),  # float32 [N, M]
         ("model_out", c_void_p),  # T [2N or N, M]
-        ("history0", c_void_p),  # float32 [N, M] or None
-        ("history1", c_void_p),  # float32 [N, M] or None
+        ("previous_x0", c_void_p),  # float32 [N, M] or None
+        ("earlier_x0", c_void_p),  # float32 [N, M] or None
         ("table", c_void_p),  # float32 [S, ROW]
         ("step_counter", c_void_p),  # int32 [1] or None
         ("guidance", c_void_p),  # float32 [N] or None

@@ -66,29 +66,29 @@ BC_API int32_t bc_abi_version(void);
 BC_API const char *bc_error_string(int32_t code);
 
 /* ------------------------------------------------------------------------------------------------
- * guided_solver_step: guidance, solver update, history and the next model input in one pass.
+ * guided_solver_step: guidance, solver update, x0 and the next model input in one pass.
  *
  *   g           = u + guidance * (c - u)     u, c the two halves of model_out, unconditional first
  *   g           = m                          without guidance
  *   g           = rescale * g                with rescale
- *   next_sample = c_sample * x + c_model * g + c_history0 * h0 + c_history1 * h1
- *   history_out = d_sample * x + d_model * g
+ *   next_sample = c_sample * x + c_model * g + c_previous * h0 + c_earlier * h1
+ *   x0_out      = d_sample * x + d_model * g
  *   next_input  = next_input_scale * next_sample, rounded to T, in both halves with guidance
  *
- * A model output or history whose coefficients in the row are all 0 is not read: its pointer may
+ * A model output or x0 whose coefficients in the row are all 0 is not read: its pointer may
  * be NULL and its memory may hold anything. So one extra row (1, 0, 0, 0, 0, 0, scale, 0) makes
  * the first input. Everything else propagates NaN and infinity as the formula does.
  *
  * An output may be the very buffer of an input with elements of the same size (next_sample over
- * sample, history_out over history0 or history1); any other overlap is refused. */
+ * sample, x0_out over previous_x0 or earlier_x0); any other overlap is refused. */
 typedef struct bc_guided_solver_step_args {
   float *next_sample;          /* float32 [N, M] */
-  float *history_out;          /* float32 [N, M], or NULL: not wanted */
+  float *x0_out;               /* float32 [N, M], or NULL: not wanted */
   void *next_input;            /* T [2N, M] with guidance, else [N, M]; or NULL: not wanted */
   const float *sample;         /* float32 [N, M] */
   const void *model_out;       /* T [2N, M] with guidance, else [N, M] */
-  const float *history0;       /* float32 [N, M], or NULL where its coefficient is 0 */
-  const float *history1;       /* float32 [N, M], or NULL where its coefficient is 0 */
+  const float *previous_x0;    /* float32 [N, M], or NULL where its coefficient is 0 */
+  const float *earlier_x0;     /* float32 [N, M], or NULL where its coefficient is 0 */
   const float *table;          /* float32 [S, BC_ROW] */
   const int32_t *step_counter; /* int32 [1]: read in place of `step`; or NULL */
   const float *guidance;       /* float32 [N], one scale per sample; or NULL: no guidance */

@@ -1,11 +1,11 @@
 // guided_solver_step: all the work between two runs of the U-Net, in one launch.
 //
 // Idea. Guidance, prediction type and solver are linear in the sample, the model output and the
-// history once the step is fixed, so a step is a row of seven numbers. Every tensor is read once
+// earlier x0 once the step is fixed, so a step is a row of seven numbers. Every tensor is read once
 // and written once; the row, the guidance and the rescale factor are uniform over a block.
 //
-// Bytes per latent element with guidance and T of b bytes: read 4 (x) + 2b (u, c) + 4 per history
-// used, write 4 (next x) + 4 (history) + 2b (next input). DPM-Solver++ 2M in bf16: 24 bytes.
+// Bytes per latent element with guidance and T of b bytes: read 4 (x) + 2b (u, c) + 4 per x0
+// used, write 4 (next x) + 4 (x0) + 2b (next input). DPM-Solver++ 2M in bf16: 24 bytes.
 // The torch operations in tools/bench/kernels/cuda.py move 172 bytes in 17 launches.
 
 #include "common.cuh"
@@ -18,8 +18,8 @@ using Args = bc_guided_solver_step_args;
 // What is uniform over a launch. A needed tensor that is absent poisons the sum it belongs to:
 // a device cannot return an error code.
 struct Row {
-  float c_sample, c_model, c_history0, c_history1, d_sample, d_model, next_input_scale;
-  bool reads_model, reads_history0, reads_history1;
+  float c_sample, c_model, c_previous, c_earlier, d_sample, d_model, next_input_scale;
+  bool reads_model, reads_previous, reads_earlier;
   bool misses_tensor;
 };
 
@@ -32,21 +32,21 @@ BC_INLINE Row read_row(const Args &args, int32_t step) {
   Row row;
   row.c_sample = entry[BC_C_SAMPLE];
   row.c_model = entry[BC_C_MODEL];
-  row.c_history0 = entry[BC_C_HISTORY0];
-  row.c_history1 = entry[BC_C_HISTORY1];
+  row.c_previous = entry[BC_C_HISTORY0];
+  row.c_earlier = entry[BC_C_HISTORY1];
   row.d_sample = entry[BC_D_SAMPLE];
   row.d_model = entry[BC_D_MODEL];
   row.next_input_scale = entry[BC_NEXT_INPUT_SCALE];
   row.reads_model = row.c_model != 0 || row.d_model != 0;
-  row.reads_history0 = row.c_history0 != 0;
-  row.reads_history1 = row.c_history1 != 0;
+  row.reads_previous = row.c_previous != 0;
+  row.reads_earlier = row.c_earlier != 0;
   const bool no_model = row.reads_model && args.model_out == nullptr;
-  const bool no_history0 = row.reads_history0 && args.history0 == nullptr;
-  const bool no_history1 = row.reads_history1 && args.history1 == nullptr;
+  const bool no_previous = row.reads_previous && args.previous_x0 == nullptr;
+  const bool no_earlier = row.reads_earlier && args.earlier_x0 == nullptr;
   row.reads_model &= !no_model;
-  row.reads_history0 &= !no_history0;
-  row.reads_history1 &= !no_history1;
-  row.misses_tensor = no_model || no_history0 || no_history1;
+  row.reads_previous &= !no_previous;
+  row.reads_earlier &= !no_earlier;
+  row.misses_tensor = no_model || no_previous || no_earlier;
   if (row.misses_tensor) row.c_sample = quiet_nan();
   if (no_model) row.d_sample = quiet_nan();
   return row;
@@ -77,21 +77,21 @@ BC_INLINE void update(const Args &args, const Row &row, int64_t n, int64_t i) {
     }
     for (int j = 0; j < V; ++j) next[j] = next[j] + row.c_model * g[j];
   }
-  if (row.reads_history0) {
-    load(h, args.history0 + at);
-    for (int j = 0; j < V; ++j) next[j] = next[j] + row.c_history0 * h[j];
+  if (row.reads_previous) {
+    load(h, args.previous_x0 + at);
+    for (int j = 0; j < V; ++j) next[j] = next[j] + row.c_previous * h[j];
   }
-  if (row.reads_history1) {
-    load(h, args.history1 + at);
-    for (int j = 0; j < V; ++j) next[j] = next[j] + row.c_history1 * h[j];
+  if (row.reads_earlier) {
+    load(h, args.earlier_x0 + at);
+    for (int j = 0; j < V; ++j) next[j] = next[j] + row.c_earlier * h[j];
   }
 
-  if (args.history_out != nullptr) {
+  if (args.x0_out != nullptr) {
     for (int j = 0; j < V; ++j) h[j] = row.d_sample * x[j];
     if (row.reads_model) {
       for (int j = 0; j < V; ++j) h[j] = h[j] + row.d_model * g[j];
     }
-    store(args.history_out + at, h);
+    store(args.x0_out + at, h);
   }
   store(args.next_sample + at, next);
   if (args.next_input != nullptr) {
@@ -117,10 +117,10 @@ inline int32_t check(const Args *given, int32_t step) {
   constexpr int kOutputs = 3;  // then the tensors they may be written over, then the small ones
   constexpr int kTensors = 7;
   const Span spans[] = {
-      {args.next_sample, elements, 4},   {args.history_out, elements, 4},
+      {args.next_sample, elements, 4},   {args.x0_out, elements, 4},
       {args.next_input, doubled, bytes}, {args.sample, elements, 4},
-      {args.model_out, doubled, bytes},  {args.history0, elements, 4},
-      {args.history1, elements, 4},      {args.table, int64_t{BC_ROW} * args.S, 4},
+      {args.model_out, doubled, bytes},  {args.previous_x0, elements, 4},
+      {args.earlier_x0, elements, 4},      {args.table, int64_t{BC_ROW} * args.S, 4},
       {args.step_counter, 1, 4},         {args.guidance, args.N, 4},
       {args.rescale, args.N, 4},
   };
@@ -184,10 +184,10 @@ constexpr int kWide = 4;
 // Whether every tensor's every sample starts where a pack of kWide elements may.
 inline bool takes_wide(const Args &args) {
   const int64_t narrow = kWide * dtype_bytes(args.dtype);
-  return args.M % kWide == 0 && aligned(args.next_sample, 16) && aligned(args.history_out, 16) &&
+  return args.M % kWide == 0 && aligned(args.next_sample, 16) && aligned(args.x0_out, 16) &&
          aligned(args.next_input, narrow) && aligned(args.sample, 16) &&
-         aligned(args.model_out, narrow) && aligned(args.history0, 16) &&
-         aligned(args.history1, 16);
+         aligned(args.model_out, narrow) && aligned(args.previous_x0, 16) &&
+         aligned(args.earlier_x0, 16);
 }
 #endif
 

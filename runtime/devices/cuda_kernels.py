@@ -92,11 +92,11 @@ class SolverKernel:
             self._rescale = (*(tensor.pointer for tensor in tensors), images, M, dtype)
         self._arguments = kernels.GuidedSolverStepArgs(
             next_sample=latents.pointer,
-            history_out=previous_x0.pointer,
+            x0_out=previous_x0.pointer,
             next_input=model_input.pointer,
             sample=latents.pointer,
             model_out=model_output.pointer,
-            history0=previous_x0.pointer,
+            previous_x0=previous_x0.pointer,
             table=self._table.pointer,
             guidance=self._guidance.pointer if guided else None,
             rescale=self._factors.pointer if rescaled else None,
@@ -140,11 +140,11 @@ def bind_model_input(
     guidance = _floats(device, images) if doubled else None  # only says that there are two halves
     arguments = kernels.GuidedSolverStepArgs(
         next_sample=latents.pointer,
-        history_out=None,
+        x0_out=None,
         next_input=model_input.pointer,
         sample=latents.pointer,
         model_out=None,
-        history0=None,
+        previous_x0=None,
         table=table.pointer,
         guidance=None if guidance is None else guidance.pointer,
         rescale=None,

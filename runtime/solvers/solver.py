@@ -115,7 +115,7 @@ class SolverTables:
     A row is c_sample, c_model, c_previous, 0, d_sample, d_model, next_input_scale, 0. With h the x0
     that the step before predicted, the step makes x' = c_sample x + c_model g + c_previous h, then
     h' = d_sample x + d_model g, and the model sees next_input_scale x'. Where c_previous is 0, h is
-    never read. (The kernels could read two tensors of this kind: their history0 and history1.)
+    never read. (The kernels could read two tensors of this kind: their previous_x0 and earlier_x0.)
     """
 
     timesteps: Float32  # [S], what the model is conditioned on; fractional for some Euler steps

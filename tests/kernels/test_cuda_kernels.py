@@ -61,12 +61,12 @@ def test_guided_solver_step(torch, T, size, offset, guided, use_counter):
     rows = 2 * N if guided else N
     tensors = {
         **{"next_sample": device(torch, size, offset=offset), "table": device(torch, (4, 8))},
-        **{"history_out": device(torch, size, offset=offset)},
+        **{"x0_out": device(torch, size, offset=offset)},
         **{"next_input": device(torch, (rows, M), T, offset)},
         **{"sample": device(torch, size, offset=offset)},
         **{"model_out": device(torch, (rows, M), T, offset)},
-        **{"history0": device(torch, size, offset=offset)},
-        **{"history1": device(torch, size, offset=offset)},
+        **{"previous_x0": device(torch, size, offset=offset)},
+        **{"earlier_x0": device(torch, size, offset=offset)},
         "guidance": device(torch, (N,)) if guided else None,
         "rescale": device(torch, (N,)) if guided else None,
     }
@@ -78,7 +78,7 @@ def test_guided_solver_step(torch, T, size, offset, guided, use_counter):
         setattr(args, name, address(tensor))
     args.step_counter = address(counter) if use_counter else None
     launch(torch, "guided_solver_step", ctypes.byref(args), 0 if use_counter else 2)
-    for name in ("next_sample", "history_out", "next_input"):
+    for name in ("next_sample", "x0_out", "next_input"):
         np.testing.assert_array_equal(on_host(tensors[name]), host[name])
 
 

@@ -43,12 +43,12 @@ def formula(case, row, number):
         if case["rescale"] is not None:
             g = as_number["rescale"][:, None] * g
         next_sample = row[0] * x + row[1] * g
-        for column, name in ((2, "history0"), (3, "history1")):
+        for column, name in ((2, "previous_x0"), (3, "earlier_x0")):
             if row[column] != 0:
                 next_sample = next_sample + row[column] * as_number[name]
-        history = row[4] * x + row[5] * g
+        x0 = row[4] * x + row[5] * g
         next_input = row[6] * next_sample
-    return next_sample, history, next_input
+    return next_sample, x0, next_input
 
 
 @st.composite
@@ -63,8 +63,8 @@ def cases(draw):
     case = {
         "sample": array(rng, (N, M), offset=offset),
         "model_out": array(rng, (rows, M), DTYPES[T], offset),
-        "history0": array(rng, (N, M), offset=offset) if histories > 0 else None,
-        "history1": array(rng, (N, M), offset=offset) if histories > 1 else None,
+        "previous_x0": array(rng, (N, M), offset=offset) if histories > 0 else None,
+        "earlier_x0": array(rng, (N, M), offset=offset) if histories > 1 else None,
         "guidance": array(rng, N) * 8 if guided else None,
         "rescale": array(rng, N) if guided and draw(st.booleans()) else None,
     }
@@ -75,34 +75,34 @@ def cases(draw):
 
 def run(case, table, T, step):
     next_sample = np.empty_like(case["sample"])
-    history = np.empty_like(case["sample"])
+    x0 = np.empty_like(case["sample"])
     next_input = np.empty(case["model_out"].shape, DTYPES[T])
     kernels.guided_solver_step(
-        next_sample, history_out=history, next_input=next_input, table=table, step=step, **case
+        next_sample, x0_out=x0, next_input=next_input, table=table, step=step, **case
     )
-    return next_sample, history, next_input
+    return next_sample, x0, next_input
 
 
 @given(cases())
 def test_equals_the_float32_formula_bit_for_bit(drawn):
     case, table, T, step, _ = drawn
-    next_sample, history, next_input = run(case, table, T, step)
-    expected_next, expected_history, expected_input = formula(case, table[step], np.float32)
+    next_sample, x0, next_input = run(case, table, T, step)
+    expected_next, expected_x0, expected_input = formula(case, table[step], np.float32)
     assert_same(next_sample, expected_next)
-    assert_same(history, expected_history)
+    assert_same(x0, expected_x0)
     for half in np.split(next_input, 2 if case["guidance"] is not None else 1):
         assert_same(half, expected_input.astype(DTYPES[T]))
 
 
 @given(cases())
 def test_is_close_to_the_float64_formula(drawn):
-    """At most 8 roundings on a path: 3 guidance, 1 rescale, 1 product, 3 sums (5 without history).
+    """At most 8 roundings on a path: 3 guidance, 1 rescale, 1 product, 3 sums (5 without x0).
 
     Each is within UNIT of the magnitudes that enter it, the formula's value for absolute values.
     """
     case, table, T, step, _ = drawn
-    next_sample, history, _ = run(case, table, T, step)
-    exact_next, exact_history, _ = formula(case, table[step], np.float64)
+    next_sample, x0, _ = run(case, table, T, step)
+    exact_next, exact_x0, _ = formula(case, table[step], np.float64)
     g = np.abs(case["model_out"].astype(np.float64))
     if case["guidance"] is not None:
         u, c = np.split(g, 2)
@@ -111,22 +111,22 @@ def test_is_close_to_the_float64_formula(drawn):
         g = g * np.abs(case["rescale"])[:, None]
     size = {name: None if value is None else np.abs(value) for name, value in case.items()}
     size |= {"model_out": g, "guidance": None, "rescale": None}
-    bound_next, bound_history, _ = formula(size, np.abs(table[step]), np.float64)
+    bound_next, bound_x0, _ = formula(size, np.abs(table[step]), np.float64)
     assert np.all(np.abs(next_sample - exact_next) <= 1.01 * 8 * UNIT * bound_next)
-    assert np.all(np.abs(history - exact_history) <= 1.01 * 6 * UNIT * bound_history)
+    assert np.all(np.abs(x0 - exact_x0) <= 1.01 * 6 * UNIT * bound_x0)
 
 
 @given(cases(), st.sampled_from([np.nan, np.inf, -np.inf, 3e38, -0.0, 1e-45]))
 def test_special_numbers_go_through_the_formula(drawn, special):
     case, table, T, step, rng = drawn
-    for name in ("sample", "model_out", "history0", "history1"):
+    for name in ("sample", "model_out", "previous_x0", "earlier_x0"):
         if case[name] is not None:
             with np.errstate(over="ignore"):
                 case[name].flat[rng.integers(case[name].size)] = special
-    next_sample, history, next_input = run(case, table, T, step)
-    expected_next, expected_history, expected_input = formula(case, table[step], np.float32)
+    next_sample, x0, next_input = run(case, table, T, step)
+    expected_next, expected_x0, expected_input = formula(case, table[step], np.float32)
     assert_same(next_sample, expected_next)
-    assert_same(history, expected_history)
+    assert_same(x0, expected_x0)
     with np.errstate(over="ignore", invalid="ignore"):
         expected_input = expected_input.astype(DTYPES[T])
     assert_same(next_input[: len(next_sample)], expected_input)
@@ -137,16 +137,16 @@ def test_outputs_may_replace_their_inputs(drawn):
     case, table, T, step, _ = drawn
     expected = [output.copy() for output in run(case, table, T, step)]
     next_input = case["model_out"]
-    history = next(
-        (case[name] for name in ("history1", "history0") if case[name] is not None), None
+    x0 = next(
+        (case[name] for name in ("earlier_x0", "previous_x0") if case[name] is not None), None
     )
     kernels.guided_solver_step(
-        case["sample"], history_out=history, next_input=next_input, table=table, step=step, **case
+        case["sample"], x0_out=x0, next_input=next_input, table=table, step=step, **case
     )
     assert_same(case["sample"], expected[0])
     assert_same(next_input, expected[2])
-    if history is not None:
-        assert_same(history, expected[1])
+    if x0 is not None:
+        assert_same(x0, expected[1])
 
 
 def test_what_has_coefficient_zero_is_not_read():
@@ -161,8 +161,8 @@ def test_what_has_coefficient_zero_is_not_read():
         table=table,
         step=0,
         next_input=first_input,
-        history0=nan,
-        history1=nan,
+        previous_x0=nan,
+        earlier_x0=nan,
         guidance=7.5,
     )
     assert_same(next_sample, x)
@@ -247,5 +247,5 @@ def test_a_bound_step_sees_new_contents_and_refuses_a_step_outside():
         with pytest.raises(kernels.KernelError, match=r"step must lie in 0\.\.S-1") as caught:
             step(outside)
         assert caught.value.code == -5
-    with pytest.raises(kernels.KernelError, match="coefficient for a model output or history"):
+    with pytest.raises(kernels.KernelError, match="coefficient for a model output or x0"):
         step(1)

@@ -89,7 +89,7 @@ def test_another_abi_version_is_refused(fresh_loader, tmp_path, monkeypatch, sou
         ({"step": 1}, -5, "0..S-1"),
         ({"step": -1}, -5, "0..S-1"),
         ({"at": {"sample": 4}}, -6, "shares memory"),
-        ({"at": {"history_out": 0}}, -6, "shares memory"),
+        ({"at": {"x0_out": 0}}, -6, "shares memory"),
         ({"at": {"table": 0}}, -6, "shares memory"),
         ({"at": {"rescale": 8}}, -6, "shares memory"),
         ({"at": {"sample": 0}}, 0, "done"),
@@ -142,11 +142,11 @@ def results_of_every_kernel():
     table, rows = rng.standard_normal((1, 8), np.float32), rng.standard_normal((2, 5), np.float32)
     for T in (np.float32, np.float16, ml_dtypes.bfloat16):
         m = rng.standard_normal((6, 5, 7, 11)).astype(T)
-        out, history, following = np.empty_like(x), np.empty_like(x), np.empty_like(m)
+        out, x0, following = np.empty_like(x), np.empty_like(x), np.empty_like(m)
         factors = kernels.guidance_rescale_factors(m, guidance=5.0, phi=0.7)
         kernels.guided_solver_step(
-            out, sample=x, model_out=m, table=table, step=0, history_out=history, history0=h,
-            history1=x, next_input=following, guidance=5.0, rescale=factors,
+            out, sample=x, model_out=m, table=table, step=0, x0_out=x0, previous_x0=h,
+            earlier_x0=x, next_input=following, guidance=5.0, rescale=factors,
         )  # fmt: skip
         per_image, whole = kernels.relative_change(m, following, images=3)
         residuals = [np.empty_like(m), np.empty_like(m)]
@@ -156,7 +156,7 @@ def results_of_every_kernel():
             kernels.scale_shift_residual(
                 y.reshape(shape), scale=rows[0], shift=rows[1], layout=layout, **tensors
             )
-        made += [factors, out, history, following, per_image, np.float32(whole), *residuals]
+        made += [factors, out, x0, following, per_image, np.float32(whole), *residuals]
     return [np.asarray(each).tobytes() for each in made]
 
 

@@ -66,14 +66,14 @@ class LinearModel:
 
 def run(tables: SolverTables, x, model, *, start=0, scale=None):
     """Every sample from step ``start`` on; ``scale`` runs with guidance on doubled inputs."""
-    sample, history, scratch = x.copy(), np.full_like(x, np.nan), np.empty_like(x)
+    sample, previous, scratch = x.copy(), np.full_like(x, np.nan), np.empty_like(x)
     halves = 1 if scale is None else 2
     model_input = np.tile(tables.input_scale[start] * sample, (halves, 1))
     samples = []
     for step in range(start, len(tables.timesteps)):
         output = model(model_input, float(tables.timesteps[step]))
         row = (tables.first if step == start else tables.coefficients)[step]
-        solver_step_numpy(row, scale, sample, history, output, model_input, scratch)
+        solver_step_numpy(row, scale, sample, previous, output, model_input, scratch)
         samples.append(sample.copy())
     return samples
 
@@ -341,7 +341,7 @@ def test_a_perfect_model_is_solved_exactly(config, start):
     x0, noise = np.random.default_rng(3).normal(size=(2, N, M))
     sample = tables.noising[start, 0] * x0 + tables.noising[start, 1] * noise
     # In the rows' own arithmetic, but float64: x0 = (D - kept x) / weight cancels by σ/α.
-    terms, history = 1.0, np.zeros_like(sample)
+    terms, previous = 1.0, np.zeros_like(sample)
     for step in range(start, config.steps):
         row = (tables.first if step == start else tables.coefficients)[step].astype(np.float64)
         alpha, sigma = tables.noising[step].astype(np.float64)
@@ -356,8 +356,8 @@ def test_a_perfect_model_is_solved_exactly(config, start):
         terms = max(
             terms, *(float(np.max(np.abs(row[i] * v))) for i, v in ((0, sample), (1, output)))
         )
-        sample, history = (
-            row[0] * sample + row[1] * output + row[2] * history,
+        sample, previous = (
+            row[0] * sample + row[1] * output + row[2] * previous,
             row[4] * sample + row[5] * output,
         )
     below = int(tables.timesteps[-1]) - config.noise.train_timesteps // config.steps
@@ -374,7 +374,7 @@ def test_json_round_trip(config):
 
 @settings(max_examples=60, deadline=None)
 @given(configs)
-def test_tables_are_finite_and_first_rows_read_no_history(config):
+def test_tables_are_finite_and_first_rows_read_no_x0(config):
     try:
         tables = solver_tables(config)
     except ConfigError:
@@ -416,7 +416,7 @@ def test_step_is_the_documented_formula(rows):
     np.testing.assert_array_equal(now["next_input"], repeated)
 
 
-def test_step_without_history_or_next_input():
+def test_step_without_x0_or_next_input():
     row = np.array([0.9, -0.3, 0, 0, 0, 0, 1, 0], dtype=np.float32)
     now = step_arrays(N)
     wanted = row[0] * now["sample"] + row[1] * now["model_output"]

@@ -36,14 +36,14 @@ def test_dpm_steps_over_a_grid_as_diffusers_does(switch, steps):
     tables = solver_tables(config(grid=grid))
     rng = np.random.default_rng(0)
     sample = rng.standard_normal((1, 8)).astype(np.float32)
-    theirs, history = torch.from_numpy(sample), np.zeros_like(sample)
+    theirs, x0 = torch.from_numpy(sample), np.zeros_like(sample)
     for step, timestep in enumerate(scheduler.timesteps):
         output = rng.standard_normal((1, 8)).astype(np.float32)
         theirs = scheduler.step(torch.from_numpy(output), timestep, theirs).prev_sample
         row = (tables.first if step == 0 else tables.coefficients)[step]
         data = row[4] * sample + row[5] * output
-        sample = row[0] * sample + row[1] * output + row[2] * history
-        history = data
+        sample = row[0] * sample + row[1] * output + row[2] * x0
+        x0 = data
         np.testing.assert_allclose(sample, theirs.numpy(), rtol=1e-4, atol=1e-4)
     assert tables.timesteps.tolist() == scheduler.timesteps.tolist()
 

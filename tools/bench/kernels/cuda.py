@@ -28,7 +28,7 @@ FEATURES = [(2, 320, 64, 64), (16, 640, 64, 64), (32, 1280, 64, 64)]
 
 GUIDANCE, PHI = 5.0, 0.7
 ROW = (0.9, 0.1, 0.2, 0.0, 0.5, -0.5, 0.7, 0.0)
-"""DPM-Solver++ 2M as numbers of its order of size: sample, model output, one history."""
+"""DPM-Solver++ 2M as numbers of its order of size: sample, model output, one x0."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Maker:
         table, scale = torch.tensor([ROW], device=self._device), self._filled(N, GUIDANCE)
         phi, factors = self._filled(N, PHI), self._filled(N, 0.0)
         ours, theirs = (tuple(map(torch.empty_like, (x, x, m))) for _ in "ab")
-        named = dict(zip(("next_sample", "history_out", "next_input"), ours, strict=True))
-        named |= {"sample": x, "model_out": m, "history0": h0, "table": table, "guidance": scale}
+        named = dict(zip(("next_sample", "x0_out", "next_input"), ours, strict=True))
+        named |= {"sample": x, "model_out": m, "previous_x0": h0, "table": table, "guidance": scale}
         named |= {"rescale": factors} if rescaled else {}
         number = kernels.DTYPES["bfloat16"]
         args = kernels.GuidedSolverStepArgs(N=N, M=M, S=1, dtype=number)

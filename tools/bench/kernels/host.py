@@ -50,9 +50,9 @@ def solver_step(shape: tuple[int, ...], rescaled: bool) -> HostCase:
         sample=x,
         model_out=m,
         table=table,
-        history_out=ours[1],
+        x0_out=ours[1],
         next_input=ours[2],
-        history0=h0,
+        previous_x0=h0,
         guidance=GUIDANCE,
         rescale=factors if rescaled else None,
     )

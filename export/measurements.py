@@ -73,6 +73,10 @@ class MeasurementOptions:
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
     candidates: int = 8  # of a joint policy: so many are tried in earnest
 
+    def __post_init__(self) -> None:
+        if self.candidates < 1:
+            raise ConfigError(f"Expected at least one candidate to try, got {self.candidates}.")
+
 
 class Measurements:
     """Measurements of one model for one bundle, each made once, when it is first asked for.

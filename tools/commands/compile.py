@@ -99,6 +99,9 @@ def compile_bundle(
     profile_seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 2,
     images_at_once: Annotated[int, typer.Option(help="Batch size of the profile.")] = 8,
     align_images: Annotated[int, typer.Option(help="Images to fit an alignment on.")] = 48,
+    candidates: Annotated[
+        int, typer.Option(min=1, help="Plans of an x or ms preset to try; more find better ones.")
+    ] = 8,
     timings: BudgetTimings = None,
     gpu: BudgetGpu = None,
     as_json: AsJson = False,
@@ -142,6 +145,7 @@ def compile_bundle(
                 prompts=profile_prompts, seeds=profile_seeds, images_at_once=images_at_once
             ),
             alignment=AlignmentOptions(images=align_images),
+            candidates=candidates,
         ),
     )
     made = _compile(model, out, options, calibration, prompts, blocks, variant)

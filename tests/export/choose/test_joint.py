@@ -29,7 +29,7 @@ from blockcache.export.measure.residuals import Moments, ratios
 from blockcache.export.measure.sensitivity import SensitivityOptions
 from blockcache.export.measurements import MeasurementOptions
 from blockcache.export.pipeline import CompileOptions, compile_model
-from blockcache.runtime import SolverConfig
+from blockcache.runtime import ConfigError, SolverConfig
 from blockcache.runtime.solvers.noise import NoiseSchedule
 from blockcache.runtime.solvers.solver import solver_tables
 
@@ -163,6 +163,11 @@ def test_levels_closer_than_the_converged_runs_are_left_out(evidence):
     costs, errors, _ = evidence
     grid = named_grid("karras", SIGMAS, 3 * LEVELS)
     assert planned(grid, tables_on(grid), errors, costs, BY_CUT, 50.0) is None
+
+
+def test_at_least_one_candidate_is_tried():
+    with pytest.raises(ConfigError, match="at least one candidate to try, got 0"):
+        MeasurementOptions(candidates=0)
 
 
 # -- a compile -------------------------------------------------------------------------------------

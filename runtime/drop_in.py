@@ -73,7 +73,12 @@ def attach(
             a LoRA, or is another U-Net.
         BundleError, EngineError: see ``Session.open``.
     """
-    unet = pipeline.unet
+    unet = getattr(pipeline, "unet", None)
+    if unet is None:
+        raise UnsupportedModelError(
+            f"Expected a pipeline with a U-Net, {type(pipeline).__name__} has none. Transformers "
+            f"(SD3, FLUX) are not supported."
+        )
     if isinstance(unet, BundleUNet):
         raise ConfigError("This pipeline has a bundle already. detach(pipeline) takes it out.")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -94,7 +99,7 @@ def detach(pipeline: Any) -> None:
     Raises:
         ConfigError: no bundle is attached.
     """
-    unet = pipeline.unet
+    unet = getattr(pipeline, "unet", None)
     if not isinstance(unet, BundleUNet):
         raise ConfigError(
             f"Expected a pipeline with a bundle, its U-Net is a {type(unet).__name__}."

@@ -371,6 +371,13 @@ def test_free_u_is_refused_through_the_pipeline(sd, bundles):
         sd.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
 
 
+def test_a_pipeline_without_a_unet_is_refused(bundles):
+    with pytest.raises(UnsupportedModelError, match="Expected a pipeline with a U-Net, object has"):
+        attach(object(), bundles["sd"])
+    with pytest.raises(ConfigError, match="Expected a pipeline with a bundle"):
+        detach(object())
+
+
 def test_another_models_bundle_is_refused(pipelines, bundles):
     with pytest.raises(UnsupportedModelError, match=r"this one has another .*addition_embed_type"):
         attach(pipelines["sd"], bundles["sdxl"])

@@ -47,7 +47,7 @@ def test_the_fields_that_apply_are_written_in_one_order():
 
 
 FIELDS = [field.name for field in dataclasses.fields(Provenance)]
-WRONG = [True, -1, [], {}, "", "a\nb", float("nan"), float("inf"), None, {"x": 1}, {"1": -1}]
+WRONG = [True, -1, [], {}, "", "a\nb", float("nan"), float("inf"), None, {"x": -1}]
 
 
 @given(made, st.sampled_from(FIELDS), st.sampled_from(WRONG))

@@ -66,7 +66,7 @@ REVISIONS: Mapping[str, Revision] = {
     "trial": Revision(3, "fe7affd3b1183a61", (*_SAMPLING, "export/align/*.py")),
     "engine": Revision(
         1,
-        "7b90e2c0d6b581bd",
+        "1b3861a764d52671",
         (
             "export/engines/bfloat16_resize.py",
             "export/engines/build.py",

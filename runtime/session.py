@@ -105,6 +105,7 @@ class Session:
         backend: str | Backend = "auto",
         threads: int | None = None,
         stream: Any = None,
+        device: int | None = None,
         graphs: str | None = None,
         verify: bool = True,
         drift: DriftMonitor | None = None,
@@ -118,6 +119,7 @@ class Session:
             threads: CPU threads of ONNX Runtime; default one a physical core.
             stream: The caller's CUDA stream: a number or an object with ``__cuda_stream__``. It
                 belongs to one thread at a time, as CUDA has it.
+            device: Index of the CUDA device; default the stream's, else the current one.
             graphs: With TensorRT: "auto" (the default) captures the loop in CUDA graphs and replays
                 them, "off" launches one by one, "check" also compares addresses before each replay.
             verify: Check the sha256 of every file first.
@@ -132,7 +134,8 @@ class Session:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
         chosen = opened.preset(preset)
         if not isinstance(backend, str):
-            refuse_options(type(backend).__name__, threads=threads, stream=stream, graphs=graphs)
+            options = {"threads": threads, "stream": stream, "device": device, "graphs": graphs}
+            refuse_options(type(backend).__name__, **options)
             require_members(backend)
         else:
             backend = make_backend(
@@ -140,6 +143,7 @@ class Session:
                 threads=threads,
                 bundle=opened,
                 stream=stream,
+                device=device,
                 graphs=graphs,
                 verify=verify,
             )

@@ -107,7 +107,7 @@ EXPORT_MAY_USE = (
 )  # fmt: skip
 """Plain data types, errors, how files are written, and the door to ONNX Runtime."""
 
-BUILD_MAY_USE = (*EXPORT_MAY_USE, ("engines", "tensorrt_library"), ("devices", "cuda"))
+BUILD_MAY_USE = (*EXPORT_MAY_USE, ("engines", "tensorrt_library"), ("devices", "cuda_driver"))
 """``export/engines/`` goes through the runtime's doors to TensorRT and the GPU, so that there is
 one of each."""
 
@@ -152,7 +152,7 @@ def test_imports_go_one_way():
         ("export/unet/torch_kernels.py", "from blockcache.kernels._library import cuda_library"),
         ("export/a.py", "from blockcache.runtime.session import Session"),
         ("export/a.py", "from blockcache.runtime import Session"),
-        ("export/a.py", "from blockcache.runtime.devices.cuda import device_capability"),
+        ("export/a.py", "from blockcache.runtime.devices.cuda_driver import device_capability"),
         ("export/graph/passes/a.py", "import blockcache.runtime"),
         ("export/graph/passes/a.py", "from ....runtime import session"),
         ("tools/a.py", "import runtime.plan"),
@@ -270,7 +270,7 @@ TOOLS_MAY_USE = {
     "demo": ("report",),
     "sources": ("demo",),
     "check": (),
-    "bench": ("sources", "report"),
+    "bench": ("sources", "report", "check"),
     "evaluation": ("sources", "demo", "report"),
     "research": ("evaluation", "bench", "sources", "demo", "report"),
     "commands": ("evaluation", "bench", "check", "sources", "demo", "report"),

@@ -154,7 +154,7 @@ def _check_target(library: TensorRT, target: Target, precision: str) -> tuple[st
             raise ConfigError("SM75 has no bfloat16. Compile the bundle with --precision float16.")
         if target.dotted:
             return target.dotted
-    from blockcache.runtime.devices.cuda import device_capability
+    from blockcache.runtime.devices.cuda_driver import device_capability
 
     device = device_capability()
     if target.dotted and target.dotted != (device,):

@@ -1,180 +1,85 @@
-"""CUDA without a framework: memory, one stream, graphs. The only door to cuda-bindings.
-
-cuda-bindings is NVIDIA's own thin binding (Apache-2.0 by the wheel of 13.5, a few MB); a
-tensor framework would be a thousand times that. Everything here imports without a GPU; the first
-call that needs one raises a single EngineError.
-"""
+"""A CUDA device without a framework: memory, one stream, graphs."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
+from blockcache.runtime.devices.cuda_driver import (
+    PrimaryContext,
+    call,
+    capture_lock,
+    capturing,
+    copy_to_host,
+    current_device,
+    device_capability,
+    driver,
+    free,
+)
 from blockcache.runtime.devices.cuda_kernels import SolverKernels, bind_change, bind_model_input
+from blockcache.runtime.devices.cuda_stream import (
+    LEGACY_HANDLES,
+    CudaMemory,
+    CudaStream,
+    Scratch,
+    device_of,
+    given_stream,
+)
 from blockcache.runtime.devices.device import Guidance, StepFunction
 from blockcache.runtime.devices.device_view import DeviceView
 from blockcache.runtime.devices.tensor import Tensor, decode, encode
-from blockcache.runtime.errors import EngineError, MissingExtraError
-
-
-@functools.cache
-def _cudart() -> Any:
-    try:
-        return importlib.import_module("cuda.bindings.runtime")
-    except ImportError as error:
-        raise MissingExtraError.of("cuda-bindings", "tensorrt-rtx", "Running on a GPU") from error
-
-
-def call(name: str, *arguments: Any) -> Any:
-    """Call a CUDA runtime function; its result, or EngineError with the error's name."""
-    runtime = _cudart()
-    code, *results = getattr(runtime, name)(*arguments)
-    if int(code) != 0:
-        _, symbol = runtime.cudaGetErrorName(code)
-        _, text = runtime.cudaGetErrorString(code)
-        raise EngineError(f"{name}: {_text(symbol)}: {_text(text)}")
-    return results[0] if len(results) == 1 else tuple(results)
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def device_count() -> int:
-    """GPUs that can be used; 0 where there is no driver or no cuda-bindings."""
-    try:
-        return int(call("cudaGetDeviceCount"))
-    except (EngineError, MissingExtraError):
-        return 0
-
-
-def device_capability() -> str:
-    """Compute capability of the current device, such as "8.0".
-
-    Raises:
-        EngineError: there is no GPU; the message says what to do.
-    """
-    try:
-        device = call("cudaGetDevice")
-        attributes = _cudart().cudaDeviceAttr
-        major = call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, device)
-        minor = call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMinor, device)
-    except EngineError as error:
-        raise EngineError(
-            f"Expected a CUDA device, got {error}. Run on a machine with an NVIDIA GPU and its "
-            f"driver, or use ONNX Runtime on the CPU (backend 'ort') with a float32 bundle."
-        ) from error
-    return f"{major}.{minor}"
-
-
-def device_label() -> str:
-    """The current device's name, such as "NVIDIA A100-SXM4-80GB"; EngineError without one."""
-    return _text(call("cudaGetDeviceProperties", call("cudaGetDevice")).name).rstrip("\0")
-
-
-def stream_handle(stream: Any) -> int:
-    """The address of a caller's stream: a number, or an object with ``__cuda_stream__``."""
-    if isinstance(stream, int):
-        return stream
-    protocol = getattr(stream, "__cuda_stream__", None)
-    if protocol is not None:
-        _, handle = protocol() if callable(protocol) else protocol
-        return int(handle)
-    if isinstance(getattr(stream, "cuda_stream", None), int):  # torch before it had the protocol
-        return int(stream.cuda_stream)
-    raise EngineError(
-        f"Expected a CUDA stream: a number or an object with __cuda_stream__, got "
-        f"{type(stream).__name__}. torch: stream.cuda_stream; CuPy: stream.ptr."
-    )
-
-
-def copy_to_host(host: np.ndarray, pointer: int, stream: int) -> None:
-    """Copy device memory into ``host``, after what is pending on ``stream``."""
-    kind = _cudart().cudaMemcpyKind.cudaMemcpyDeviceToHost
-    call("cudaMemcpyAsync", host.ctypes.data, pointer, host.nbytes, kind, stream)
-    call("cudaStreamSynchronize", stream)
-
-
-class CudaMemory:
-    """Device memory, freed with the object."""
-
-    def __init__(self, device: CudaDevice, count: int) -> None:
-        self.device = device
-        self.bytes = count
-        self.pointer = int(call("cudaMalloc", max(count, 256)))
-        weakref.finalize(self, _free, self.pointer)
-        call("cudaMemsetAsync", self.pointer, 0, max(count, 256), device.stream)
-
-
-def _free(pointer: int) -> None:
-    _cudart().cudaFree(pointer)  # waits for the device; errors at exit do not matter
-
-
-class Context(Protocol):
-    """What a device knows of an engine's execution context."""
-
-    name: str
-
-    def set_memory(self, pointer: int, count: int) -> None:
-        """Where its activations go."""
-
-    def capturable(self) -> bool:
-        """Whether a CUDA graph can hold its launches."""
-
-
-class Scratch:
-    """Activation memory that all engines of a device share: the maximum of what they need.
-
-    Contexts that use it are told when it moves; ``generation`` counts the moves, so that graphs
-    that hold the old address are not replayed. Contexts are not kept alive.
-    """
-
-    def __init__(self, allocate: Callable[[int], Any]) -> None:
-        self._allocate = allocate
-        self._memory: Any = None
-        self.bytes = 0
-        self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
-        self.generation = 0
-
-    def use(self, count: int, context: Context) -> None:
-        """Register a context that needs ``count`` bytes: it is told now and at every move."""
-        self.contexts.add(context)
-        if count <= self.bytes and self._memory is not None:
-            context.set_memory(self._memory.pointer, self.bytes)
-            return
-        old, self._memory, self.bytes = self._memory, self._allocate(count), count
-        self.generation += 1
-        for each in self.contexts:
-            each.set_memory(self._memory.pointer, self.bytes)
-        del old  # freed last: freeing waits for what still runs in it
+from blockcache.runtime.errors import EngineError
 
 
 class CudaDevice:
-    """The current CUDA device and one stream; a ``Device`` as runtime/devices/device.py has it."""
+    """A CUDA device and one stream; a ``Device`` as runtime/devices/device.py has it.
+
+    The device's context is made current in whichever thread calls. Functions that this returns
+    (``StepFunction``, replays) only launch: call them inside ``session_lock()``.
+    """
 
     name = "cuda"
 
-    def __init__(self, stream: Any = None) -> None:
-        self.capability = device_capability()
-        self.index = int(call("cudaGetDevice"))
-        self._lock = threading.RLock()  # one request at a time on this stream
-        runtime = _cudart()
-        if stream is None:
-            self.stream = int(call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking))
-            weakref.finalize(self, runtime.cudaStreamDestroy, self.stream)
-        else:
-            self.stream = stream_handle(stream)
-        self._kinds = runtime.cudaMemcpyKind
+    def __init__(self, stream: Any = None, index: int | None = None) -> None:
+        """Take a device.
+
+        Args:
+            stream: the caller's (a number or an object with ``__cuda_stream__``); default a new
+                one.
+            index: of the device; default the stream's, else the current one.
+
+        Raises:
+            MissingExtraError: cuda-bindings is not installed.
+            EngineError: there is no such GPU, or the stream is another one's.
+        """
+        self.index = _chosen(stream, index)
+        self.capability = device_capability(self.index)
+        created = stream is None
+        self._stream = (
+            CudaStream.created(self.index) if created else given_stream(stream, self.index)
+        )
+        self._context = self._stream.context
         self._solvers = SolverKernels()
-        reference = weakref.ref(self)  # memory holds the device: the device must not hold itself
-        self.scratch = Scratch(lambda count: _allocate(reference, count))
+
+    @property
+    def stream(self) -> int:
+        """The handle of the stream that everything runs on."""
+        return self._stream.handle
+
+    @property
+    def context(self) -> PrimaryContext:
+        """The device's context, for what talks to CUDA by itself."""
+        return self._context
+
+    @property
+    def scratch(self) -> Scratch:
+        """The activation memory of the stream's engines."""
+        return self._stream.scratch
 
     @property
     def scratch_generation(self) -> int:
@@ -182,8 +87,8 @@ class CudaDevice:
         return self.scratch.generation
 
     def allocate(self, count: int) -> CudaMemory:
-        """``count`` zeroed bytes; cudaMalloc aligns them to 256."""
-        return CudaMemory(self, count)
+        """``count`` zeroed bytes, aligned to 256."""
+        return CudaMemory(self._stream, count)
 
     def tensor(self, memory: CudaMemory, offset: int, shape: Sequence[int], dtype: str) -> Tensor:
         """A tensor inside ``memory``; the host cannot see it."""
@@ -192,14 +97,15 @@ class CudaDevice:
     def upload(self, target: Tensor, values: np.ndarray) -> None:
         """Convert on the host, then copy; done on return (uploads come before the loop)."""
         content = encode(np.ascontiguousarray(values).reshape(1, -1), target.dtype)
-        kind, count = self._kinds.cudaMemcpyHostToDevice, content.nbytes
-        call("cudaMemcpyAsync", target.pointer, content.ctypes.data, count, kind, self.stream)
-        self.synchronize()
+        with self._context:
+            source, count = content.ctypes.data, content.nbytes
+            call("cuMemcpyHtoDAsync", target.pointer, source, count, self.stream)
+            call("cuStreamSynchronize", self.stream)
 
     def copy_from(self, target: Tensor, pointer: int) -> None:
         """One copy inside the device."""
-        kind = self._kinds.cudaMemcpyDeviceToDevice
-        call("cudaMemcpyAsync", target.pointer, pointer, target.bytes, kind, self.stream)
+        with self._context:
+            call("cuMemcpyDtoDAsync", target.pointer, pointer, target.bytes, self.stream)
 
     def download(self, source: Tensor) -> np.ndarray:
         """A host copy, float32 for floating dtypes; waits for the stream."""
@@ -213,20 +119,21 @@ class CudaDevice:
         return DeviceView(tensor, self.stream, self.index)
 
     def session_lock(self) -> AbstractContextManager[object]:
-        """The stream's lock."""
-        return self._lock
+        """The stream, with the device's context current."""
+        return self._stream
 
     def synchronize(self) -> None:
         """Wait for everything on the stream."""
-        call("cudaStreamSynchronize", self.stream)
+        with self._context:
+            call("cuStreamSynchronize", self.stream)
 
     def row_loader(self, row: Tensor, table: Tensor) -> StepFunction:
         """One copy inside the device."""
-        kind, count = self._kinds.cudaMemcpyDeviceToDevice, row.bytes
+        count, stream = row.bytes, self.stream
 
         def load(step: int) -> None:
             source = table.pointer + step * count
-            call("cudaMemcpyAsync", row.pointer, source, count, kind, self.stream)
+            call("cuMemcpyDtoDAsync", row.pointer, source, count, stream)
 
         return load
 
@@ -248,7 +155,8 @@ class CudaDevice:
         write = bind_model_input(self, self.stream, scales, latents, model_input)
 
         def scale(step: int) -> None:
-            call("cudaDeviceSynchronize")  # the edit may still be pending on another stream
+            with capture_lock:
+                call("cuCtxSynchronize")  # the edit may still be pending on another stream
             write(step)
 
         return scale
@@ -263,52 +171,74 @@ class CudaDevice:
         Raises:
             EngineError: the driver, or an engine of this device, cannot do it.
         """
+        if self.stream in LEGACY_HANDLES:
+            raise EngineError(
+                f"Expected a stream that CUDA can capture, got the legacy default stream (handle "
+                f"{self.stream}). Leave stream out, or give one of your own: torch.cuda.Stream(), "
+                f"cupy.cuda.Stream()."
+            )
         refusing = sorted({c.name for c in self.scratch.contexts if not c.capturable()})
         if refusing:
             raise EngineError(
                 f"Expected engines that a CUDA graph can hold, these cannot be captured: "
                 f"{', '.join(refusing)}. Build them again with this version of blockcache."
             )
-        mode = _cudart().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        call("cudaStreamBeginCapture", self.stream, mode)
+        with self._context, capturing():
+            return _Replay(self._context, self._recorded(enqueue), self.stream)
+
+    def _recorded(self, enqueue: Callable[[], None]) -> Any:
+        """The graph of what ``enqueue`` puts on the stream, ready to launch."""
+        # Thread-local: other threads may allocate meanwhile.
+        mode = driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        call("cuStreamBeginCapture", self.stream, mode)
         try:
             enqueue()
         except BaseException:
-            _cudart().cudaStreamEndCapture(self.stream)  # leaves the stream usable
+            code, graph = driver().cuStreamEndCapture(self.stream)  # leaves the stream usable
+            if int(code) == 0:
+                call("cuGraphDestroy", graph)
             raise
-        graph = call("cudaStreamEndCapture", self.stream)
+        graph = call("cuStreamEndCapture", self.stream)
         try:
-            executable = call("cudaGraphInstantiate", graph, 0)
+            return call("cuGraphInstantiate", graph, 0)
         finally:
-            call("cudaGraphDestroy", graph)
-        return _Replay(executable, self.stream)
+            call("cuGraphDestroy", graph)
 
-    def time_ms(self, enqueue: Callable[[], None]) -> float:
-        """GPU time of what ``enqueue`` puts on the stream, in milliseconds."""
-        begin, end = call("cudaEventCreate"), call("cudaEventCreate")
-        try:
-            call("cudaEventRecord", begin, self.stream)
-            enqueue()
-            call("cudaEventRecord", end, self.stream)
-            call("cudaEventSynchronize", end)
-            return float(call("cudaEventElapsedTime", begin, end))
-        finally:
-            call("cudaEventDestroy", begin)
-            call("cudaEventDestroy", end)
+    def times_ms(self, launches: Sequence[Callable[[], None]]) -> list[float]:
+        """By an event between every two of them."""
+        with self._stream:
+            events = [call("cuEventCreate", 0) for _ in range(len(launches) + 1)]
+            try:
+                call("cuEventRecord", events[0], self.stream)
+                for launch, event in zip(launches, events[1:], strict=True):
+                    launch()
+                    call("cuEventRecord", event, self.stream)
+                call("cuStreamSynchronize", self.stream)
+                return [float(call("cuEventElapsedTime", *between)) for between in pairwise(events)]
+            finally:
+                for event in events:
+                    call("cuEventDestroy", event)
 
 
-def _allocate(device: weakref.ref[CudaDevice], count: int) -> CudaMemory:
-    alive = device()
-    assert alive is not None, "scratch memory outlived its device"
-    return alive.allocate(count)
+def _chosen(stream: Any, index: int | None) -> int:
+    """The device to take; EngineError where a stream belongs to another one."""
+    of_stream = None if stream is None else device_of(stream)
+    if index is None:
+        return current_device() if of_stream is None else of_stream
+    if of_stream not in (None, index):
+        raise EngineError(
+            f"Expected a stream of CUDA device {index}, got one of device {of_stream}. Leave "
+            f"device out: it follows from the stream."
+        )
+    return index
 
 
 class _Replay:
     """A captured graph, freed with the object."""
 
-    def __init__(self, executable: Any, stream: int) -> None:
+    def __init__(self, context: PrimaryContext, executable: Any, stream: int) -> None:
         self._executable, self._stream = executable, stream
-        weakref.finalize(self, _cudart().cudaGraphExecDestroy, executable)
+        weakref.finalize(self, free, context, "cuGraphExecDestroy", executable)
 
     def __call__(self) -> None:
-        call("cudaGraphLaunch", self._executable, self._stream)
+        call("cuGraphLaunch", self._executable, self._stream)

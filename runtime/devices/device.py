@@ -125,5 +125,10 @@ class Device(Protocol):
             EngineError: the driver, or an engine of this device, cannot do it.
         """
 
-    def time_ms(self, enqueue: Callable[[], None]) -> float:
-        """Run ``enqueue``; the time that its launches take on the device, in milliseconds."""
+    def times_ms(self, launches: Sequence[Callable[[], None]]) -> list[float]:
+        """Run ``launches`` in turn; what each takes on the device, in milliseconds.
+
+        All of them are put on the stream before anything is waited for. On a GPU that was idle the
+        first ones contain the host's own time; the others do not, where the device takes longer
+        than the host does to launch.
+        """

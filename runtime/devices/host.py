@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from time import perf_counter_ns
 
 import numpy as np
@@ -121,11 +122,13 @@ class HostDevice:
         """The host records nothing: to replay is to launch again."""
         return enqueue
 
-    def time_ms(self, enqueue: Callable[[], None]) -> float:
-        """The host's clock."""
-        begin = perf_counter_ns()
-        enqueue()
-        return (perf_counter_ns() - begin) / 1e6
+    def times_ms(self, launches: Sequence[Callable[[], None]]) -> list[float]:
+        """By the host's clock."""
+        clock = [perf_counter_ns()]
+        for launch in launches:
+            launch()
+            clock.append(perf_counter_ns())
+        return [(end - begin) / 1e6 for begin, end in pairwise(clock)]
 
 
 def _bind_kernels(

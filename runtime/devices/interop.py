@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from blockcache.runtime.devices import cuda, dlpack
+from blockcache.runtime.devices import cuda_driver, dlpack
 from blockcache.runtime.devices.device import Device
 from blockcache.runtime.devices.tensor import Tensor, decode
 from blockcache.runtime.errors import InputError
@@ -128,7 +128,7 @@ def _require_contiguous(contiguous: bool) -> None:
 
 def _copied(pointer: int, shape: Sequence[int], dtype: str, stream: int) -> np.ndarray:
     host = np.empty(shape, "uint16" if dtype == "bfloat16" else dtype)
-    cuda.copy_to_host(host, pointer, stream)
+    cuda_driver.copy_to_host(host, pointer, stream)
     return host
 
 

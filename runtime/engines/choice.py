@@ -12,9 +12,9 @@ from blockcache.runtime.errors import ConfigError
 _READS = {
     "empty": (),
     "ort": ("threads",),
-    "ort-cuda": ("stream",),
-    "ort-tensorrt": ("stream",),
-    "trt": ("stream", "graphs"),
+    "ort-cuda": ("stream", "device"),
+    "ort-tensorrt": ("stream", "device"),
+    "trt": ("stream", "device", "graphs"),
 }
 """The engine libraries by name, and the options that each reads."""
 
@@ -25,6 +25,7 @@ def make_backend(
     threads: int | None = None,
     bundle: Bundle | None = None,
     stream: Any = None,
+    device: int | None = None,
     graphs: str | None = None,
     verify: bool = True,
 ) -> Backend:
@@ -38,6 +39,7 @@ def make_backend(
         threads: of ONNX Runtime on the CPU; default one a physical core.
         bundle: what it will run, for ``auto``.
         stream: the caller's CUDA stream.
+        device: index of the CUDA device; default the stream's, else the current one.
         graphs: CUDA graphs of ``trt``: auto (the default), off, or check (compare addresses at
             each replay).
         verify: check the sha256 of engines.
@@ -50,7 +52,7 @@ def make_backend(
     if name == "auto":
         name = _best(bundle)
     elif name in _READS:
-        given = {"threads": threads, "stream": stream, "graphs": graphs}
+        given = {"threads": threads, "stream": stream, "device": device, "graphs": graphs}
         refuse_options(repr(name), **{k: v for k, v in given.items() if k not in _READS[name]})
     if name == "empty":
         return EmptyBackend()
@@ -61,11 +63,11 @@ def make_backend(
     if name == "trt":
         from blockcache.runtime.engines.trt import TrtBackend
 
-        return TrtBackend(stream=stream, graphs=graphs or "auto", verify=verify)
+        return TrtBackend(stream=stream, device=device, graphs=graphs or "auto", verify=verify)
     if name in ("ort-cuda", "ort-tensorrt"):
         from blockcache.runtime.engines.ort_cuda import OrtCudaBackend
 
-        return OrtCudaBackend(tensorrt=name == "ort-tensorrt", stream=stream)
+        return OrtCudaBackend(tensorrt=name == "ort-tensorrt", stream=stream, device=device)
     raise ConfigError(f"Expected a backend of {['auto', *_READS]}, got {name!r}.")
 
 
@@ -94,6 +96,6 @@ def _best(bundle: Bundle | None) -> str:
     """TensorRT where engines and a GPU are there, else ONNX Runtime on the CPU."""
     if bundle is None or not any(bundle.folder.glob("engines/*/engines.json")):
         return "ort"
-    from blockcache.runtime.devices.cuda import device_count
+    from blockcache.runtime.devices.cuda_driver import device_count
 
     return "trt" if device_count() else "ort"

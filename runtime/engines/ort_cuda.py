@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.devices.cuda import CudaDevice
+from blockcache.runtime.devices.cuda_driver import capture_lock
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.engine import Launch
 from blockcache.runtime.engines.onnxruntime_library import ort
@@ -29,13 +30,15 @@ class OrtCudaBackend:
     loads_at_once = 1
     graphs: str | None = None
 
-    def __init__(self, *, tensorrt: bool = False, stream: Any = None) -> None:
+    def __init__(
+        self, *, tensorrt: bool = False, stream: Any = None, device: int | None = None
+    ) -> None:
         wanted = TENSORRT if tensorrt else CUDA
         if ort is None or wanted not in ort.get_available_providers():
             raise MissingExtraError.of(
                 f"onnxruntime-gpu (with {wanted})", "gpu", "Running ONNX Runtime on the GPU"
             )
-        self.device = CudaDevice(stream)
+        self.device = CudaDevice(stream, device)
         self._tensorrt = tensorrt
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3
@@ -48,7 +51,7 @@ class OrtCudaBackend:
     @property
     def name(self) -> str:
         """Sessions are tied to a stream: only backends on the same one share them."""
-        return f"{self.engine} {self.device.stream}"
+        return f"{self.engine} cuda:{self.device.index} {self.device.stream}"
 
     def load(self, bundle: Bundle, segment: Segment) -> OrtCudaEngine:
         """Load a segment; its weights are read from the bundle's shared file."""
@@ -56,7 +59,8 @@ class OrtCudaBackend:
         cache = self._cache(bundle) if self._tensorrt else ""
         given = providers(self._tensorrt, self.device.index, self.device.stream, cache)
         try:
-            session = ort.InferenceSession(path, self._options, providers=given)
+            with self.device.context, capture_lock:
+                session = ort.InferenceSession(path, self._options, providers=given)
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise EngineError(
                 f"ONNX Runtime {ort.__version__} cannot load segment {segment.name!r} on the GPU: "

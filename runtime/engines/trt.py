@@ -15,6 +15,8 @@ from typing import Any
 
 from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.devices.cuda import CudaDevice
+from blockcache.runtime.devices.cuda_driver import capture_lock
+from blockcache.runtime.devices.cuda_stream import CudaStream
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.engine import Launch
 from blockcache.runtime.engines.files import (
@@ -50,7 +52,7 @@ def fitting_target(bundle: Bundle, library: TensorRT, capability: str) -> str:
 
 
 class TrtBackend:
-    """TensorRT on the current device."""
+    """TensorRT on a CUDA device."""
 
     loads_at_once = 1
     """One at a time: TensorRT lets threads deserialise side by side, but does not promise that they
@@ -62,6 +64,7 @@ class TrtBackend:
         target: str = "",
         library: str = "auto",
         stream: Any = None,
+        device: int | None = None,
         graphs: str = "auto",
         verify: bool = True,
     ) -> None:
@@ -71,6 +74,7 @@ class TrtBackend:
             target: a folder of the bundle's engines; default the first that fits.
             library: tensorrt_rtx, tensorrt or auto.
             stream: the caller's CUDA stream (a number or an object with ``__cuda_stream__``).
+            device: index of the CUDA device; default the stream's, else the current one.
             graphs: auto, check (compare addresses before each replay) or off.
             verify: check the sha256 of every plan.
 
@@ -78,7 +82,7 @@ class TrtBackend:
             MissingExtraError: TensorRT or cuda-bindings is not installed.
             EngineError: there is no GPU.
         """
-        self.device = CudaDevice(stream)
+        self.device = CudaDevice(stream, device)
         self.library = load_library(library)
         self.graphs = graphs
         self._target, self._verify = target, verify
@@ -93,7 +97,7 @@ class TrtBackend:
     @property
     def name(self) -> str:
         """Equal names load interchangeable engines."""
-        return f"trt-{self.library.name}-{self._target}-{self.device.capability}"
+        return f"trt-{self.library.name}-{self._target}-cuda:{self.device.index}"
 
     def load(self, bundle: Bundle, segment: Segment) -> TrtEngine:
         """Open a segment's engine.
@@ -105,7 +109,7 @@ class TrtBackend:
         engines = self._engines(bundle)
         plan = read_plan(bundle, engines, segment, verify=self._verify)
         folder = engines_folder(bundle, engines.target)
-        with self.library.log() as log:
+        with self.device.context, capture_lock, self.library.log() as log:
             runtime = self.library.module.Runtime(self.library.logger)
             engine = runtime.deserialize_cuda_engine(plan)
             if engine is None:
@@ -210,15 +214,24 @@ class TrtEngine:
         self._cache = cache
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
-        """A context with every address set; tensors say which device and stream."""
+        """A context with every address set; the tensors' memory says on which stream."""
         specs = (*self._segment.inputs, *self._segment.outputs)
         bound = {spec.name: tensors[spec.name] for spec in specs}
-        device: CudaDevice = next(iter(bound.values())).owner.device
+        stream: CudaStream = next(iter(bound.values())).owner.stream
         profile = self._profile(bound)
+        with stream.context, capture_lock:
+            context = self._bound_context(bound, profile, stream.handle)
+            launch = BoundContext(self._segment.name, context, stream.handle, bound)
+            size = self._engine.get_device_memory_size_for_profile_v2(profile)
+            stream.scratch.use(size, launch)
+        return launch
+
+    def _bound_context(self, bound: Mapping[str, Tensor], profile: int, stream: int) -> Any:
+        """A context with every shape and address set."""
         with self._library.log() as log:
             context = self._context()
             self._require(context is not None, "an execution context", log)
-            done = context.set_optimization_profile_async(profile, device.stream)
+            done = context.set_optimization_profile_async(profile, stream)
             self._require(done, f"profile {profile}", log)
             for spec in self._segment.inputs:
                 if not context.set_input_shape(spec.name, bound[spec.name].shape):
@@ -229,9 +242,7 @@ class TrtEngine:
                     f"the address of {name!r}",
                     log,
                 )
-        launch = BoundContext(self._segment.name, context, device.stream, bound)
-        device.scratch.use(self._engine.get_device_memory_size_for_profile_v2(profile), launch)
-        return launch
+        return context
 
     def _profile(self, tensors: Mapping[str, Tensor]) -> int:
         """The first profile that holds the shapes of all inputs."""

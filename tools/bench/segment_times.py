@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from blockcache.export import Timings
-from blockcache.runtime.devices.device import Device
 from blockcache.tools.bench.contestants import Contestant
+from blockcache.tools.check.times import device_ms
 from blockcache.tools.report.machine import cpu_name, nvidia_smi
 
 
@@ -28,22 +27,3 @@ def segment_times(split: Contestant) -> Timings:
     if any(segment.role == "prompt" for segment in bundle.segments):
         medians["prompt"] = statistics.median(r.prompt_ns for r in split.records) / 1e6
     return Timings(split.engine, cpu_name(), sizes, medians)
-
-
-def device_ms(
-    launches: Mapping[str, Callable[[], None]],
-    device: Device,
-    repeats: int = 15,
-) -> dict[str, float]:
-    """GPU time of single launches, each captured in a graph so that the host is not timed.
-
-    They run in the order of a step, so that each finds its weights as cold as in the loop.
-    """
-    replays = {name: device.capture(launch) for name, launch in launches.items()}
-    times: dict[str, list[float]] = {name: [] for name in replays}
-    for turn in range(repeats + 2):
-        for name, replay in replays.items():
-            ms = device.time_ms(replay)
-            if turn > 1:
-                times[name].append(ms)
-    return {name: statistics.median(values) for name, values in times.items()}

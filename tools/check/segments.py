@@ -73,7 +73,8 @@ class SegmentRunner(BaseRunner):
                 values = values.transpose(0, 2, 3, 1).reshape(values.shape)
             device.upload(self._tensors[spec.name], np.ascontiguousarray(values))
         begin = time.perf_counter()
-        self._launch()
+        with device.session_lock():
+            self._launch()
         made = {spec.name: self._download(spec) for spec in self._segment.outputs}
         self.inference_time = time.perf_counter() - begin
         return made

@@ -89,7 +89,7 @@ def _record(bundle: Bundle, engines: Any, measured: dict[str, float], batch: int
     """Write the times into the bundle."""
     from blockcache.export import Timings
     from blockcache.export.costs.bundle_timings import keep_timings
-    from blockcache.runtime.devices.cuda import device_label
+    from blockcache.runtime.devices.cuda_driver import device_label
 
     sizes = replace(bundle.model.sizes, batch=batch)
     keep_timings(bundle, Timings(engines.engine, device_label(), sizes, measured))

@@ -390,7 +390,7 @@ def test_a_capability_that_the_library_lacks_is_refused(built_copy):
 
 
 def test_stripped_weights_without_a_driver_say_what_to_do(built_copy):
-    from blockcache.runtime.devices.cuda import device_count
+    from blockcache.runtime.devices.cuda_driver import device_count
 
     if device_count():
         pytest.skip("there is a driver here")

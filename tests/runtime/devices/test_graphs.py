@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from blockcache.runtime.devices.cuda import CudaDevice, Scratch
+from blockcache.runtime.devices.cuda import CudaDevice
+from blockcache.runtime.devices.cuda_stream import Scratch
 from blockcache.runtime.devices.graphs import (
     WHOLE_LOOP,
     GraphKey,
@@ -179,7 +182,7 @@ def test_scratch_is_the_maximum_and_tells_its_users():
 
 def test_a_device_names_the_engines_that_cannot_be_captured():
     device = CudaDevice.__new__(CudaDevice)  # without a GPU: it must refuse before any CUDA call
-    device.scratch = Scratch(lambda count: Memory(1000))
+    device._stream = SimpleNamespace(handle=77, scratch=Scratch(lambda count: Memory(1000)))
     refusing = User()
     refusing.capturable = lambda: False
     device.scratch.use(10, refusing)

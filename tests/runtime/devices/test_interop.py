@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockcache.runtime.devices import cuda, dlpack
-from blockcache.runtime.devices.cuda import stream_handle
+from blockcache.runtime.devices import cuda_driver, dlpack
+from blockcache.runtime.devices.cuda_driver import stream_handle
 from blockcache.runtime.devices.device_view import DeviceView
 from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.devices.interop import host_array, place
@@ -116,7 +116,7 @@ def copies(monkeypatch):
         made.append((host.nbytes, stream))
         ctypes.memmove(host.ctypes.data, pointer, host.nbytes)
 
-    monkeypatch.setattr(cuda, "copy_to_host", copy)
+    monkeypatch.setattr(cuda_driver, "copy_to_host", copy)
     return made
 
 

@@ -184,25 +184,28 @@ def test_an_engine_file_outside_the_bundle_is_refused(bundle):
 
 
 def test_auto_takes_the_cpu_where_there_is_no_device(bundle, monkeypatch):
-    from blockcache.runtime.devices import cuda
+    from blockcache.runtime.devices import cuda_driver
 
-    monkeypatch.setattr(cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(cuda_driver, "device_count", lambda: 0)
     assert make_backend("auto", bundle=bundle).name.startswith("ort-cpu")
 
 
 def test_auto_takes_engines_where_there_is_a_device(bundle, monkeypatch):
-    from blockcache.runtime.devices import cuda
+    from blockcache.runtime.devices import cuda_driver
     from blockcache.runtime.engines import trt
 
-    monkeypatch.setattr(cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cuda_driver, "device_count", lambda: 1)
     monkeypatch.setattr(trt, "TrtBackend", lambda **options: ("trt", options))
     chosen, options = make_backend("auto", bundle=bundle, graphs="check", verify=False)
-    assert (chosen, options) == ("trt", {"stream": None, "graphs": "check", "verify": False})
+    assert (chosen, options) == (
+        "trt",
+        {"stream": None, "device": None, "graphs": "check", "verify": False},
+    )
 
 
 def test_tensorrt_without_a_device_says_what_to_do():
-    pytest.importorskip("cuda.bindings.runtime")
-    from blockcache.runtime.devices.cuda import device_count
+    pytest.importorskip("cuda.bindings.driver")
+    from blockcache.runtime.devices.cuda_driver import device_count
 
     if device_count():
         pytest.skip("there is a device here")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from types import SimpleNamespace
 
 import pytest
 
 from blockcache.runtime.bundles.manifest import FileEntry
-from blockcache.runtime.devices.cuda import Scratch
+from blockcache.runtime.devices.cuda_stream import Scratch
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.tensorrt_library import TensorRT
 from blockcache.runtime.engines.trt import RuntimeCache, TrtEngine, refit
@@ -113,11 +114,12 @@ SEGMENT = Segment("trunk_00", "trunk", "trunk_00.onnx", (image("sample"),), (ima
 def device():
     pointers = iter(range(1 << 20, 1 << 30, 1 << 20))
     scratch = Scratch(lambda count: SimpleNamespace(pointer=next(pointers)))
-    return SimpleNamespace(stream=77, scratch=scratch)
+    stream = SimpleNamespace(handle=77, context=contextlib.nullcontext(), scratch=scratch)
+    return SimpleNamespace(stream=stream, scratch=scratch)
 
 
 def tensors(device, size=16, batch=2, base=256):
-    owner = SimpleNamespace(device=device)
+    owner = SimpleNamespace(stream=device.stream)
     shape = (batch, 4, size, size)
     return {
         "sample": Tensor(base, shape, "bfloat16", owner),

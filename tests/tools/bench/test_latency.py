@@ -32,13 +32,13 @@ from blockcache.tools.bench import torch_loop
 from blockcache.tools.bench.contestants import Contestant, Entry, Lineup
 from blockcache.tools.bench.latency import BenchOptions, measure_latency, own_timings
 from blockcache.tools.bench.report import append_figures, report_text
-from blockcache.tools.bench.segment_times import device_ms
 from blockcache.tools.bench.sessions import (
     base_of,
     base_presets,
     bundle_contestants,
     host_cost_us,
 )
+from blockcache.tools.check.times import device_ms
 from blockcache.tools.report import machine
 from blockcache.tools.report.spread import Spread
 from blockcache.tools.sources.references import whole_bundle, whole_preset
@@ -428,13 +428,15 @@ def test_a_gpu_times_each_segment_alone_in_the_order_of_a_step():
             log.append("capture")
             return enqueue
 
-        def time_ms(self, replay):
-            replay()
-            return 1.0 if log[-1] == "a" else 2.0
+        def times_ms(self, launches):
+            log.append("wait")
+            for launch in launches:
+                launch()
+            return [1.0 if name == "a" else 2.0 for name in log[-len(launches) :]]
 
     launches = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
     assert device_ms(launches, Device(), repeats=1) == {"a": 1.0, "b": 2.0}
-    assert log == ["capture", "capture", *"ababab"]
+    assert log == ["wait", *"ab", "capture", "capture", "wait", *"ababab"]
 
 
 # -- the machine -----------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers
 from blockcache.runtime.solvers.grid import Grid
-from blockcache.runtime.solvers.solver import SolverConfig, solver_tables
+from blockcache.runtime.solvers.solver import MULTISTEP, SolverConfig, solver_tables
 
 SENSED_STEPS = 20
 """A joint preset's sensitivity is measured with DPM-Solver++ on so many steps of Karras'."""
@@ -170,7 +170,7 @@ class Measurements:
     def step_costs(self, preset: PresetOptions) -> StepCosts:
         """What the steps of the preset's solver between any two levels do wrong."""
         run, gains = self._converged(solver_config(self.model, preset))
-        order = 2 if preset.solver == "dpm" else 1
+        order = 2 if preset.solver in MULTISTEP else 1
         return step_costs(run.sigmas, run.samples, run.data, gains, order)
 
     def branch_errors(self, preset: PresetOptions, costs: StepCosts) -> BranchErrors:

@@ -10,6 +10,7 @@ from blockcache.kernels._library import DTYPES, KernelError
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
+SeedArray = npt.NDArray[np.uint64]
 
 
 def address(array: Array | None) -> int | None:

@@ -13,6 +13,7 @@ import numpy as np
 from blockcache.kernels._arrays import (
     Array,
     FloatArray,
+    SeedArray,
     address,
     dtype_name,
     require,
@@ -45,6 +46,7 @@ def bind_guided_solver_step(
     earlier_x0: FloatArray | None = None,
     guidance: FloatArray | float | None = None,
     rescale: FloatArray | None = None,
+    seeds: SeedArray | None = None,
     dtype: str | None = None,
 ) -> Callable[[int], None]:
     """Checks the arguments of `guided_solver_step` once and returns it as a function of the step.
@@ -58,7 +60,7 @@ def bind_guided_solver_step(
         model_out: T [2N, ...] with guidance, the unconditional half first, else [N, ...]. None
             where no step that will be run reads it.
         table: float32 [S, 8], rows (c_sample, c_model, c_previous, c_earlier, d_sample, d_model,
-            next_input_scale, 0).
+            next_input_scale, c_noise).
         x0_out: float32 [N, ...], written with d_sample * sample + d_model * guided output; may
             be `previous_x0` or `earlier_x0`.
         next_input: T, shaped as `model_out`, written with next_input_scale * next_sample.
@@ -66,6 +68,7 @@ def bind_guided_solver_step(
         earlier_x0: float32 [N, ...]; None where its coefficient is 0.
         guidance: the guidance scale, one or float32 [N]; None: no guidance.
         rescale: float32 [N] of `guidance_rescale_factors`.
+        seeds: uint64 [N], one a sample; None where no step adds noise.
         dtype: T by name, where the arrays do not tell.
 
     Returns:
@@ -84,7 +87,7 @@ def bind_guided_solver_step(
         "earlier_x0": earlier_x0,
     }
     scales = None if guidance is None else _per_sample(guidance, next_sample.shape[:1])
-    uniform = {"table": table, "guidance": scales, "rescale": rescale}
+    uniform = {"table": table, "guidance": scales, "rescale": rescale, "seeds": seeds}
     return _bind(floats, uniform, {"model_out": model_out, "next_input": next_input}, dtype)
 
 
@@ -102,7 +105,8 @@ def _bind(
     for name, array in floats.items():
         require(name, array, shape, "float32", write=name in _WRITTEN)
     for name, array in uniform.items():
-        require(name, array, (S, ROW) if name == "table" else (N,), "float32")
+        T = "uint64" if name == "seeds" else "float32"
+        require(name, array, (S, ROW) if name == "table" else (N,), T)
     T = "float32"
     doubled = shape if uniform["guidance"] is None else (2 * N, *shape[1:])
     for name, array in typed.items():
@@ -144,15 +148,17 @@ def guided_solver_step(
     earlier_x0: FloatArray | None = None,
     guidance: FloatArray | float | None = None,
     rescale: FloatArray | None = None,
+    seeds: SeedArray | None = None,
     dtype: str | None = None,
 ) -> None:
     """Guidance, solver update, x0 and next model input in one pass over memory.
 
     With u and c the halves of `model_out` and g = rescale * (u + guidance * (c - u)), or
     g = model_out without guidance: next_sample = c_sample * sample + c_model * g
-    + c_previous * previous_x0 + c_earlier * earlier_x0, in float32 and in that order. Arrays whose
-    coefficients are 0 are not read. A loop should bind once: see `bind_guided_solver_step`, which
-    also describes the arguments.
+    + c_previous * previous_x0 + c_earlier * earlier_x0 + c_noise * z, in float32 and in that order,
+    z being standard normal noise of each sample's seed and the step. Arrays whose coefficients are
+    0 are not read. A loop should bind once: see `bind_guided_solver_step`, which also describes the
+    arguments.
 
     Args:
         next_sample: see `bind_guided_solver_step`, as all but `step`.
@@ -166,6 +172,7 @@ def guided_solver_step(
         earlier_x0: see there.
         guidance: see there.
         rescale: see there.
+        seeds: see there.
         dtype: see there.
 
     Raises:
@@ -182,6 +189,7 @@ def guided_solver_step(
         earlier_x0=earlier_x0,
         guidance=guidance,
         rescale=rescale,
+        seeds=seeds,
         dtype=dtype,
     )
     run(step)

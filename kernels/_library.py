@@ -8,7 +8,7 @@ from ctypes import POINTER, c_char_p, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any, Final
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 """`BC_ABI_VERSION` of the header this file was written against."""
 
 ROW: Final = 8
@@ -51,6 +51,7 @@ class GuidedSolverStepArgs(ctypes.Structure):
         ("step_counter", c_void_p),  # int32 [1] or None
         ("guidance", c_void_p),  # float32 [N] or None
         ("rescale", c_void_p),  # float32 [N] or None
+        ("seeds", c_void_p),  # uint64 [N] or None
         ("N", c_int64),
         ("M", c_int64),
         ("S", c_int32),

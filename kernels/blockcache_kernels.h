@@ -27,7 +27,7 @@ extern "C" {
 #define BC_API __attribute__((visibility("default")))
 
 /* Raised whenever a struct or a signature below changes; a loader refuses another number. */
-#define BC_ABI_VERSION 2
+#define BC_ABI_VERSION 3
 
 /* Values of `dtype`. */
 #define BC_FLOAT32 0
@@ -50,15 +50,16 @@ extern "C" {
 #define BC_ERROR_LAYOUT (-8)
 #define BC_ERROR_TERM (-9)
 
-/* Columns of the solver table, float32 [S, BC_ROW]. The last column is reserved, 0. */
+/* Columns of the solver table, float32 [S, BC_ROW]. */
 #define BC_ROW 8
 #define BC_C_SAMPLE 0
 #define BC_C_MODEL 1
-#define BC_C_HISTORY0 2
-#define BC_C_HISTORY1 3
+#define BC_C_PREVIOUS 2
+#define BC_C_EARLIER 3
 #define BC_D_SAMPLE 4
 #define BC_D_MODEL 5
 #define BC_NEXT_INPUT_SCALE 6
+#define BC_C_NOISE 7
 
 BC_API int32_t bc_abi_version(void);
 
@@ -72,10 +73,14 @@ BC_API const char *bc_error_string(int32_t code);
  *   g           = m                          without guidance
  *   g           = rescale * g                with rescale
  *   next_sample = c_sample * x + c_model * g + c_previous * h0 + c_earlier * h1
+ *                 + c_noise * z
  *   x0_out      = d_sample * x + d_model * g
  *   next_input  = next_input_scale * next_sample, rounded to T, in both halves with guidance
  *
- * A model output or x0 whose coefficients in the row are all 0 is not read: its pointer may
+ * z are standard normal numbers: Philox 4x32-10 under the sample's seed, counted by the step and the
+ * element in groups of four, then Box and Muller.
+ *
+ * A model output, x0 or seed whose coefficients in the row are all 0 is not read: its pointer may
  * be NULL and its memory may hold anything. So one extra row (1, 0, 0, 0, 0, 0, scale, 0) makes
  * the first input. Everything else propagates NaN and infinity as the formula does.
  *
@@ -93,6 +98,7 @@ typedef struct bc_guided_solver_step_args {
   const int32_t *step_counter; /* int32 [1]: read in place of `step`; or NULL */
   const float *guidance;       /* float32 [N], one scale per sample; or NULL: no guidance */
   const float *rescale;        /* float32 [N] of guidance_rescale_factors; or NULL: off */
+  const uint64_t *seeds;       /* [N], one a sample; or NULL where no step adds noise */
   int64_t N;
   int64_t M;
   int32_t S;

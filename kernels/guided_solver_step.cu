@@ -1,14 +1,16 @@
 // guided_solver_step: all the work between two runs of the U-Net, in one launch.
 //
-// Idea. Guidance, prediction type and solver are linear in the sample, the model output and the
-// earlier x0 once the step is fixed, so a step is a row of seven numbers. Every tensor is read once
-// and written once; the row, the guidance and the rescale factor are uniform over a block.
+// Idea. Guidance, prediction type and solver are linear in the sample, the model output, the last two
+// x0 and fresh noise once the step is fixed, so a step is a row of eight numbers. Every tensor is read
+// once and written once; the row, the guidance and the rescale factor are uniform over a block. Noise
+// is computed from a counter where it is added and takes no memory.
 //
 // Bytes per latent element with guidance and T of b bytes: read 4 (x) + 2b (u, c) + 4 per x0
 // used, write 4 (next x) + 4 (x0) + 2b (next input). DPM-Solver++ 2M in bf16: 24 bytes.
 // The torch operations in tools/bench/kernels/cuda.py move 172 bytes in 17 launches.
 
 #include "common.cuh"
+#include "philox.cuh"
 
 namespace blockcache {
 namespace solver {
@@ -18,35 +20,41 @@ using Args = bc_guided_solver_step_args;
 // What is uniform over a launch. A needed tensor that is absent poisons the sum it belongs to:
 // a device cannot return an error code.
 struct Row {
-  float c_sample, c_model, c_previous, c_earlier, d_sample, d_model, next_input_scale;
-  bool reads_model, reads_previous, reads_earlier;
+  float c_sample, c_model, c_previous, c_earlier, d_sample, d_model, next_input_scale, c_noise;
+  int32_t step;
+  bool reads_model, reads_previous, reads_earlier, adds_noise;
   bool misses_tensor;
 };
 
 BC_INLINE Row read_row(const Args &args, int32_t step) {
   const int32_t s = args.step_counter != nullptr ? *args.step_counter : step;
   if (s < 0 || s >= args.S) {
-    return {quiet_nan(), 0, 0, 0, quiet_nan(), 0, 1, false, false, false, false};
+    return {quiet_nan(), 0, 0, 0, quiet_nan(), 0, 1, 0, s, false, false, false, false, false};
   }
   const float *entry = args.table + static_cast<int64_t>(BC_ROW) * s;
   Row row;
   row.c_sample = entry[BC_C_SAMPLE];
   row.c_model = entry[BC_C_MODEL];
-  row.c_previous = entry[BC_C_HISTORY0];
-  row.c_earlier = entry[BC_C_HISTORY1];
+  row.c_previous = entry[BC_C_PREVIOUS];
+  row.c_earlier = entry[BC_C_EARLIER];
   row.d_sample = entry[BC_D_SAMPLE];
   row.d_model = entry[BC_D_MODEL];
   row.next_input_scale = entry[BC_NEXT_INPUT_SCALE];
+  row.c_noise = entry[BC_C_NOISE];
+  row.step = s;
   row.reads_model = row.c_model != 0 || row.d_model != 0;
   row.reads_previous = row.c_previous != 0;
   row.reads_earlier = row.c_earlier != 0;
+  row.adds_noise = row.c_noise != 0;
   const bool no_model = row.reads_model && args.model_out == nullptr;
   const bool no_previous = row.reads_previous && args.previous_x0 == nullptr;
   const bool no_earlier = row.reads_earlier && args.earlier_x0 == nullptr;
+  const bool no_seeds = row.adds_noise && args.seeds == nullptr;
   row.reads_model &= !no_model;
   row.reads_previous &= !no_previous;
   row.reads_earlier &= !no_earlier;
-  row.misses_tensor = no_model || no_previous || no_earlier;
+  row.adds_noise &= !no_seeds;
+  row.misses_tensor = no_model || no_previous || no_earlier || no_seeds;
   if (row.misses_tensor) row.c_sample = quiet_nan();
   if (no_model) row.d_sample = quiet_nan();
   return row;
@@ -85,6 +93,10 @@ BC_INLINE void update(const Args &args, const Row &row, int64_t n, int64_t i) {
     load(h, args.earlier_x0 + at);
     for (int j = 0; j < V; ++j) next[j] = next[j] + row.c_earlier * h[j];
   }
+  if (row.adds_noise) {
+    standard_normal(h, args.seeds[n], row.step, i);
+    for (int j = 0; j < V; ++j) next[j] = next[j] + row.c_noise * h[j];
+  }
 
   if (args.x0_out != nullptr) {
     for (int j = 0; j < V; ++j) h[j] = row.d_sample * x[j];
@@ -120,9 +132,9 @@ inline int32_t check(const Args *given, int32_t step) {
       {args.next_sample, elements, 4},   {args.x0_out, elements, 4},
       {args.next_input, doubled, bytes}, {args.sample, elements, 4},
       {args.model_out, doubled, bytes},  {args.previous_x0, elements, 4},
-      {args.earlier_x0, elements, 4},      {args.table, int64_t{BC_ROW} * args.S, 4},
+      {args.earlier_x0, elements, 4},    {args.table, int64_t{BC_ROW} * args.S, 4},
       {args.step_counter, 1, 4},         {args.guidance, args.N, 4},
-      {args.rescale, args.N, 4},
+      {args.rescale, args.N, 4},         {args.seeds, args.N, 8},
   };
   int position = 0;
   for (const Span &span : spans) {

@@ -23,7 +23,7 @@ const char *bc_error_string(int32_t code) {
              "bc_cuda_relative_change_workspace_bytes";
     case BC_ERROR_LAYOUT: return "layout must be BC_NCHW (0) or BC_NHWC (1)";
     case BC_ERROR_TERM:
-      return "the step's row has a coefficient for a model output or x0 that is NULL";
+      return "the step's row has a coefficient for a model output, x0 or noise whose pointer is NULL";
     default: break;
   }
 #ifdef __CUDACC__

@@ -25,6 +25,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
 
 from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.errors import ConfigError, InputError, UnsupportedModelError
@@ -285,7 +286,7 @@ class PresetScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.from_numpy(self._tables.timesteps)
         self.begin_index: int | None = None
         self.step_index: int | None = None
-        self._previous: torch.Tensor | None = None
+        self._past: tuple[torch.Tensor, ...] = ()  # x0 of the last two steps, the latest first
 
     @classmethod
     def of(cls, preset: Preset) -> PresetScheduler:
@@ -305,7 +306,8 @@ class PresetScheduler(SchedulerMixin, ConfigMixin):
                 f"{num_inference_steps} steps and attach it."
             )
         self.timesteps = torch.from_numpy(self._tables.timesteps).to(device)
-        self.begin_index = self.step_index = self._previous = None
+        self.begin_index = self.step_index = None
+        self._past = ()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """The first step of an image-to-image run."""
@@ -317,16 +319,19 @@ class PresetScheduler(SchedulerMixin, ConfigMixin):
 
     def step(
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *,
-        return_dict: bool = True,
+        generator: Any = None, return_dict: bool = True,
     ) -> SchedulerOutput | tuple[torch.Tensor]:  # fmt: skip
-        """Go to the next noise level, in float32."""
-        at = self._at()
-        table = self._tables.first if self.step_index is None else self._tables.coefficients
+        """Go to the next noise level, in float32; noise that a solver adds is the generator's."""
+        at, tables = self._at(), self._tables
+        table = (tables.first, tables.second, tables.coefficients)[len(self._past)]
         row, now, output = table[at].tolist(), sample.float(), model_output.float()
         following = row[0] * now + row[1] * output
-        if row[2] and self._previous is not None:
-            following = following + row[2] * self._previous
-        self._previous, self.step_index = row[4] * now + row[5] * output, at + 1
+        for coefficient, x0 in zip(row[2:4], self._past, strict=False):
+            following = following + coefficient * x0
+        if row[7]:
+            noise = randn_tensor(now.shape, generator, now.device, now.dtype)
+            following = following + row[7] * noise
+        self._past, self.step_index = (row[4] * now + row[5] * output, *self._past[:1]), at + 1
         following = following.to(sample.dtype)
         return SchedulerOutput(prev_sample=following) if return_dict else (following,)
 

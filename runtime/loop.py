@@ -159,7 +159,6 @@ def _set_latents(device: Device, program: Program, request: Request, tables: Sol
     """Put the sample and the model input of the first step in place."""
     start = _start(request, tables)
     device.upload(program.tensors["latents"], start)
-    device.upload(program.tensors["previous_x0"], np.zeros_like(start))
     halves = [start * tables.input_scale[request.first]] * (1 if request.guidance is None else 2)
     device.upload(program.tensors["sample"], np.concatenate(halves))
 
@@ -178,14 +177,13 @@ def _solver(
     device: Device, program: Program, request: Request, tables: SolverTables
 ) -> StepFunction:
     """The solver's step; the first executed one has no step before it to learn from."""
-    coefficients = tables.coefficients.copy()
-    coefficients[request.first] = tables.first[request.first]
     tensors = program.tensors
     return device.solver(
-        coefficients,
+        tables.rows_from(request.first),
         request.guidance,
+        request.seeds,
         tensors["latents"],
-        tensors["previous_x0"],
+        tensors["past_x0"],
         tensors["model_output"],
         tensors["sample"],
     )

@@ -91,7 +91,7 @@ class Program:
             self._allocate(spec.name, spec.shape(sizes), spec.dtype)
         latents = (images, *self.tensors["sample"].shape[1:])
         self._allocate("latents", latents, "float32")
-        self._allocate("previous_x0", latents, "float32")
+        self._allocate("past_x0", (2, *latents), "float32")
         row_bytes = self._place_row(sizes)
         self.memory = MemoryReport(
             arena=arena_bytes,
@@ -99,7 +99,7 @@ class Program:
             blocks=sum(spec.bytes(sizes) for spec in groups.blocks),
             tables=(preset.schedule.steps + 1) * row_bytes,
             requests=sum(spec.bytes(sizes) for spec in groups.requests)
-            + 2 * self.tensors["latents"].bytes,
+            + 3 * self.tensors["latents"].bytes,
         )
         self.prompt = tuple(self._bind(segment) for segment in prompts)
         self.conditions: Mapping[str, np.ndarray] | None = None

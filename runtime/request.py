@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ class Request:
     steps: range  # those to execute
     guidance: Guidance | None
     noise: np.ndarray  # float32 [N, C, H, W]
+    seeds: np.ndarray | None  # uint64 [N], of the noise that a solver adds at every step
     image_latents: np.ndarray | None  # float32 [N, C, H, W], where an image is continued
     conditions: Mapping[str, np.ndarray]  # by name [batch, ...], the unconditional half first
     check_finite: bool
@@ -48,6 +49,8 @@ def checked_request(
     positive: Mapping[str, Any],
     negative: Mapping[str, Any],
     guidance: Guidance | None,
+    seeds: Any = None,
+    needs_seeds: bool = False,
     image_latents: Any = None,
     start_step: int = 0,
     check_finite: bool = False,
@@ -61,6 +64,8 @@ def checked_request(
         positive: the conditions by name, the prompt among them.
         negative: the same for the unconditional half; not read without guidance.
         guidance: of ``guidance_of``.
+        seeds: one an image, of the noise that a solver adds at every step.
+        needs_seeds: whether the preset's solver adds any.
         image_latents: float32 [N, C, H, W]; None starts from noise alone.
         start_step: the first step to execute.
         check_finite: refuse NaN and infinity in every tensor.
@@ -106,6 +111,7 @@ def checked_request(
         steps=range(first, steps),
         guidance=guidance,
         noise=noise,
+        seeds=_step_seeds(seeds, shape[0], needed=needs_seeds),
         image_latents=image_latents,
         conditions=conditions,
         check_finite=check_finite,
@@ -210,6 +216,22 @@ def _noise_shape(model: ModelFacts, noise: np.ndarray) -> tuple[int, int, int, i
         )
     _require_factor(model, "noise", shape[2], shape[3])
     return shape[0], shape[1], shape[2], shape[3]
+
+
+def _step_seeds(seeds: Any, images: int, *, needed: bool) -> np.ndarray | None:
+    """uint64 [N]: what the noise of each image's steps is made from."""
+    if seeds is None and not needed:
+        return None
+    listed = list(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, str) else None
+    if listed is None or len(listed) != images:
+        got = repr(seeds) if listed is None else str(len(listed))
+        raise InputError(
+            f"seeds: expected {images} whole numbers, one an image, got {got}. The preset's solver "
+            f"adds fresh noise at every step: pass the seeds that session.noise was given."
+            if needed
+            else f"seeds: expected {images} whole numbers, one an image, got {got}."
+        )
+    return np.array([whole_number("seeds", seed, 0, 2**64 - 1) for seed in listed], np.uint64)
 
 
 def _require_factor(model: ModelFacts, name: str, height: int, width: int) -> None:

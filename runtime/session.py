@@ -45,7 +45,7 @@ from blockcache.runtime.request import (
     checked_request,
     guidance_of,
 )
-from blockcache.runtime.solvers.solver import SolverConfig, solver_tables
+from blockcache.runtime.solvers.solver import STOCHASTIC, SolverConfig, solver_tables
 
 SHAPES = 4
 """How many shapes a session keeps memory for; the one unused for longest is let go."""
@@ -83,7 +83,8 @@ class Session:
             drift.watch(bundle, preset)
         needed = [s for s in bundle.segments if s.role in (*LOOP_ROLES, "prompt")]
         self._engines = load_engines(backend, bundle, needed)
-        self._tables = solver_tables(SolverConfig.from_json(preset.solver))
+        solver = SolverConfig.from_json(preset.solver)
+        self._tables, self._stochastic = solver_tables(solver), solver.solver in STOCHASTIC
         self._programs: dict[tuple[Sizes, int], Program] = {}
         self._lock = backend.device.session_lock()
         self._running = self._closed = False
@@ -224,6 +225,7 @@ class Session:
         negative_conditions: Mapping[str, np.ndarray] | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
+        seeds: Sequence[int] | None = None,
         image_latents: np.ndarray | None = None,
         start_step: int = 0,
         callback: Callable[[Progress], None] | None = None,
@@ -246,6 +248,9 @@ class Session:
             guidance_scale: classifier-free guidance; default the preset's. 1 or less turns it off,
                 as in diffusers.
             guidance_rescale: 0 (off) to 1, as in diffusers (arXiv 2305.08891, section 3.4).
+            seeds: N whole numbers, one an image; needed by presets whose solver adds noise at every
+                step (euler-a, dpm-sde, lcm), not read by others. With the same seed an image gets
+                the same noise, alone and in a batch.
             image_latents: float32 [N, C, H, W] to start from, noised to ``start_step``'s level.
             start_step: the first step to execute; it recomputes every block.
             callback: called after each step with a Progress; it may edit the latents in place.
@@ -268,6 +273,8 @@ class Session:
             positive={PROMPT: prompt_embeds, **(conditions or {})},
             negative=negative,
             guidance=guidance_of(scale, guidance_rescale),
+            seeds=seeds,
+            needs_seeds=self._stochastic,
             image_latents=image_latents,
             start_step=start_step,
             check_finite=check_finite,
@@ -363,6 +370,7 @@ class Session:
             positive=empty,
             negative=empty,
             guidance=guidance_of(max(self.preset.guidance_scale, 2.0), 0.0) if guided else None,
+            seeds=range(images),
         )
         self._run(request)
 

@@ -81,12 +81,11 @@ class BranchErrors:
 def step_sizes(tables: SolverTables) -> np.ndarray:
     """How far an error of 1 of the model output moves the latents, by each step: float64 [S].
 
-    A multistep solver corrects half of it at the next step, which reads the data prediction again.
+    A multistep solver corrects a part of it at the next steps, which read its data prediction.
     """
-    rows = tables.coefficients.astype(np.float64)
-    rows[0] = tables.first[0]
-    following = np.append(rows[1:, 2], 0.0)
-    return np.maximum(np.abs(rows[:, 1] + following * rows[:, 5]), 1e-30)
+    rows = tables.rows_from(0).astype(np.float64)
+    following = np.append(rows[1:, 2], 0.0) + np.append(rows[2:, 3], [0.0, 0.0])[: len(rows)]
+    return np.asarray(np.maximum(np.abs(rows[:, 1] + following * rows[:, 5]), 1e-30))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from blockcache.export.choose import grids
 from blockcache.export.choose.policies import UNCACHED, Chosen, Needs, Policy
 from blockcache.export.measure.reuse import HISTORY, PLAIN, SCALE_SHIFT
 from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.solvers.solver import SOLVERS, STOCHASTIC
 
-SOLVERS = ("dpm", "ddim", "euler")
 ALIGNMENTS = {"none": 1, "scale-shift": 1, "distil": 1, "history": 2, "history-distil": 2}
 """Ways to align reused outputs, and how many computed outputs of a block they combine."""
 
@@ -62,6 +62,14 @@ class PresetOptions:
             )
         if self.alignment != "none" and self.policy == UNCACHED:
             raise ConfigError("An uncached preset reuses nothing that could be aligned.")
+        if self.solver in STOCHASTIC and (
+            isinstance(self.policy, Chosen) or self.grid == grids.AUTO
+        ):
+            raise ConfigError(
+                f"The solver {self.solver!r} adds noise at every step, so that its runs end at no "
+                f"converged one, by which x and ms policies and the grid auto are measured. Take "
+                f"another policy (branch2, blocks1.5), or a solver of dpm, unipc, ddim, euler."
+            )
         if isinstance(self.policy, Chosen) and self.outputs != 2:
             raise ConfigError(
                 f"The policy {self.policy.text!r} plans with two outputs: expected the alignment "
@@ -75,8 +83,8 @@ class PresetOptions:
     @classmethod
     def parse(cls, text: str) -> PresetOptions:
         """Read ``SOLVER[-GRID]:STEPS[:POLICY[:ALIGNMENT]]``, or the same with dashes: a name."""
-        solver, steps, policy, alignment = _parts(text)
-        solver, _, grid = solver.partition("-")
+        sampler, steps, policy, alignment = _parts(text)
+        solver, grid = _solver_and_grid(sampler)
         if not re.fullmatch("[0-9]{1,10}", steps):
             raise _unreadable(text)
         return cls(
@@ -123,10 +131,20 @@ def _parts(text: str) -> tuple[str, str, str | None, str | None]:
     return solver, steps, policy, alignment
 
 
+def _solver_and_grid(sampler: str) -> tuple[str, str]:
+    """``dpm-sde-karras`` is the solver dpm-sde on the grid karras; no grid is called sde."""
+    for solver in sorted(SOLVERS, key=len, reverse=True):
+        if sampler == solver or sampler.startswith(f"{solver}-"):
+            return solver, sampler[len(solver) + 1 :]
+    solver, _, grid = sampler.partition("-")
+    return solver, grid
+
+
 def _dashed(text: str) -> tuple[str, str, str | None, str | None]:
     """The parts of a name; the longest alignment that ends it is one, the rest is the policy."""
     grid = "|".join(re.escape(name) for name in GRIDS)
-    match = re.fullmatch(rf"([a-z]*(?:-(?:{grid}))?)-([^-]*)(?:-(.*))?", text, re.DOTALL)
+    solver = "|".join((*(re.escape(name) for name in SOLVERS if "-" in name), "[a-z]*"))
+    match = re.fullmatch(rf"((?:{solver})(?:-(?:{grid}))?)-([^-]*)(?:-(.*))?", text, re.DOTALL)
     if match is None:
         raise _unreadable(text)
     solver, steps, rest = match.groups()

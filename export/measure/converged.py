@@ -90,9 +90,8 @@ def converged_run(
         denoiser, noise = fine.begin(cached, converged_jobs(fine, options))
         latents = noise
         for step, state in enumerate(denoiser.trajectory(noise, fine.uncached)):
-            assert state.previous is not None
             samples.append(latents.cpu().numpy())
-            data.append(state.previous.cpu().numpy())
+            data.append(state.past[0].cpu().numpy())
             for own, kept in zip(outputs, state.kept, strict=True):
                 own.append(sample_of(kept[0], SAMPLED).cpu().numpy())
             latents = state.latents
@@ -163,7 +162,7 @@ def _coarse_error(run: ConvergedRun, start: int, end: int) -> np.ndarray:
 @torch.no_grad()
 def _carry(denoiser: Denoiser, latents: torch.Tensor, steps: int) -> torch.Tensor:
     """The final latents of a run that begins in the middle."""
-    state = State(latents, None)
+    state = State(latents)
     for step in range(steps):
         state = denoiser.step(state, step)
     return state.latents

@@ -31,6 +31,12 @@ Job: TypeAlias = tuple[int, int]
 """One image to draw: the index of its prompt, and a seed."""
 
 
+def job_seed(job: Job) -> int:
+    """What all noise of a job is made from."""
+    prompt, seed = job
+    return 1_000_003 * seed + prompt
+
+
 @dataclass(frozen=True)
 class Sampling:
     """What a measurement runs on; computed in float32 whatever the precision of the weights."""
@@ -72,15 +78,14 @@ class Sampling:
         device = next(cached.model.unet.parameters()).device
         picked = self.calibration.pick([prompt for prompt, _ in jobs], self.guidance_scale > 1)
         conditions = {name: values.to(device) for name, values in picked.items()}
-        denoiser = Denoiser(cached, self.tables, conditions, self.guidance_scale)
+        seeds = [job_seed(job) for job in jobs]
+        denoiser = Denoiser(cached, self.tables, conditions, self.guidance_scale, seeds=seeds)
         return denoiser, self.noise(jobs).to(device)
 
     def noise(self, jobs: Sequence[Job]) -> torch.Tensor:
         """Noise [N, C, H, W] of jobs: the same whatever the batching and the device."""
         shape = (int(self.model.unet.config.in_channels), *self.model.sample_size)
-        generators = (
-            torch.Generator().manual_seed(1_000_003 * seed + prompt) for prompt, seed in jobs
-        )
+        generators = (torch.Generator().manual_seed(job_seed(job)) for job in jobs)
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
     def spread_prompts(self, images: int) -> list[int]:

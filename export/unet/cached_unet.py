@@ -19,6 +19,7 @@ import torch
 from blockcache.export.unet.model import BRANCH, SourceModel, UNetCall
 from blockcache.export.unet.torch_kernels import scale_shift_residual
 from blockcache.runtime.plan import WHOLE, Alignment, Schedule
+from blockcache.runtime.solvers.philox import standard_normal
 from blockcache.runtime.solvers.solver import SolverTables
 
 Kept: TypeAlias = tuple[tuple[torch.Tensor, ...], ...]
@@ -236,20 +237,18 @@ class State:
     """What a step hands to the next."""
 
     latents: torch.Tensor  # [N, C, H, W]
-    previous: torch.Tensor | None  # [N, C, H, W], the solver's x0 of the step before, if any
+    past: tuple[torch.Tensor, ...] = ()  # [N, C, H, W], x0 of the last two steps, the latest first
     kept: Kept = ()
 
     def __add__(self, error: State) -> State:
         """The state with an error in it; nothing is kept."""
-        assert self.previous is not None
-        assert error.previous is not None
-        return State(self.latents + error.latents, self.previous + error.previous)
+        past = tuple(own + more for own, more in zip(self.past, error.past, strict=True))
+        return State(self.latents + error.latents, past)
 
     def __sub__(self, other: State) -> State:
         """The error between two states; nothing is kept."""
-        assert self.previous is not None
-        assert other.previous is not None
-        return State(self.latents - other.latents, self.previous - other.previous)
+        past = tuple(own - less for own, less in zip(self.past, other.past, strict=True))
+        return State(self.latents - other.latents, past)
 
 
 class Denoiser:
@@ -264,6 +263,7 @@ class Denoiser:
             ``guidance_scale`` is 1 or less.
         guidance_scale: 1 or less turns guidance off, as in diffusers.
         guidance_rescale: 0 (off) to 1, as ``Session.denoise`` has it.
+        seeds: one an image, of the noise that a solver adds at every step.
     """
 
     def __init__(
@@ -273,9 +273,11 @@ class Denoiser:
         conditions: Mapping[str, torch.Tensor],
         guidance_scale: float,
         guidance_rescale: float = 0.0,
+        seeds: Sequence[int] = (),
     ) -> None:
         self.cached = cached
         self.tables = tables
+        self._seeds = np.array(seeds, np.uint64)
         self._conditions = [conditions[c.name] for c in cached.model.conditions]
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
 
@@ -291,9 +293,9 @@ class Denoiser:
             start_step: the first step that will be executed.
         """
         if image_latents is None:
-            return State(noise * self.tables.initial_scale, None)
+            return State(noise * self.tables.initial_scale)
         signal, spread = (float(value) for value in self.tables.noising[start_step])
-        return State(signal * image_latents + spread * noise, None)
+        return State(signal * image_latents + spread * noise)
 
     def output(
         self,
@@ -321,13 +323,16 @@ class Denoiser:
         return output, kept
 
     def advance(self, state: State, output: torch.Tensor, kept: Kept, step: int) -> State:
-        """The solver's step: linear in latents, model output and the step before's x0."""
-        row = (self.tables.first if state.previous is None else self.tables.coefficients)[step]
-        a, b, c, _, d, e = (float(value) for value in row[:6])
-        latents = a * state.latents + b * output
-        if state.previous is not None:
-            latents = latents + c * state.previous
-        return State(latents, d * state.latents + e * output, kept)
+        """The solver's step: linear in latents, model output, the last two x0 and noise."""
+        tables = (self.tables.first, self.tables.second, self.tables.coefficients)
+        row = [float(value) for value in tables[len(state.past)][step]]
+        latents = row[0] * state.latents + row[1] * output
+        for coefficient, x0 in zip(row[2:4], state.past, strict=False):
+            latents = latents + coefficient * x0
+        if row[7]:
+            noise = standard_normal(self._seeds, step, latents[0].numel())
+            latents = latents + row[7] * torch.from_numpy(noise).reshape(latents.shape).to(latents)
+        return State(latents, (row[4] * state.latents + row[5] * output, *state.past[:1]), kept)
 
     def step(
         self,

@@ -79,7 +79,7 @@ _WRITES: dict[Role, _Kind] = {
 }
 
 _ONE, _BATCH = Dim.parse(1), Dim.parse("batch")
-_RESERVED = ("latents", "previous_x0")  # tensors of the runtime's own
+_RESERVED = ("latents", "past_x0")  # tensors of the runtime's own
 
 
 def _require(right: bool, where: str, wanted: str, got: object) -> None:

@@ -141,14 +141,15 @@ class CudaDevice:
         self,
         coefficients: np.ndarray,
         guidance: Guidance | None,
+        seeds: np.ndarray | None,
         latents: Tensor,
-        previous_x0: Tensor,
+        past_x0: Tensor,
         model_output: Tensor,
         model_input: Tensor,
     ) -> StepFunction:
         """The fused CUDA kernel; tables keep their address from request to request."""
-        tensors = (latents, previous_x0, model_output, model_input)
-        return self._solvers.bind(self, self.stream, coefficients, guidance, *tensors)
+        tensors = (latents, past_x0, model_output, model_input)
+        return self._solvers.bind(self, self.stream, coefficients, guidance, seeds, *tensors)
 
     def model_input(self, scales: np.ndarray, latents: Tensor, model_input: Tensor) -> StepFunction:
         """The solver's kernel with rows that change nothing, after all streams of the device."""

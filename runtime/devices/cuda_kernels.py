@@ -51,6 +51,7 @@ class SolverKernels:
         stream: int,
         coefficients: np.ndarray,
         guidance: Guidance | None,
+        seeds: np.ndarray | None,
         *tensors: Tensor,
     ) -> StepFunction:
         """The kernel of these tensors, latents first, with a request's numbers in place."""
@@ -59,7 +60,7 @@ class SolverKernels:
         kept = self._kept.setdefault(tensors[0].owner, {})
         if key not in kept:
             kept[key] = SolverKernel(device, stream, steps, *modes, *tensors)
-        kept[key].set(device, coefficients, guidance)
+        kept[key].set(device, coefficients, guidance, seeds)
         return kept[key].step
 
 
@@ -77,7 +78,7 @@ class SolverKernel:
         guided: bool,
         rescaled: bool,
         latents: Tensor,
-        previous_x0: Tensor,
+        past_x0: Tensor,
         model_output: Tensor,
         model_input: Tensor,
     ) -> None:
@@ -90,25 +91,40 @@ class SolverKernel:
         if rescaled:
             tensors = (self._factors, model_output, self._guidance, self._phi)
             self._rescale = (*(tensor.pointer for tensor in tensors), images, M, dtype)
-        self._arguments = kernels.GuidedSolverStepArgs(
-            next_sample=latents.pointer,
-            x0_out=previous_x0.pointer,
-            next_input=model_input.pointer,
-            sample=latents.pointer,
-            model_out=model_output.pointer,
-            previous_x0=previous_x0.pointer,
-            table=self._table.pointer,
-            guidance=self._guidance.pointer if guided else None,
-            rescale=self._factors.pointer if rescaled else None,
-            N=images,
-            M=M,
-            S=steps,
-            dtype=dtype,
-        )
+        self._seeds = device.tensor(device.allocate(images * 8), 0, (images,), "int64")
+        halves = (past_x0.pointer, past_x0.pointer + past_x0.bytes // 2)
+        self._arguments = [  # of even steps and of odd ones: the x0 of two steps ago gives way
+            kernels.GuidedSolverStepArgs(
+                next_sample=latents.pointer,
+                x0_out=earlier,
+                next_input=model_input.pointer,
+                sample=latents.pointer,
+                model_out=model_output.pointer,
+                previous_x0=previous,
+                earlier_x0=earlier,
+                table=self._table.pointer,
+                guidance=self._guidance.pointer if guided else None,
+                rescale=self._factors.pointer if rescaled else None,
+                seeds=self._seeds.pointer,
+                N=images,
+                M=M,
+                S=steps,
+                dtype=dtype,
+            )
+            for earlier, previous in (halves, halves[::-1])
+        ]
 
-    def set(self, device: Device, coefficients: np.ndarray, guidance: Guidance | None) -> None:
-        """Upload a request's coefficients, guidance and rescale."""
+    def set(
+        self,
+        device: Device,
+        coefficients: np.ndarray,
+        guidance: Guidance | None,
+        seeds: np.ndarray | None,
+    ) -> None:
+        """Upload a request's coefficients, guidance, rescale and seeds."""
         device.upload(self._table, coefficients)
+        if seeds is not None:
+            device.upload(self._seeds, seeds.view(np.int64))  # the same bits
         if guidance is not None:
             for target, value in ((self._guidance, guidance.scale), (self._phi, guidance.rescale)):
                 device.upload(target, np.full(target.shape, value, np.float32))
@@ -119,7 +135,8 @@ class SolverKernel:
             code = self._library.bc_cuda_guidance_rescale_factors(*self._rescale, self._stream)
             if code:
                 _fail(self._library, "bc_cuda_guidance_rescale_factors", code)
-        code = self._library.bc_cuda_guided_solver_step(self._arguments, step, self._stream)
+        arguments = self._arguments[step % 2]
+        code = self._library.bc_cuda_guided_solver_step(arguments, step, self._stream)
         if code:
             _fail(self._library, "bc_cuda_guided_solver_step", code)
 
@@ -145,9 +162,11 @@ def bind_model_input(
         sample=latents.pointer,
         model_out=None,
         previous_x0=None,
+        earlier_x0=None,
         table=table.pointer,
         guidance=None if guidance is None else guidance.pointer,
         rescale=None,
+        seeds=None,
         N=images,
         M=math.prod(latents.shape[1:]),
         S=len(rows),

@@ -74,8 +74,9 @@ class Device(Protocol):
         self,
         coefficients: np.ndarray,
         guidance: Guidance | None,
+        seeds: np.ndarray | None,
         latents: Tensor,
-        previous_x0: Tensor,
+        past_x0: Tensor,
         model_output: Tensor,
         model_input: Tensor,
     ) -> StepFunction:
@@ -84,8 +85,10 @@ class Device(Protocol):
         Args:
             coefficients: float32 [S, 8], see ``SolverTables``.
             guidance: None without guidance.
+            seeds: uint64 [N], one an image; None where no step adds noise.
             latents: float32 [N, C, H, W], read and written.
-            previous_x0: float32 [N, C, H, W], what the step before predicted; read and written.
+            past_x0: float32 [2, N, C, H, W], what the last two steps predicted. Step s reads both
+                and writes its own to ``past_x0[s % 2]``.
             model_output: [2N, C, H, W], the unconditional half first, or [N, ...] without guidance.
             model_input: shaped alike; the next step's is written.
         """

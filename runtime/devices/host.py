@@ -17,6 +17,7 @@ from blockcache.runtime.devices.device import Guidance, StepFunction, modes_of
 from blockcache.runtime.devices.device_view import DeviceView
 from blockcache.runtime.devices.kernel_errors import kernel_errors
 from blockcache.runtime.devices.tensor import NUMPY_DTYPES, Tensor, item_bytes
+from blockcache.runtime.solvers.philox import standard_normal
 from blockcache.runtime.solvers.solver import solver_step_numpy
 
 
@@ -64,22 +65,25 @@ class HostDevice:
         self,
         coefficients: np.ndarray,
         guidance: Guidance | None,
+        seeds: np.ndarray | None,
         latents: Tensor,
-        previous_x0: Tensor,
+        past_x0: Tensor,
         model_output: Tensor,
         model_input: Tensor,
     ) -> StepFunction:
         """The compiled kernel, or numpy."""
         images = latents.shape[0]
-        sample, past = (_view(t).reshape(images, -1) for t in (latents, previous_x0))
+        sample, past = _view(latents).reshape(images, -1), _view(past_x0).reshape(2, images, -1)
         output, following = (_view(t).reshape(t.shape[0], -1) for t in (model_output, model_input))
         bind = _bind_kernels if kernels.host_available() else _bind_numpy
-        with kernel_errors():
-            solver_step = bind(coefficients, guidance, sample, past, output, following)
+        given = (coefficients, guidance, seeds, sample)
+        with kernel_errors():  # two, as the x0 of two steps ago gives way to the step's own
+            even = bind(*given, past[1], past[0], output, following)
+            odd = bind(*given, past[0], past[1], output, following)
 
         def step_with_our_errors(step: int) -> None:
             with kernel_errors():
-                solver_step(step)
+                (odd if step % 2 else even)(step)
 
         return step_with_our_errors
 
@@ -134,8 +138,10 @@ class HostDevice:
 def _bind_kernels(
     coefficients: np.ndarray,
     guidance: Guidance | None,
+    seeds: np.ndarray | None,
     sample: np.ndarray,
-    past: np.ndarray,
+    previous: np.ndarray,
+    earlier: np.ndarray,
     output: np.ndarray,
     following: np.ndarray,
 ) -> StepFunction:
@@ -147,11 +153,13 @@ def _bind_kernels(
         sample=sample,
         model_out=output,
         table=coefficients,
-        x0_out=past if is_multistep else None,
-        previous_x0=past if is_multistep else None,
+        x0_out=earlier if is_multistep else None,
+        previous_x0=previous if is_multistep else None,
+        earlier_x0=earlier if is_multistep else None,
         next_input=following,
         guidance=None if guidance is None else guidance.scale,
         rescale=factors,
+        seeds=seeds,
     )
     if guidance is None or factors is None:
         return solver_step
@@ -169,8 +177,10 @@ def _bind_kernels(
 def _bind_numpy(
     coefficients: np.ndarray,
     guidance: Guidance | None,
+    seeds: np.ndarray | None,
     sample: np.ndarray,
-    past: np.ndarray,
+    previous: np.ndarray,
+    earlier: np.ndarray,
     output: np.ndarray,
     following: np.ndarray,
 ) -> StepFunction:
@@ -181,7 +191,12 @@ def _bind_numpy(
     def step_in_numpy(step: int) -> None:
         if guidance is not None and guidance.rescale:
             _rescale_in_numpy(output, guidance)
-        solver_step_numpy(coefficients[step], scale, sample, past, output, following, scratch)
+        row, noise = coefficients[step], None
+        if row[7]:
+            assert seeds is not None
+            noise = standard_normal(seeds, step, sample.shape[1])
+        past = (previous, earlier)
+        solver_step_numpy(row, scale, sample, *past, output, following, scratch, noise)
 
     return step_in_numpy
 

@@ -11,18 +11,38 @@ import numpy as np
 from blockcache.runtime.solvers.grid import Grid
 from blockcache.runtime.solvers.noise import NoiseSchedule
 from blockcache.runtime.solvers.options import require
-from blockcache.runtime.solvers.solver import DERIVES_LEVELS, READ_BY, SOLVERS, SolverConfig
+from blockcache.runtime.solvers.solver import (
+    DERIVES_LEVELS,
+    LCM_STEPS,
+    MULTISTEP,
+    READ_BY,
+    SOLVERS,
+    SolverConfig,
+)
 
+_DPM = ("dpm", "dpm-sde")
 # diffusers' options that change the result, and the values that we support.
 _SUPPORTED: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("thresholding", "clip_sample", "use_flow_sigmas", "use_lu_lambdas"), (False,)),
     **dict.fromkeys(("use_exponential_sigmas", "use_beta_sigmas"), (False,)),
-    **dict.fromkeys(("sigma_min", "sigma_max", "snr_shift_scale"), (None,)),
+    **dict.fromkeys(("sigma_min", "sigma_max", "snr_shift_scale", "solver_p"), (None,)),
     **{"solver_order": (2,), "timestep_type": ("discrete",), "interpolation_type": ("linear",)},
-    "algorithm_type": ("dpmsolver++", "deis"),  # diffusers reads deis as dpmsolver++
-    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # and the last three as midpoint
     "lambda_min_clipped": (-np.inf,),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    **{"predict_x0": (True,), "disable_corrector": ([],)},
+    **{"original_inference_steps": (LCM_STEPS,), "timestep_scaling": (10.0,)},
+}
+# The same, where it depends on the solver. diffusers reads deis as dpmsolver++, and types that a
+# solver does not have as its default.
+_SUPPORTED_BY: dict[str, dict[str, tuple[object, ...]]] = {
+    "algorithm_type": {
+        "dpm": ("dpmsolver++", "deis"),
+        "dpm-sde": ("dpmsolver++", "sde-dpmsolver++", "deis"),
+    },
+    "solver_type": {
+        **dict.fromkeys(_DPM, ("midpoint", "logrho", "bh1", "bh2")),
+        "unipc": ("bh2", "midpoint", "logrho", "heun"),
+    },
 }
 _RENAMED = {
     "num_train_timesteps": "train_timesteps",
@@ -32,14 +52,23 @@ _RENAMED = {
     "use_karras_sigmas": "karras",
     "final_sigmas_type": "final_sigma",
 }
-_CLASSES = {"DPMSolverMultistepScheduler": "dpm", "EulerDiscreteScheduler": "euler"}
-_CLASSES |= dict.fromkeys(("DDIMScheduler", "DDPMScheduler", "PNDMScheduler"), "ddim")
+_CLASSES = {
+    "DPMSolverMultistepScheduler": "dpm",
+    "EulerDiscreteScheduler": "euler",
+    "UniPCMultistepScheduler": "unipc",
+    "EulerAncestralDiscreteScheduler": "euler-a",
+    "LCMScheduler": "lcm",
+    **dict.fromkeys(("DDIMScheduler", "DDPMScheduler", "PNDMScheduler"), "ddim"),
+}
 # Options of diffusers that only some of our solvers would read.
 _THEIRS_READ_BY: dict[str, tuple[str, ...]] = {
-    "clip_sample": ("ddim",),
-    **dict.fromkeys(("lambda_min_clipped", "algorithm_type"), ("dpm",)),
-    **dict.fromkeys(("solver_order", "solver_type"), ("dpm",)),
-    **dict.fromkeys(("timestep_type", "interpolation_type", "sigma_min", "sigma_max"), ("euler",)),
+    "clip_sample": ("ddim", "lcm"),
+    "lambda_min_clipped": _DPM,
+    "solver_order": MULTISTEP,
+    **dict.fromkeys(("timestep_type", "interpolation_type"), ("euler",)),
+    **dict.fromkeys(("sigma_min", "sigma_max"), ("euler", "unipc")),
+    **dict.fromkeys(("predict_x0", "disable_corrector", "solver_p"), ("unipc",)),
+    **dict.fromkeys(("original_inference_steps", "timestep_scaling"), ("lcm",)),
 }
 
 
@@ -58,7 +87,7 @@ def solver_from_diffusers(
 
     Args:
         scheduler_config: the file's content.
-        solver: ddim, dpm or euler; None takes the class's own (DDPM and PNDM: ddim).
+        solver: one of ``SOLVERS``; None takes the class's own (DDPM and PNDM: ddim).
         steps: S.
         spacing: leading, trailing or linspace, in place of the config's.
         grid: noise levels in place of where the config puts them.
@@ -68,12 +97,12 @@ def solver_from_diffusers(
     """
     unset = scheduler_config.get("_use_default_values", ())
     given = {k: v for k, v in scheduler_config.items() if k not in unset and v is not None}
-    solver = solver or _CLASSES.get(str(scheduler_config.get("_class_name")), "")
+    solver = solver or solver_of(scheduler_config)
     _refuse_unsupported(scheduler_config, given, solver)
     given = {_RENAMED.get(key, key): value for key, value in given.items()}
     betas = {f.name: given[f.name] for f in fields(NoiseSchedule) if f.name in given}
     read = [f.name for f in fields(SolverConfig) if solver in READ_BY.get(f.name, SOLVERS)]
-    options: dict[str, Any] = {"spacing": "leading" if solver == "ddim" else "linspace"}
+    options: dict[str, Any] = {"spacing": "leading" if solver in ("ddim", "lcm") else "linspace"}
     options |= {name: given[name] for name in read if name in given}
     options |= {} if spacing is None else {"spacing": spacing}
     if spacing is not None or grid is not None:
@@ -84,6 +113,13 @@ def solver_from_diffusers(
     return SolverConfig(solver=solver, steps=steps, noise=noise, grid=grid, **options)
 
 
+def solver_of(scheduler_config: Mapping[str, Any]) -> str:
+    """The solver that a class of diffusers is, or whose place it takes; "" where there is none."""
+    name = str(scheduler_config.get("_class_name"))
+    is_sde = scheduler_config.get("algorithm_type") == "sde-dpmsolver++"
+    return "dpm-sde" if _CLASSES.get(name) == "dpm" and is_sde else _CLASSES.get(name, "")
+
+
 def _refuse_unsupported(source: Mapping[str, Any], given: Mapping[str, Any], solver: str) -> None:
     name, advice = source.get("_class_name"), "Name one: this scheduler stands for none."
     require(solver in SOLVERS, "solver", f"one of {SOLVERS} for {name}", solver, advice)
@@ -91,7 +127,10 @@ def _refuse_unsupported(source: Mapping[str, Any], given: Mapping[str, Any], sol
     require(bool(betas), "beta_schedule", "the noise schedule of the training", name, advice)
     if name in ("DDIMScheduler", "DDPMScheduler"):
         given = {"clip_sample": True, **given}
-    for key, values in _SUPPORTED.items():
+    supported = _SUPPORTED | {
+        key: values[solver] for key, values in _SUPPORTED_BY.items() if solver in values
+    }
+    for key, values in supported.items():
         if key in given and solver in _THEIRS_READ_BY.get(key, SOLVERS):
             advice = f"Solver {solver!r} has nothing else; change it only if the model allows."
             require(given[key] in values, key, f"one of {values}", given[key], advice)

@@ -1,12 +1,21 @@
-"""Diffusion ODE solvers as tables of coefficients: DDIM, DPM-Solver++ (2M) and Euler.
+"""Diffusion solvers as tables of coefficients.
 
-A step is linear in the sample x, the guided model output g and, for DPM, the data prediction h of
-the step before. It goes from a noise level (α, σ) to the next (α', σ') by
+A step is linear in the sample x, the guided model output g, the data predictions h and e of the two
+steps before, and fresh noise z. It goes from a noise level (α, σ) to the next (α', σ') by
 
-    x' = (σ'/σ) x + (α' - α σ'/σ) ((1 + k) x0 - k h),      x0 linear in x and g.
+    x' = K x + W ((1 + k) x0 - k h) + R z,      x0 linear in x and g.
 
-DDIM: k = 0 (Song et al. 2021, eq. 12, σ_t = 0). DPM-Solver++ 2M: k = half the ratio of this step
-to the last in log(α/σ) (Lu et al. 2022, alg. 2). Euler: k = 0 on x/α (Karras et al. 2022, alg. 1).
+- DDIM (Song et al. 2021, eq. 12, σ_t = 0), Euler (Karras et al. 2022, alg. 1, on x/α): K = σ'/σ,
+  W = α' - α K, R = 0, k = 0.
+- DPM-Solver++ 2M (Lu et al. 2022, alg. 2): the same K and W; k is half the ratio of this step to
+  the last in λ = log(α/σ).
+- Its SDE form: K = q σ'/σ, W = α' (1 - q²), R = σ' sqrt(1 - q²) with q = exp(λ - λ').
+  Euler ancestral is its first order (k = 0), on x/α.
+- LCM (Luo et al. 2023): K = α' c_skip, W = α' c_out, R = σ', k = 0.
+- UniPC (Zhao et al. 2023, order 2, B2) steps as DPM-Solver++ 2M does, from a corrected sample
+  x + u x0 + v h + w e: where the step before would have gone, had it known x0. That sample is never
+  computed: the correction goes into the coefficients of x0, h and e.
+
 Noise levels are those of diffusers to the last bit (float32); all else is float64.
 """
 
@@ -22,14 +31,28 @@ from blockcache.runtime.solvers.grid import Grid
 from blockcache.runtime.solvers.noise import Float32, Float64, NoiseSchedule
 from blockcache.runtime.solvers.options import check_types, from_mapping, require
 
-SOLVERS = ("ddim", "dpm", "euler")
+STOCHASTIC = ("euler-a", "dpm-sde", "lcm")
+"""Solvers that add fresh noise at every step, so that each image needs a seed."""
+
+SOLVERS = ("dpm", "unipc", "ddim", "euler", *STOCHASTIC)
+
+MULTISTEP = ("dpm", "dpm-sde", "unipc")
+"""Solvers that remember data predictions."""
+
+SCALED = ("euler", "euler-a")
+"""Solvers whose sample is x/α."""
 
 READ_BY: dict[str, tuple[str, ...]] = {
     "set_alpha_to_one": ("ddim",),
-    **dict.fromkeys(("karras", "final_sigma"), ("dpm", "euler")),
-    **dict.fromkeys(("lower_order_final", "euler_at_final"), ("dpm",)),
+    **dict.fromkeys(("spacing", "steps_offset"), tuple(name for name in SOLVERS if name != "lcm")),
+    **dict.fromkeys(("karras", "final_sigma"), ("dpm", "euler", "unipc", "dpm-sde")),
+    "lower_order_final": MULTISTEP,
+    "euler_at_final": ("dpm", "dpm-sde"),
 }
 """Options that only some solvers read; with the others they keep their default."""
+
+LCM_STEPS = 50
+"""Steps that an LCM was distilled on (diffusers' original_inference_steps)."""
 
 DERIVES_LEVELS = ("spacing", "steps_offset", "set_alpha_to_one", "karras", "final_sigma")
 """What decides where the levels lie, unless a grid says it."""
@@ -46,10 +69,12 @@ _CHOICES = {
 class SolverConfig:
     """Which solver runs, in how many steps, over which noise levels.
 
-    ``dpm`` is DPM-Solver++ 2M, midpoint. ``spacing``: Lin et al. 2024, table 2; ``steps_offset``
-    shifts ``leading``. ``set_alpha_to_one``: DDIM ends noise-free, not at the first training
-    level. ``karras``: sigmas of Karras et al. 2022, eq. 5. ``lower_order_final``: a first-order
-    last step below 15 steps; ``euler_at_final``: always. ``final_sigma``: where dpm and euler end.
+    ``dpm`` is DPM-Solver++ 2M, midpoint; ``dpm-sde`` its SDE form; ``euler-a`` Euler ancestral;
+    ``unipc`` UniPC of order 2 with B2; ``lcm`` takes its steps from the 50 it was distilled on.
+    ``spacing``: Lin et al. 2024, table 2; ``steps_offset`` shifts ``leading``.
+    ``set_alpha_to_one``: DDIM ends noise-free, not at the first training level. ``karras``: sigmas
+    of Karras et al. 2022, eq. 5. ``lower_order_final``: a first-order last step below 15 steps
+    (``unipc``: always); ``euler_at_final``: always. ``final_sigma``: where those that read it end.
     ``grid``: the noise levels themselves, in place of all that would derive them; every solver then
     ends noise-free.
 
@@ -112,18 +137,27 @@ class SolverConfig:
 class SolverTables:
     """A solver bound to its steps: tables indexed by step 0 ... S-1.
 
-    A row is c_sample, c_model, c_previous, 0, d_sample, d_model, next_input_scale, 0. With h the x0
-    that the step before predicted, the step makes x' = c_sample x + c_model g + c_previous h, then
-    h' = d_sample x + d_model g, and the model sees next_input_scale x'. Where c_previous is 0, h is
-    never read. (The kernels could read two tensors of this kind: their previous_x0 and earlier_x0.)
+    A row is c_sample, c_model, c_previous, c_earlier, d_sample, d_model, next_input_scale, c_noise.
+    With h and e the x0 of the step before and of the one before that, and z fresh noise, the step
+    makes x' = c_sample x + c_model g + c_previous h + c_earlier e + c_noise z, keeps
+    d_sample x + d_model g as its x0, and the model sees next_input_scale x'. What has the
+    coefficient 0 is never read.
     """
 
     timesteps: Float32  # [S], what the model is conditioned on; fractional for some Euler steps
     coefficients: Float32  # [S, 8]
     first: Float32  # [S, 8], the row of a step that is the first one executed: no h yet
+    second: Float32  # [S, 8], the row of a step that is the second one executed: no e yet
     input_scale: Float32  # [S], model input = input_scale * sample
     noising: Float32  # [S, 2], sample of the step = noising[:, 0] * x0 + noising[:, 1] * noise
     initial_scale: float  # sample at step 0 = initial_scale * standard normal noise
+
+    def rows_from(self, first: int) -> Float32:
+        """The rows of a run whose first executed step is ``first``: float32 [S, 8]."""
+        rows = np.array(self.coefficients)
+        rows[first] = self.first[first]
+        rows[first + 1 : first + 2] = self.second[first + 1 : first + 2]
+        return rows
 
 
 def solver_tables(config: SolverConfig) -> SolverTables:
@@ -134,29 +168,75 @@ def solver_tables(config: SolverConfig) -> SolverTables:
         [500.0, 0.0]
     """
     timesteps, alpha, sigma, alpha_to, sigma_to = _visited_levels(config)
-    kept, weight = sigma_to / sigma, alpha_to - alpha * sigma_to / sigma
+    levels = (alpha, sigma, alpha_to, sigma_to)
+    kept, weight, spread = _step(config.solver, timesteps, *levels)
     p_sample, p_model = _data_prediction(config.prediction, alpha, sigma)
-    one, multistep = np.ones_like(alpha), float(config.solver == "dpm")
+    one, multistep = np.ones_like(alpha), float(config.solver in MULTISTEP)
     # Euler's sample is x/α: c_sample and c_model change unit, from this level's to the next one's.
-    scale, scale_to = (alpha, alpha_to) if config.solver == "euler" else (one, one)
+    scale, scale_to = (alpha, alpha_to) if config.solver in SCALED else (one, one)
 
-    def rows(k: Float64) -> Float32:
-        c_sample = (kept + weight * (1 + k) * p_sample) * scale / scale_to
-        c_model, c_previous = weight * (1 + k) * p_model / scale_to, -weight * k
+    def rows(k: Float64, correction: Float64) -> Float32:
+        of_x0, of_previous, of_earlier = kept * correction
+        of_x0 = of_x0 + weight * (1 + k)
+        c_sample, c_model = (kept + of_x0 * p_sample) * scale, of_x0 * p_model
+        past = (of_previous - weight * k, of_earlier)
         prediction = multistep * p_sample, multistep * p_model
-        next_scale = np.append(scale[1:], 1.0)
-        columns = (c_sample, c_model, c_previous, 0 * one, *prediction, next_scale, 0 * one)
+        moved = [column / scale_to for column in (c_sample, c_model, *past)]
+        columns = (*moved, *prediction, np.append(scale[1:], 1.0), spread / scale_to)
         return np.stack(columns, axis=1).astype(np.float32)
 
+    k = _extrapolation(config, *levels)
+    none, of_first_order, of_second_order = _corrections(config.solver, weight, *levels)
     initial = 1 / scale[0] if config.spacing == "leading" else np.max(sigma / scale)
     return SolverTables(
         timesteps=timesteps.astype(np.float32),
-        coefficients=rows(_extrapolation(config, alpha, sigma, alpha_to, sigma_to)),
-        first=rows(0 * one),
+        coefficients=rows(k, of_second_order),
+        first=rows(0 * one, none),
+        second=rows(k, of_first_order),
         input_scale=scale.astype(np.float32),
         noising=np.stack([alpha / scale, sigma / scale], axis=1).astype(np.float32),
-        initial_scale=float(initial) if config.solver == "euler" else 1.0,
+        initial_scale=float(initial) if config.solver in SCALED else 1.0,
     )
+
+
+def _step(
+    solver: str, timesteps: Float64, alpha: Float64, sigma: Float64, alpha_to: Float64,
+    sigma_to: Float64,
+) -> tuple[Float64, Float64, Float64]:  # fmt: skip
+    """K, W, R of x' = K x + W x0 + R z, float64 [S] each."""
+    if solver == "lcm":  # the boundary conditions of diffusers: sigma_data 0.5, timestep_scaling 10
+        scaled = 10 * timesteps
+        c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / np.sqrt(scaled**2 + 0.25)
+        return alpha_to * c_skip, alpha_to * c_out, sigma_to
+    if solver in STOCHASTIC:
+        q = alpha * sigma_to / (alpha_to * sigma)
+        return q * sigma_to / sigma, alpha_to * (1 - q**2), sigma_to * np.sqrt(1 - q**2)
+    kept = sigma_to / sigma
+    return kept, alpha_to - alpha * kept, np.zeros_like(alpha)
+
+
+def _corrections(solver: str, weight: Float64, *levels: Float64) -> Float64:
+    """u, v, w of UniPC's corrector: none, after a step of order 1 and of 2; float64 [3, 3, S].
+
+    The step that came here has the length l in λ, the one before it l'. It is corrected by
+    W (ρ' d' + ρ d), where d = x0 - h and d' = (h - e) l / l' are the differences along it. The
+    predictor had 1/2 for ρ' (order 2) and 0 for ρ.
+    """
+    corrections = np.zeros((3, 3, len(weight)))
+    if solver != "unipc":
+        return corrections
+    alpha, sigma = levels[:2]
+    W = weight[:-1]  # of the step that came here
+    corrections[1, :2, 1:] = W / 2, -W / 2
+    corrections[2, :, 1:2] = corrections[1, :, 1:2]
+    lengths = np.diff(np.log(alpha / sigma))
+    ratio, hh = lengths[1:] / lengths[:-1], -lengths[1:]  # hh: the paper's -h
+    b1 = (np.expm1(hh) / hh - 1) / np.expm1(hh)
+    b2 = 2 * ((np.expm1(hh) / hh - 1) / hh - 0.5) / np.expm1(hh)
+    rho_past = (b1 - b2) / (1 + 1 / ratio)
+    rho, earlier = b1 - rho_past, (0.5 - rho_past) * ratio
+    corrections[2, :, 2:] = W[1:] * np.stack([rho, -rho - earlier, earlier])
+    return corrections
 
 
 def _data_prediction(prediction: str, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64]:
@@ -173,26 +253,39 @@ def _data_prediction(prediction: str, alpha: Float64, sigma: Float64) -> tuple[F
 
 def _extrapolation(config: SolverConfig, *levels: Float64) -> Float64:
     """The k of each step, float64 [S], from its α, σ, α', σ': 0 where it is of first order."""
-    k, low_end = np.zeros_like(levels[0]), config.lower_order_final and config.steps < 15
-    if config.solver == "dpm":
-        low_end |= config.euler_at_final or config.final_sigma == "zero"
-        end = config.steps - low_end
-        alpha, sigma, alpha_to, sigma_to = (level[:end] for level in levels)
-        h = np.log(alpha_to * sigma / (alpha * sigma_to))
-        require(np.all(h[:-1] > 0), "steps", "noise to fall at each", config.steps, "Use fewer.")
-        k[1:end] = h[1:] / h[:-1] / 2
+    k, ends_at_zero = np.zeros_like(levels[0]), bool(levels[3][-1] == 0)
+    if config.solver not in ("dpm", "dpm-sde", "unipc"):
+        return k
+    low_end = config.lower_order_final
+    if config.solver == "unipc":
+        wanted, advice = "true where the last step ends at zero noise", "Leave it out."
+        require(low_end or not ends_at_zero, "lower_order_final", wanted, low_end, advice)
+    else:
+        low_end = (low_end and config.steps < 15) or config.euler_at_final or ends_at_zero
+    end = config.steps - low_end
+    alpha, sigma, alpha_to, sigma_to = (level[:end] for level in levels)
+    h = np.log(alpha_to * sigma / (alpha * sigma_to))
+    read = h[: config.steps - 1] if config.solver == "unipc" else h[:-1]
+    require(np.all(read > 0), "steps", "noise to fall at each", config.steps, "Use fewer.")
+    k[1:end] = h[1:] / h[:-1] / 2
     return k
 
 
 def _timesteps(config: SolverConfig) -> Float64:
-    """The spaced timesteps, falling, float64 [S]; DPM leaves out the last of S + 1."""
+    """The spaced timesteps, falling, float64 [S]; multistep solvers leave out the last of S + 1."""
     T, S = config.noise.train_timesteps, config.steps
-    points = S + 1 if config.solver == "dpm" else S
+    points = S + 1 if config.solver in MULTISTEP else S
+    if config.solver == "lcm":
+        wanted, advice = f"at most {LCM_STEPS}, on which it was distilled", "Use fewer."
+        require(S <= LCM_STEPS, "steps", wanted, S, advice)
+        distilled = np.arange(LCM_STEPS, 0, -1) * (T // LCM_STEPS) - 1.0
+        chosen = distilled[np.linspace(0, LCM_STEPS, S, endpoint=False).astype(np.int64)]
+        return np.asarray(chosen, np.float64)
     if config.spacing == "leading":
         spaced = np.arange(points)[::-1][:S] * float(T // points) + config.steps_offset
     elif config.spacing == "linspace":
         spaced = np.linspace(0, T - 1, points)[::-1][:S]
-        spaced = spaced.astype(np.float32) if config.solver == "euler" else np.round(spaced)
+        spaced = spaced.astype(np.float32) if config.solver in SCALED else np.round(spaced)
     else:
         spaced = np.round(np.arange(T, 0, -T / S)) - 1
     require(len(spaced) == S, "steps", "a number that 'trailing' can do", S, "Take one less.")
@@ -204,7 +297,7 @@ def _visited_levels(config: SolverConfig) -> tuple[Float64, ...]:
     if config.grid is not None:
         sigmas = np.append(np.asarray(config.grid.sigmas, np.float64), 0.0)
         return np.asarray(config.grid.timesteps, np.float64), *_from_ratios(sigmas)
-    return _ddim_levels(config) if config.solver == "ddim" else _sigma_levels(config)
+    return _ddim_levels(config) if config.solver in ("ddim", "lcm") else _sigma_levels(config)
 
 
 def _from_ratios(ratio: Float64) -> tuple[Float64, Float64, Float64, Float64]:
@@ -216,11 +309,14 @@ def _from_ratios(ratio: Float64) -> tuple[Float64, Float64, Float64, Float64]:
 
 
 def _ddim_levels(config: SolverConfig) -> tuple[Float64, ...]:
-    """Timesteps, then α, σ of each step and α', σ' that it goes to: T // S timesteps below."""
+    """Timesteps, then α, σ of each step and α', σ' that it goes to.
+
+    DDIM goes T // S timesteps below, LCM to the level of the next step.
+    """
     levels, timesteps = config.noise.alphas_cumprod(), _timesteps(config)
     index, T = timesteps.astype(np.int64), config.noise.train_timesteps
     require(index[0] < T, "steps_offset", f"timesteps below {T}", int(index[0]), "Lower it.")
-    below = index - T // config.steps
+    below = np.append(index[1:], -1) if config.solver == "lcm" else index - T // config.steps
     end = 1.0 if config.set_alpha_to_one else levels[0]
     here, there = levels[index], np.where(below >= 0, levels[np.maximum(below, 0)], end)
     return timesteps, np.sqrt(here), np.sqrt(1 - here), np.sqrt(there), np.sqrt(1 - there)
@@ -228,39 +324,51 @@ def _ddim_levels(config: SolverConfig) -> tuple[Float64, ...]:
 
 def _sigma_levels(config: SolverConfig) -> tuple[Float64, ...]:
     """As ``_ddim_levels``, where each step goes to the level of the next one."""
-    training, dpm = config.noise.sigmas(), config.solver == "dpm"
+    training, multistep = config.noise.sigmas(), config.solver in MULTISTEP
     times, timesteps = np.arange(len(training)), _timesteps(config)
     ratio = np.interp(timesteps, times, training)  # σ/α
     if config.karras:
-        high, low = (training[[-1, 0]] if dpm else ratio[[0, -1]]) ** (1 / 7)
+        high, low = (training[[-1, 0]] if multistep else ratio[[0, -1]]) ** (1 / 7)
         ratio = (high + np.linspace(0, 1, config.steps) * (low - high)) ** 7
         timesteps = np.interp(np.log(ratio), np.log(training.astype(np.float32)), times)
-        whole = np.trunc if config.noise.beta_schedule == "squaredcos_cap_v2" else np.round
-        timesteps = whole(timesteps) if dpm else timesteps
-    ratio = np.append(ratio, 0.0 if config.final_sigma == "zero" else training[0])
+        cosine = config.noise.beta_schedule == "squaredcos_cap_v2"
+        whole = np.trunc if cosine and config.solver != "unipc" else np.round
+        timesteps = whole(timesteps) if multistep else timesteps
+    least = ratio[-1] if config.karras and config.solver == "unipc" else training[0]
+    ratio = np.append(ratio, 0.0 if config.final_sigma == "zero" else least)
     return timesteps, *_from_ratios(ratio)
 
 
 def solver_step_numpy(
     row: Float32, guidance_scale: float | None, sample: Float32, previous_x0: Float32 | None,
-    model_output: Float32, next_input: Float32 | None, scratch: Float32,
+    earlier_x0: Float32 | None, model_output: Float32, next_input: Float32 | None,
+    scratch: Float32, noise: Float32 | None = None,
 ) -> None:  # fmt: skip
-    """Run one table row in place: ``sample`` and ``previous_x0`` [N, M] become the next step's.
+    """Run one table row in place: ``sample`` [N, M] becomes the next step's.
 
+    The step's own x0 takes the place of ``earlier_x0`` [N, M], so that the next step finds it as
+    its ``previous_x0`` with the two exchanged; both are None for a solver that keeps none.
     ``model_output`` is [N, M], or with guidance [2N, M], the unconditional half first; likewise
-    ``next_input``, whose halves are equal. ``scratch`` [N, M] is overwritten. Nothing is allocated.
+    ``next_input``, whose halves are equal. ``scratch`` [N, M] is overwritten; ``noise`` [N, M] is
+    read where the row adds any. Nothing is allocated.
     """
-    if previous_x0 is None:
+    if earlier_x0 is None or previous_x0 is None:
         sample *= row[0]
     else:
         scratch.fill(0)
         if row[2]:  # what no step has written may be NaN
             np.multiply(previous_x0, row[2], out=scratch)
-        np.multiply(sample, row[4], out=previous_x0)
+        if row[3]:
+            earlier_x0 *= row[3]
+            scratch += earlier_x0
+        np.multiply(sample, row[4], out=earlier_x0)
         sample *= row[0]
         sample += scratch
-        previous_x0 += _guided(model_output, guidance_scale, row[5], scratch)
+        earlier_x0 += _guided(model_output, guidance_scale, row[5], scratch)
     sample += _guided(model_output, guidance_scale, row[1], scratch)
+    if row[7]:
+        assert noise is not None
+        sample += np.multiply(noise, row[7], out=scratch)
     if next_input is not None:
         np.multiply(sample, row[6], out=next_input[: len(sample)])
         next_input[len(sample) :] = next_input[: len(next_input) - len(sample)]

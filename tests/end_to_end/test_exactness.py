@@ -19,6 +19,7 @@ from blockcache.export.unet.model import BRANCH, UNetCall  # noqa: E402
 from blockcache.runtime import Alignment, Schedule, Session  # noqa: E402
 from blockcache.runtime.plan import Sizes  # noqa: E402
 from blockcache.runtime.run_table import run_table  # noqa: E402
+from blockcache.runtime.solvers.grid import Grid  # noqa: E402
 from blockcache.runtime.solvers.solver import SolverConfig, solver_tables  # noqa: E402
 
 SHAPES = [(1, 16, 16), (2, 8, 8), (3, 24, 40)]
@@ -135,6 +136,48 @@ def test_the_loop_equals_the_reference_under_any_schedule(
     reference = drawn.numpy()
     assert relative(ours.latents, reference) <= 1e-4
     np.testing.assert_array_equal(ours.record.ran, run_table(ours.record.segments, preset.schedule))
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler-a", "dpm-sde", "lcm"])
+@pytest.mark.parametrize("start", [0, 7])
+def test_solvers_with_two_x0_or_noise_equal_the_reference(compiled, conditions_of, solver, start):
+    """On the levels of the bundle's preset, whose time tables they share."""
+    model, bundle = compiled("sd", 2)
+    opened = Session.open(bundle, preset="dpm-20", verify=False)
+    own = SolverConfig.from_json(opened.preset.solver)
+    grid = Grid("same", tuple(map(float, opened.sigmas)), tuple(map(float, opened.timesteps)))
+    config = SolverConfig(
+        solver=solver, steps=20, noise=own.noise, prediction=own.prediction, grid=grid
+    )
+    preset = dataclasses.replace(random_preset(opened.preset, 5, 2), solver=config.to_json())
+    session, tables = Session(bundle, preset, opened.backend), solver_tables(config)
+    conditions, noise, image = (
+        conditions_of(model, 2, seed=1),
+        *np.split(session.noise(range(4)), 2),
+    )
+    request = {"guidance_scale": 1.0, "start_step": start}
+    late = image if start else None
+    both = session.denoise(
+        noise, conditions["encoder_hidden_states"], image_latents=late, seeds=[3, 4], **request
+    ).latents
+    tensors = {name: torch.from_numpy(values) for name, values in conditions.items()}
+    with CachedUNet(model, 2) as cached:
+        reference = Denoiser(cached, tables, tensors, 1.0, seeds=[3, 4]).denoise(
+            torch.from_numpy(noise),
+            preset.schedule,
+            preset.alignment,
+            image_latents=None if late is None else torch.from_numpy(late),
+            start_step=start,
+        )
+    assert relative(both, reference.numpy()) <= 1e-4
+    alone = session.denoise(
+        noise[1:],
+        conditions["encoder_hidden_states"][1:],
+        image_latents=None if late is None else late[1:],
+        seeds=[4],
+        **request,
+    ).latents
+    assert relative(alone, both[1:]) <= 1e-4
 
 
 CUTS = (-1, 0, 1, 2)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockcache import kernels
+from blockcache.runtime.solvers.philox import standard_normal
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 UNIT = 2.0**-24  # largest relative error of one float32 rounding
@@ -26,11 +27,18 @@ def assert_same(actual, expected):
     np.testing.assert_array_equal(actual, expected)
 
 
-def formula(case, row, number):
+def noise_of(case, step):
+    """float32 [N, M], by the numpy twin; None without seeds."""
+    seeds = case["seeds"]
+    return None if seeds is None else standard_normal(seeds, step, case["sample"].shape[1])
+
+
+def formula(case, row, number, noise):
     """The documented formula in the documented order, computed with `number` (a numpy type)."""
     as_number = {
         name: None if value is None else np.asarray(value).astype(number)
         for name, value in case.items()
+        if name != "seeds"
     }
     x, m = as_number["sample"], as_number["model_out"]
     row = row.astype(number)
@@ -46,6 +54,8 @@ def formula(case, row, number):
         for column, name in ((2, "previous_x0"), (3, "earlier_x0")):
             if row[column] != 0:
                 next_sample = next_sample + row[column] * as_number[name]
+        if row[7] != 0:
+            next_sample = next_sample + row[7] * noise.astype(number)
         x0 = row[4] * x + row[5] * g
         next_input = row[6] * next_sample
     return next_sample, x0, next_input
@@ -67,9 +77,11 @@ def cases(draw):
         "earlier_x0": array(rng, (N, M), offset=offset) if histories > 1 else None,
         "guidance": array(rng, N) * 8 if guided else None,
         "rescale": array(rng, N) if guided and draw(st.booleans()) else None,
+        "seeds": rng.integers(0, 2**64, N, np.uint64) if draw(st.booleans()) else None,
     }
     table = array(rng, (3, 8))
     table[:, 2 + histories : 4] = 0
+    table[:, 7] *= case["seeds"] is not None
     return case, table, T, draw(st.integers(0, 2)), rng
 
 
@@ -87,7 +99,9 @@ def run(case, table, T, step):
 def test_equals_the_float32_formula_bit_for_bit(drawn):
     case, table, T, step, _ = drawn
     next_sample, x0, next_input = run(case, table, T, step)
-    expected_next, expected_x0, expected_input = formula(case, table[step], np.float32)
+    expected_next, expected_x0, expected_input = formula(
+        case, table[step], np.float32, noise_of(case, step)
+    )
     assert_same(next_sample, expected_next)
     assert_same(x0, expected_x0)
     for half in np.split(next_input, 2 if case["guidance"] is not None else 1):
@@ -96,13 +110,14 @@ def test_equals_the_float32_formula_bit_for_bit(drawn):
 
 @given(cases())
 def test_is_close_to_the_float64_formula(drawn):
-    """At most 8 roundings on a path: 3 guidance, 1 rescale, 1 product, 3 sums (5 without x0).
+    """At most 9 roundings on a path: 3 guidance, 1 rescale, 1 product, 4 sums (6 for the x0).
 
     Each is within UNIT of the magnitudes that enter it, the formula's value for absolute values.
     """
     case, table, T, step, _ = drawn
     next_sample, x0, _ = run(case, table, T, step)
-    exact_next, exact_x0, _ = formula(case, table[step], np.float64)
+    noise = noise_of(case, step)
+    exact_next, exact_x0, _ = formula(case, table[step], np.float64, noise)
     g = np.abs(case["model_out"].astype(np.float64))
     if case["guidance"] is not None:
         u, c = np.split(g, 2)
@@ -111,8 +126,9 @@ def test_is_close_to_the_float64_formula(drawn):
         g = g * np.abs(case["rescale"])[:, None]
     size = {name: None if value is None else np.abs(value) for name, value in case.items()}
     size |= {"model_out": g, "guidance": None, "rescale": None}
-    bound_next, bound_x0, _ = formula(size, np.abs(table[step]), np.float64)
-    assert np.all(np.abs(next_sample - exact_next) <= 1.01 * 8 * UNIT * bound_next)
+    noise = None if noise is None else np.abs(noise)
+    bound_next, bound_x0, _ = formula(size, np.abs(table[step]), np.float64, noise)
+    assert np.all(np.abs(next_sample - exact_next) <= 1.01 * 9 * UNIT * bound_next)
     assert np.all(np.abs(x0 - exact_x0) <= 1.01 * 6 * UNIT * bound_x0)
 
 
@@ -124,7 +140,9 @@ def test_special_numbers_go_through_the_formula(drawn, special):
             with np.errstate(over="ignore"):
                 case[name].flat[rng.integers(case[name].size)] = special
     next_sample, x0, next_input = run(case, table, T, step)
-    expected_next, expected_x0, expected_input = formula(case, table[step], np.float32)
+    expected_next, expected_x0, expected_input = formula(
+        case, table[step], np.float32, noise_of(case, step)
+    )
     assert_same(next_sample, expected_next)
     assert_same(x0, expected_x0)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -211,7 +229,7 @@ def test_rounding_is_to_nearest_even_around_every_midpoint(T):
 def test_bfloat16_bits_need_no_ml_dtypes():
     rng = np.random.default_rng(1)
     x, table = array(rng, (2, 33)), array(rng, (1, 8))
-    table[:, 2:4] = 0
+    table[:, [2, 3, 7]] = 0
     m = array(rng, (4, 33), ml_dtypes.bfloat16)
     outputs = []
     for model_out in (m, m.view(np.uint16)):
@@ -247,5 +265,5 @@ def test_a_bound_step_sees_new_contents_and_refuses_a_step_outside():
         with pytest.raises(kernels.KernelError, match=r"step must lie in 0\.\.S-1") as caught:
             step(outside)
         assert caught.value.code == -5
-    with pytest.raises(kernels.KernelError, match="coefficient for a model output or x0"):
+    with pytest.raises(kernels.KernelError, match="coefficient for a model output, x0 or noise"):
         step(1)

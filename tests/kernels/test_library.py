@@ -71,7 +71,7 @@ def test_another_abi_version_is_refused(fresh_loader, tmp_path, monkeypatch, sou
     command = [compiler, "-shared", "-fPIC", str(tmp_path / "other.c"), "-o", str(output)]
     subprocess.run(command, check=True)
     monkeypatch.setenv(_library.DIRECTORY_VARIABLE, str(tmp_path))
-    with pytest.raises(kernels.KernelError, match=f"ABI version 2, got {version} in"):
+    with pytest.raises(kernels.KernelError, match=f"ABI version 3, got {version} in"):
         kernels.host_available()
 
 
@@ -140,13 +140,14 @@ def results_of_every_kernel():
     rng, made = np.random.default_rng(0), []
     x, h = rng.standard_normal((2, 3, 5, 7, 11), np.float32)
     table, rows = rng.standard_normal((1, 8), np.float32), rng.standard_normal((2, 5), np.float32)
+    seeds = np.arange(3, dtype=np.uint64)
     for T in (np.float32, np.float16, ml_dtypes.bfloat16):
         m = rng.standard_normal((6, 5, 7, 11)).astype(T)
         out, x0, following = np.empty_like(x), np.empty_like(x), np.empty_like(m)
         factors = kernels.guidance_rescale_factors(m, guidance=5.0, phi=0.7)
         kernels.guided_solver_step(
             out, sample=x, model_out=m, table=table, step=0, x0_out=x0, previous_x0=h,
-            earlier_x0=x, next_input=following, guidance=5.0, rescale=factors,
+            earlier_x0=x, next_input=following, guidance=5.0, rescale=factors, seeds=seeds,
         )  # fmt: skip
         per_image, whole = kernels.relative_change(m, following, images=3)
         residuals = [np.empty_like(m), np.empty_like(m)]

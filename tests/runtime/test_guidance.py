@@ -16,9 +16,12 @@ from blockcache.runtime.devices import host as host_module
 from blockcache.runtime.devices.cuda_kernels import SolverKernel, SolverKernels
 from blockcache.runtime.devices.device import Guidance, modes_of
 from blockcache.runtime.devices.host import HostDevice
+from blockcache.runtime.solvers.philox import standard_normal
 
 DDIM_ROW = [0.9, -0.3, 0, 0, 0, 0, 0.7, 0]
 DPM_ROW = [0.9, -0.3, 0.2, 0, 1.1, -0.7, 0.5, 0]
+UNIPC_ROW = [0.9, -0.3, 0.2, -0.4, 1.1, -0.7, 0.5, 0]
+SDE_ROW = [0.9, -0.3, 0.2, 0, 1.1, -0.7, 0.5, 0.8]
 
 
 def floats(device, values):
@@ -28,21 +31,21 @@ def floats(device, values):
     return tensor
 
 
-def bind_compiled(_twin, device, table, guidance, *tensors):
-    return device.solver(table, guidance, *tensors)
+def bind_compiled(_twin, device, table, guidance, seeds, *tensors):
+    return device.solver(table, guidance, seeds, *tensors)
 
 
-def bind_numpy(_twin, device, table, guidance, *tensors):
+def bind_numpy(_twin, device, table, guidance, seeds, *tensors):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_module.kernels, "host_available", lambda: False)
-        return device.solver(table, guidance, *tensors)
+        return device.solver(table, guidance, seeds, *tensors)
 
 
-def bind_cuda(twin, device, table, guidance, *tensors):
+def bind_cuda(twin, device, table, guidance, seeds, *tensors):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_kernels.kernels, "cuda_library", lambda: twin)
         kernel = SolverKernel(device, 0, len(table), *modes_of(guidance), *tensors)
-    kernel.set(device, table, guidance)
+    kernel.set(device, table, guidance, seeds)
     return kernel.step
 
 
@@ -58,10 +61,11 @@ def requests(draw):
     )
     half = (images, 4, *draw(st.tuples(st.integers(1, 9), st.integers(1, 9))))
     both = half if guidance is None else (2 * images, *half[1:])
-    shapes = {"latents": half, "history": half, "model_output": both, "model_input": both}
+    shapes = {"latents": half, "past": (2, *half), "model_output": both, "model_input": both}
     values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    row = draw(st.sampled_from([DDIM_ROW, DPM_ROW]))
-    return values, np.array([DDIM_ROW, row], np.float32), guidance
+    row = draw(st.sampled_from([DDIM_ROW, DPM_ROW, UNIPC_ROW, SDE_ROW]))
+    seeds = np.array([draw(st.integers(0, 2**64 - 1)) for _ in range(images)], np.uint64)
+    return values, np.array([row, row], np.float32), guidance, seeds, draw(st.integers(0, 1))
 
 
 def diffusers_guided(output, guidance):
@@ -84,13 +88,14 @@ def diffusers_guided(output, guidance):
 @given(requests())
 def test_a_step_is_diffusers_guidance_and_the_table_row(twin_library, bind, drawn):
     """A dozen float32 roundings, each of at most the sums' size, which the guidance scale makes."""
-    values, table, guidance = drawn
+    values, table, guidance, seeds, at = drawn
     device = HostDevice()
     tensors = {name: floats(device, each) for name, each in values.items()}
-    bind(twin_library, device, table, guidance, *tensors.values())(1)
-    x, h = (values[name].astype(np.float64) for name in ("latents", "history"))
-    g, row = diffusers_guided(values["model_output"], guidance), table[1].astype(np.float64)
-    wanted = row[0] * x + row[1] * g + row[2] * h
+    bind(twin_library, device, table, guidance, seeds, *tensors.values())(at)
+    x, past = (values[name].astype(np.float64) for name in ("latents", "past"))
+    g, row = diffusers_guided(values["model_output"], guidance), table[at].astype(np.float64)
+    z = standard_normal(seeds, at, x[0].size).reshape(x.shape)
+    wanted = row[0] * x + row[1] * g + row[2] * past[1 - at] + row[3] * past[at] + row[7] * z
     scale = 1.0 if guidance is None else guidance.scale
     tolerance = 12 * 2.0**-24 * (1 + 2 * scale) * 8  # 8: the largest normal number drawn
     np.testing.assert_allclose(tensors["latents"].array, wanted, rtol=0, atol=tolerance)
@@ -98,8 +103,9 @@ def test_a_step_is_diffusers_guidance_and_the_table_row(twin_library, bind, draw
     following = np.tile(row[6] * wanted, (halves, 1, 1, 1))
     np.testing.assert_allclose(tensors["model_input"].array, following, rtol=0, atol=tolerance)
     if row[4:6].any():
-        history = row[4] * x + row[5] * g
-        np.testing.assert_allclose(tensors["history"].array, history, rtol=0, atol=tolerance)
+        x0 = row[4] * x + row[5] * g
+        np.testing.assert_allclose(tensors["past"].array[at], x0, rtol=0, atol=tolerance)
+        np.testing.assert_array_equal(tensors["past"].array[1 - at], values["past"][1 - at])
 
 
 class Memory:
@@ -112,7 +118,7 @@ def test_a_cuda_kernel_stays_for_the_next_request_and_goes_with_its_latents(
     """Same addresses, other guidance: what a captured graph relies on."""
     monkeypatch.setattr(cuda_kernels.kernels, "cuda_library", lambda: twin_library)
     device, rng, solvers = HostDevice(), np.random.default_rng(0), SolverKernels()
-    shapes = [(1, 4, 3, 3)] * 2 + [(2, 4, 3, 3)] * 2
+    shapes = [(1, 4, 3, 3), (2, 1, 4, 3, 3), (2, 4, 3, 3), (2, 4, 3, 3)]
     values = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
     tensors = [floats(device, each) for each in values]
     tensors[0] = replace(tensors[0], owner=Memory())
@@ -120,14 +126,14 @@ def test_a_cuda_kernel_stays_for_the_next_request_and_goes_with_its_latents(
     for guidance in (Guidance(3.0, 0.5), Guidance(9.0, 1.0)):
         for tensor, each in zip(tensors, values, strict=True):
             device.upload(tensor, each)
-        step = solvers.bind(device, 0, table, guidance, *tensors)
+        step = solvers.bind(device, 0, table, guidance, None, *tensors)
         step(0)
         used.add(step.__self__)
         fresh = [floats(device, each) for each in values]
-        bind_compiled(None, device, table, guidance, *fresh)(0)
+        bind_compiled(None, device, table, guidance, None, *fresh)(0)
         np.testing.assert_array_equal(tensors[0].array, fresh[0].array)
     assert len(used) == 1
-    assert solvers.bind(device, 0, table, Guidance(3.0), *tensors).__self__ not in used
+    assert solvers.bind(device, 0, table, Guidance(3.0), None, *tensors).__self__ not in used
     kernel = weakref.ref(used.pop())
     del step, tensors
     gc.collect()
@@ -181,10 +187,11 @@ def test_the_model_input_is_the_scaled_latents_in_every_half(twin_library, renew
 
 def test_a_kernel_that_fails_is_our_error(twin_library):
     device = HostDevice()
-    tensors = [floats(device, np.zeros((1, 4, 3, 3), np.float32)) for _ in range(4)]
+    shapes = [(1, 4, 3, 3), (2, 1, 4, 3, 3), (1, 4, 3, 3), (1, 4, 3, 3)]
+    tensors = [floats(device, np.zeros(shape, np.float32)) for shape in shapes]
     table = np.array([DPM_ROW], np.float32)
     steps = [
-        device.solver(table, None, *tensors),
+        device.solver(table, None, None, *tensors),
         renew_by_kernel(twin_library, device, table[:, 6], tensors[0], tensors[3]),
     ]
     for step in steps:

@@ -65,17 +65,16 @@ def draw(session, request, noise, first=0, scale=3.0, image=None):
         else signal * image + level * noise
     )
     sample = sample.reshape(len(noise), -1).astype(np.float32)
-    previous, following, scratch = (
-        np.zeros_like(sample),
-        np.zeros((2, *sample.shape), np.float32),
-        np.empty_like(sample),
-    )
+    past, following = np.zeros((2, 2, *sample.shape), np.float32)
+    scratch, rows = np.empty_like(sample), tables.rows_from(first)
     following[:] = sample * tables.input_scale[first]
     for step in range(first, session.steps):
         output = request.predict(step, following.reshape(-1, *noise.shape[1:]))
-        row = tables.first[step] if step == first else tables.coefficients[step]
         flat = following.reshape(-1, sample.shape[1])
-        solver_step_numpy(row, scale, sample, previous, output.reshape(flat.shape), flat, scratch)
+        now, earlier = output.reshape(flat.shape), past[step % 2]
+        solver_step_numpy(
+            rows[step], scale, sample, past[1 - step % 2], earlier, now, flat, scratch
+        )
     return sample.reshape(noise.shape)
 
 

@@ -94,6 +94,47 @@ def relative(a, b):
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
+# -- solvers that add noise ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def noisy(bundle):
+    """Euler ancestral on the levels of dpm-20, on empty engines."""
+    found = bundle.preset("dpm-20")
+    return Session(
+        bundle, replace(found, solver={**found.solver, "solver": "euler-a"}), EmptyBackend()
+    )
+
+
+def test_a_solver_that_adds_noise_needs_a_seed_an_image(noisy):
+    asks = request(noisy, (0, 1))
+    with pytest.raises(InputError) as caught:
+        noisy.denoise(**asks)
+    assert str(caught.value) == (
+        "seeds: expected 2 whole numbers, one an image, got None. The preset's solver adds fresh "
+        "noise at every step: pass the seeds that session.noise was given."
+    )
+    for seeds, got in (([1], "got 1"), (3, "got 3"), ("01", "got '01'"), ([1, -1], "got -1")):
+        with pytest.raises(InputError, match=f"^seeds: expected .*{got}"):
+            noisy.denoise(**asks, seeds=seeds)
+
+
+def test_noise_follows_from_the_seeds_alone(noisy):
+    asks = request(noisy, (0, 1))
+    drawn = [noisy.denoise(**asks, seeds=seeds).latents for seeds in ([5, 6], [5, 7], [5, 6])]
+    assert np.array_equal(drawn[0], drawn[2])
+    assert np.array_equal(drawn[0][0], drawn[1][0])
+    assert not np.array_equal(drawn[0][1], drawn[1][1])
+    noisy.warm_up(images=2)
+
+
+def test_other_solvers_do_not_read_seeds(session):
+    with_seeds, without = (session.denoise(**request(session), **s) for s in ({"seeds": [9]}, {}))
+    assert np.array_equal(with_seeds.latents, without.latents)
+    with pytest.raises(InputError, match=r"^seeds: expected 1 whole numbers, .*, got 2\.$"):
+        session.denoise(**request(session), seeds=[1, 2])
+
+
 # -- refused requests ------------------------------------------------------------------------------
 
 
@@ -491,8 +532,8 @@ class FarDevice(HostDevice):
     def row_loader(self, row, table):
         return super().row_loader(self.of(row), self.of(table))
 
-    def solver(self, coefficients, guidance, *tensors):
-        return super().solver(coefficients, guidance, *map(self.of, tensors))
+    def solver(self, coefficients, guidance, seeds, *tensors):
+        return super().solver(coefficients, guidance, seeds, *map(self.of, tensors))
 
     def model_input(self, scales, *tensors):
         return super().model_input(scales, *map(self.of, tensors))

@@ -73,7 +73,7 @@ def seconds(bundle: Bundle, preset: str, rounds: int) -> tuple[list[float], list
         )  # fmt: skip
         spent[0].append(time.perf_counter() - begin)
         begin = time.perf_counter()
-        session.denoise(noise, prompt[1:], prompt[:1], guidance_scale=scale)
+        session.denoise(noise, prompt[1:], prompt[:1], guidance_scale=scale, seeds=[0])
         spent[1].append(time.perf_counter() - begin)
     return spent[0][1:], spent[1][1:]
 

@@ -122,6 +122,7 @@ def check_against_torch(bundle: Bundle, model: str, precision: str) -> dict[str,
             negative.pop("encoder_hidden_states"),
             conditions=positive,
             negative_conditions=negative,
+            seeds=[0],
         )
     preset, latents = session.preset, result.latents
     del session
@@ -154,7 +155,7 @@ def _torch_latents(
     picked = Calibration(*conditions).pick([0], guided=scale > 1)
     source.unet.eval()
     with CachedUNet(source) as cached:
-        denoiser = Denoiser(cached, tables, picked, scale)
+        denoiser = Denoiser(cached, tables, picked, scale, seeds=[0])
         latents = denoiser.denoise(start, preset.schedule, preset.alignment)
     result: np.ndarray = latents.numpy()
     return result

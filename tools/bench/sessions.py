@@ -144,6 +144,7 @@ def denoiser(session: Session, images: int) -> Callable[[], RunRecord]:
             conditions=positive,
             negative_conditions=negative,
             guidance_scale=guidance if guidance > 1 else GUIDANCE,
+            seeds=range(images),
         ).record
 
     return run

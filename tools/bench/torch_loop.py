@@ -63,16 +63,20 @@ class TorchLoop:
     def denoise(self, evaluate: Evaluate, tables: SolverTables) -> torch.Tensor:
         """Guided denoising by the solver's tables: float32 [N, C, H, W]."""
         sample = self.noise * float(tables.initial_scale)
-        history = torch.zeros_like(sample)
+        rows, past = tables.rows_from(0).tolist(), tuple[torch.Tensor, ...]()
         for step, timestep in enumerate(tables.timesteps):
             scaled = (sample * float(tables.input_scale[step])).to(self.dtype)
             at = torch.tensor(float(timestep), device=self.device)
             output = evaluate(torch.cat([scaled, scaled]), at).float()
             unconditional, conditional = output.chunk(2)
             output = unconditional + GUIDANCE * (conditional - unconditional)
-            row = tables.first[0] if step == 0 else tables.coefficients[step]
-            a, b, c, _, d, e = (float(value) for value in row[:6])
-            sample, history = a * sample + b * output + c * history, d * sample + e * output
+            row = rows[step]
+            following = row[0] * sample + row[1] * output
+            for coefficient, x0 in zip(row[2:4], past, strict=False):
+                following = following + coefficient * x0
+            if row[7]:
+                following = following + row[7] * torch.randn_like(following)
+            sample, past = following, (row[4] * sample + row[5] * output, *past[:1])
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return sample

@@ -63,6 +63,7 @@ def check_loop(
             conditions=positive,
             negative_conditions=negative,
             guidance_scale=guidance_scale,
+            seeds=[seed],
         ).latents
 
     reference = denoise(wide, WidenedBackend(bundle, rounded=False))

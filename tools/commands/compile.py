@@ -22,7 +22,8 @@ PLOT = "presets.svg"
 Presets = Annotated[
     list[str] | None,
     typer.Option(
-        help="SOLVER[-GRID]:STEPS[:POLICY[:ALIGNMENT]], repeatable. SOLVER: dpm, ddim, euler. "
+        help="SOLVER[-GRID]:STEPS[:POLICY[:ALIGNMENT]], repeatable. SOLVER: dpm, unipc, ddim, "
+        "euler; with fresh noise at every step euler-a, dpm-sde, lcm. "
         "GRID: auto (measured: nearest to a converged run), karras, exponential, beta, lu, "
         "ays-sd15, ays-sdxl, linspace, leading, trailing; none: the scheduler's own. POLICY: "
         "x2 (twice as fast; steps, grid and reuse chosen together), ms250 (the same, in "

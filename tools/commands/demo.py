@@ -168,9 +168,10 @@ def run_presets(
     sessions = {name: Session.open(bundle, preset=name, verify=False) for name in names}
     for turn, name in enumerate(turns):
         progress("denoise", turn, len(turns))
-        noise = sessions[name].noise(range(seed, seed + len(prompts)))
+        seeds = range(seed, seed + len(prompts))
+        noise = sessions[name].noise(seeds)
         begin = time.perf_counter()
-        latents[name] = sessions[name].denoise(noise, positive, negative).latents
+        latents[name] = sessions[name].denoise(noise, positive, negative, seeds=seeds).latents
         seconds[name].append(time.perf_counter() - begin)
     progress("denoise", len(turns), len(turns))
     # The first turn of each warms up, where there are others.

@@ -74,15 +74,17 @@ def run(
     positive, negative = _conditions(codec, embeddings, prompt, size)
     session = Session.open(opened, preset=name, backend=engines)
     images = max(len(values) for values in positive.values())
+    seeds = range(seed, seed + images)
     with StageProgress() as progress:
         result = session.denoise(
-            session.noise(range(seed, seed + images), *size),
+            session.noise(seeds, *size),
             positive.pop("encoder_hidden_states"),
             negative.pop("encoder_hidden_states", None),
             conditions=positive,
             negative_conditions=negative,
             guidance_scale=guidance,
             guidance_rescale=guidance_rescale,
+            seeds=seeds,
             callback=lambda at: progress(f"denoise {name}", at.step + 1, at.steps),
         )
     _write(result.latents, codec, out)

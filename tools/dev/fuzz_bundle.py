@@ -174,6 +174,7 @@ def _draw(sessions: Sequence[Session], inputs: Mapping[str, np.ndarray]) -> list
             np.zeros_like(prompt),
             conditions=conditions,
             negative_conditions={name: np.zeros_like(v) for name, v in conditions.items()},
+            seeds=range(len(inputs["noise"])),
         ).latents
         for session in sessions
     ]

@@ -97,6 +97,7 @@ class Drawings:
             conditions=positive,
             negative_conditions=negative,
             guidance_scale=self.guidance(session.preset),
+            seeds=seeds,
             check_finite=True,
         )
         return result.latents

@@ -73,5 +73,6 @@ def _once(session: Session, subject: Subject, images: int, guidance: float) -> f
         conditions=positive,
         negative_conditions=negative,
         guidance_scale=guidance,
+        seeds=range(images),
     )
     return time.perf_counter() - begin

@@ -31,7 +31,7 @@ import typer
 from blockcache.export import Calibration, ConvergedOptions
 from blockcache.export.graph.time_tables import time_tables
 from blockcache.export.measure.converged import converged_solver
-from blockcache.export.measure.sampling import Job, Sampling
+from blockcache.export.measure.sampling import Job, Sampling, job_seed
 from blockcache.runtime import (
     Alignment,
     Bundle,
@@ -140,7 +140,9 @@ class _Draw:
             for jobs in self._batches():
                 prompts = positive["encoder_hidden_states"][[prompt for prompt, _ in jobs]]
                 noise = sampling.noise(jobs).numpy()
-                done = session.denoise(noise, prompts, negative["encoder_hidden_states"])
+                seeds = [job_seed(job) for job in jobs]
+                empty = negative["encoder_hidden_states"]
+                done = session.denoise(noise, prompts, empty, seeds=seeds)
                 drawn.append(done.latents)
         return np.concatenate(drawn)
 

@@ -19,9 +19,10 @@ from blockcache.export.choose.policies import (
     Table,
     Threshold,
 )
-from blockcache.export.choose.preset import ALIGNMENTS, GRIDS, SOLVERS, PresetOptions
+from blockcache.export.choose.preset import ALIGNMENTS, GRIDS, PresetOptions
 from blockcache.runtime import Alignment, ConfigError, Schedule
 from blockcache.runtime.plan import Preset, Sizes, preset_name
+from blockcache.runtime.solvers.solver import SOLVERS
 
 pytest.importorskip("torch")
 pytest.importorskip("onnx_ir")
@@ -112,7 +113,7 @@ def test_a_preset_that_cannot_be_read_shows_the_form(text):
 
 
 REFUSED = {
-    "heun:20": "Expected a solver of ('dpm', 'ddim', 'euler'), got 'heun'.",
+    "heun:20": f"Expected a solver of {SOLVERS}, got 'heun'.",
     "dpm:0": "Expected 1 to 1000 steps, got 0.",
     "dpm:1001": "Expected 1 to 1000 steps, got 1001.",
     "dpm-1000000000": "Expected 1 to 1000 steps, got 1000000000.",
@@ -232,12 +233,25 @@ def test_a_latency_needs_times_and_one_source_of_them():
         ("dpm-auto:20:blocks1.5:history", "auto", "dpm-auto-20-blocks1.5-history"),
         ("ddim-ays-sd15:10", "ays-sd15", "ddim-ays-sd15-10"),
         ("euler-trailing:8:0.5", "trailing", "euler-trailing-8-d0.5"),
+        ("euler-a:20", None, "euler-a-20"),
+        ("euler-a-ays-sd15:10:0.5", "ays-sd15", "euler-a-ays-sd15-10-d0.5"),
+        ("dpm-sde-karras:20:branch2:history", "karras", "dpm-sde-karras-20-branch2-history"),
+        ("unipc-auto:8", "auto", "unipc-auto-8"),
+        ("lcm:4", None, "lcm-4"),
     ],
 )
 def test_a_grid_stands_behind_the_solver(text, grid, name):
     preset = PresetOptions.parse(text)
     assert (preset.grid, preset.name) == (grid, name)
     assert PresetOptions.parse(preset.name) == preset
+
+
+@pytest.mark.parametrize("text", ["euler-a:20:x2", "lcm:4:ms250", "dpm-sde-auto:20"])
+def test_what_is_measured_against_a_converged_run_refuses_solvers_that_add_noise(text):
+    with pytest.raises(
+        ConfigError, match=r"^The solver '.*' adds noise at every step, so that its"
+    ):
+        PresetOptions.parse(text)
 
 
 def test_the_grid_auto_is_measured():

@@ -35,7 +35,7 @@ def begun(sampling):
 
 def equal(state, other):
     ours, theirs = (
-        [state.latents, state.previous, *(output for outputs in state.kept for output in outputs)]
+        [state.latents, *state.past, *(output for outputs in state.kept for output in outputs)]
         for state in (state, other)
     )
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -1,6 +1,7 @@
 """Solver tables against diffusers, against closed forms, and their error texts."""
 
 import doctest
+import importlib
 import itertools
 import json
 import tracemalloc
@@ -15,7 +16,9 @@ from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.solvers import solver as module
 from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers
 from blockcache.runtime.solvers.noise import NoiseSchedule
+from blockcache.runtime.solvers.philox import standard_normal
 from blockcache.runtime.solvers.solver import (
+    SOLVERS,
     SolverConfig,
     SolverTables,
     solver_step_numpy,
@@ -39,6 +42,7 @@ NOISE = {
 }
 SPACINGS = (("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 1))
 N, M = 2, 12
+SEEDS = np.arange(N, dtype=np.uint64)
 
 # Both sides round to float32: about four operations a step, each by 2^-24 = 6e-8 of its largest
 # term, which guidance and the extrapolation make a few times the sample; diffusers also takes its
@@ -66,36 +70,47 @@ class LinearModel:
 
 def run(tables: SolverTables, x, model, *, start=0, scale=None):
     """Every sample from step ``start`` on; ``scale`` runs with guidance on doubled inputs."""
-    sample, previous, scratch = x.copy(), np.full_like(x, np.nan), np.empty_like(x)
-    halves = 1 if scale is None else 2
+    sample, past, scratch = x.copy(), np.full((2, *x.shape), np.nan, np.float32), np.empty_like(x)
+    rows, halves = tables.rows_from(start), 1 if scale is None else 2
     model_input = np.tile(tables.input_scale[start] * sample, (halves, 1))
     samples = []
     for step in range(start, len(tables.timesteps)):
         output = model(model_input, float(tables.timesteps[step]))
-        row = (tables.first if step == start else tables.coefficients)[step]
-        solver_step_numpy(row, scale, sample, previous, output, model_input, scratch)
+        noise = standard_normal(SEEDS, step, x.shape[1])
+        previous, earlier = past[1 - step % 2], past[step % 2]
+        solver_step_numpy(
+            rows[step], scale, sample, previous, earlier, output, model_input, scratch, noise
+        )
         samples.append(sample.copy())
     return samples
 
 
 def reference(scheduler, x, model, *, start=0):
-    """Every sample of the diffusers scheduler from step ``start`` on."""
+    """Every sample of the diffusers scheduler from step ``start`` on, with our noise handed in."""
     import torch
 
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
     sample, samples = torch.from_numpy(x.copy()), []
-    for timestep in scheduler.timesteps[start:]:
+    module = importlib.import_module(type(scheduler).__module__)
+    for step, timestep in enumerate(scheduler.timesteps[start:], start):
+        noise = torch.from_numpy(standard_normal(SEEDS, step, M))
         scaled = scheduler.scale_model_input(sample, timestep)
         output = torch.from_numpy(model(scaled.numpy(), float(timestep)))
-        sample = scheduler.step(output, timestep, sample).prev_sample
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "randn_tensor", lambda *_, z=noise, **__: z, raising=False)
+            sample = scheduler.step(output, timestep, sample).prev_sample
         samples.append(sample.numpy())
     return samples
 
 
 def diffusers_class(solver):
     diffusers = pytest.importorskip("diffusers")
-    names = {"ddim": "DDIM", "dpm": "DPMSolverMultistep", "euler": "EulerDiscrete"}
+    names = {
+        **{"ddim": "DDIM", "dpm": "DPMSolverMultistep", "euler": "EulerDiscrete", "lcm": "LCM"},
+        **{"unipc": "UniPCMultistep", "euler-a": "EulerAncestralDiscrete"},
+        "dpm-sde": "DPMSolverMultistep",
+    }
     return getattr(diffusers, names[solver] + "Scheduler")
 
 
@@ -105,8 +120,8 @@ def relative_error(ours, theirs):
     )
 
 
-def euler_in_float64(scheduler, x, model, prediction, *, start):
-    """Karras et al. 2022, alg. 1 on the sigmas of the diffusers scheduler."""
+def euler_in_float64(scheduler, x, model, *, start, ancestral):
+    """Karras et al. 2022, alg. 1 on the sigmas of the diffusers scheduler; or with fresh noise."""
     sigmas, sample, samples = scheduler.sigmas.numpy().astype(np.float64), x.astype(np.float64), []
     for step in range(start, len(sigmas) - 1):
         sigma, unit = sigmas[step], np.sqrt(sigmas[step] ** 2 + 1)
@@ -115,8 +130,13 @@ def euler_in_float64(scheduler, x, model, prediction, *, start):
             "epsilon": sample - sigma * output,
             "v_prediction": sample / unit**2 - output * sigma / unit,
             "sample": output,
-        }[prediction]
-        sample = sample + (sample - x0) / sigma * (sigmas[step + 1] - sigma)
+        }[scheduler.config.prediction_type]
+        down, up = sigmas[step + 1], 0.0
+        if ancestral:
+            up = down * np.sqrt(1 - down**2 / sigma**2)
+            down = down**2 / sigma
+        sample = sample + (sample - x0) / sigma * (down - sigma)
+        sample = sample + up * standard_normal(SEEDS, step, M)
         samples.append(sample)
     return samples
 
@@ -125,13 +145,12 @@ def compare_from(scheduler, tables, solver, x, start):
     """Assert that every sample from step ``start`` on equals the scheduler's."""
     model = LinearModel()
     ours, theirs = (run(tables, x, model, start=start), reference(scheduler, x, model, start=start))
-    if solver != "euler":
+    if solver not in ("euler", "euler-a"):
         assert relative_error(ours, theirs) <= TOLERANCE
         return
-    prediction = scheduler.config.prediction_type
-    exact = euler_in_float64(scheduler, x, model, prediction, start=start)
+    largest, ancestral = np.max(np.abs([x, *theirs])), solver == "euler-a"
+    exact = euler_in_float64(scheduler, x, model, start=start, ancestral=ancestral)
     assert relative_error(ours, exact) <= TOLERANCE
-    largest = np.max(np.abs([x, *theirs]))
     for a, b in zip(ours, theirs, strict=True):
         allowed = TOLERANCE * np.max(np.abs(b)) + CANCELLATION * largest
         assert np.max(np.abs(a - b)) <= allowed
@@ -188,6 +207,7 @@ def options_of(noise, prediction, spacing, extra):
     }
 
 
+SDE = {"algorithm_type": "sde-dpmsolver++"}
 DDIM_LATENT = {"clip_sample": False}
 KARRAS = {"use_karras_sigmas": True}
 
@@ -221,11 +241,41 @@ def test_equals_diffusers_at_every_step(solver, extra, prediction, noise):
         ("dpm", {"final_sigmas_type": "sigma_min", "lower_order_final": False, **KARRAS}),
         ("euler", {"final_sigmas_type": "sigma_min"}),
         ("euler", {"final_sigmas_type": "sigma_min", **KARRAS}),
+        ("dpm-sde", {**SDE, "euler_at_final": True, "final_sigmas_type": "sigma_min"}),
+        ("unipc", {"final_sigmas_type": "sigma_min", "lower_order_final": False}),
+        ("unipc", {"final_sigmas_type": "sigma_min", **KARRAS}),
     ],
 )
 def test_final_step_options_equal_diffusers(solver, extra):
     for spacing, steps in itertools.product(SPACINGS, (1, 2, 14, 15)):
         assert compare(solver, steps, options_of("scaled", "v_prediction", spacing, extra))
+
+
+@pytest.mark.parametrize(
+    ("solver", "extra", "other"),
+    [
+        ("unipc", {}, KARRAS),
+        ("dpm-sde", SDE, {**SDE, **KARRAS}),
+        ("euler-a", {}, {}),
+        ("lcm", {}, {}),
+    ],
+)
+def test_more_terms_equal_diffusers_in_1_to_33_steps(solver, extra, other):
+    """Two x0 and noise; noise schedules, predictions and spacings in turn, and late starts."""
+    refused = []
+    predictions = PREDICTIONS[:2] if solver == "euler-a" else PREDICTIONS  # diffusers has no more
+    for steps, turn in itertools.product(range(1, 34), (0, 1)):
+        noise = [*NOISE][(steps + 2 * turn) % 5]
+        prediction = predictions[(steps // 2 + turn) % len(predictions)]
+        spacing = SPACINGS[(steps // 3 + turn) % 4]
+        options = {**(other if turn else extra)}
+        if solver == "lcm":
+            spacing = SPACINGS[0]
+        options = options_of(noise, prediction, spacing, options)
+        if not compare(solver, steps, options, starts=(0, steps // 3) if steps > 2 else (0,)):
+            refused.append((noise, prediction))
+    # Zero terminal SNR has no x0 in an epsilon of the first step.
+    assert set(refused) <= {("zero_snr", "epsilon")}
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -255,7 +305,7 @@ def test_dpm_timesteps_may_repeat():
 
 
 @pytest.mark.parametrize("source", ["PNDM", "DDPM", "DDIM", "EulerDiscrete", "UniPCMultistep"])
-@pytest.mark.parametrize("solver", ["ddim", "dpm", "euler"])
+@pytest.mark.parametrize("solver", ["ddim", "dpm", "euler", "unipc", "euler-a", "lcm"])
 def test_reads_every_class_as_diffusers_does(source, solver):
     diffusers = pytest.importorskip("diffusers")
     own = getattr(diffusers, source + "Scheduler")
@@ -314,7 +364,7 @@ def test_euler_and_ddim_are_one_solver_in_two_units():
 
 configs = st.builds(
     SolverConfig,
-    solver=st.sampled_from(["ddim", "dpm", "euler"]),
+    solver=st.sampled_from([solver for solver in SOLVERS if solver != "lcm"]),
     steps=st.integers(1, 60),
     prediction=st.sampled_from(PREDICTIONS),
     spacing=st.sampled_from(["leading", "trailing", "linspace"]),
@@ -341,9 +391,9 @@ def test_a_perfect_model_is_solved_exactly(config, start):
     x0, noise = np.random.default_rng(3).normal(size=(2, N, M))
     sample = tables.noising[start, 0] * x0 + tables.noising[start, 1] * noise
     # In the rows' own arithmetic, but float64: x0 = (D - kept x) / weight cancels by σ/α.
-    terms, previous = 1.0, np.zeros_like(sample)
-    for step in range(start, config.steps):
-        row = (tables.first if step == start else tables.coefficients)[step].astype(np.float64)
+    terms, past = 1.0, (np.zeros_like(sample),) * 2
+    rows = tables.rows_from(start).astype(np.float64)
+    for step, row in enumerate(rows[start:], start):
         alpha, sigma = tables.noising[step].astype(np.float64)
         unit = np.hypot(alpha, sigma)
         noise_now = (sample - alpha * x0) / sigma
@@ -356,9 +406,10 @@ def test_a_perfect_model_is_solved_exactly(config, start):
         terms = max(
             terms, *(float(np.max(np.abs(row[i] * v))) for i, v in ((0, sample), (1, output)))
         )
-        sample, previous = (
-            row[0] * sample + row[1] * output + row[2] * previous,
-            row[4] * sample + row[5] * output,
+        noise = row[7] * standard_normal(SEEDS, step, M)
+        sample, past = (
+            row[0] * sample + row[1] * output + row[2] * past[0] + row[3] * past[1] + noise,
+            (row[4] * sample + row[5] * output, past[0]),
         )
     below = int(tables.timesteps[-1]) - config.noise.train_timesteps // config.steps
     if config.solver == "ddim" and below >= 0:
@@ -379,11 +430,12 @@ def test_tables_are_finite_and_first_rows_read_no_x0(config):
         tables = solver_tables(config)
     except ConfigError:
         return
-    for table in (tables.coefficients, tables.first):
+    for table in (tables.coefficients, tables.first, tables.second):
         assert table.dtype == np.float32
         assert table.shape == (config.steps, 8)
         assert np.isfinite(table).all()
     assert not tables.first[:, 2:4].any()
+    assert not tables.second[:, 3].any()
     np.testing.assert_array_equal(tables.first[0], tables.coefficients[0])
     np.testing.assert_array_equal(tables.coefficients[:-1, 6], tables.input_scale[1:])
 
@@ -398,20 +450,23 @@ def test_json_keeps_trained_betas():
 
 def step_arrays(rows):
     random = np.random.default_rng(4)
-    shapes = {"sample": N, "previous_x0": N, "model_output": rows, "next_input": rows, "scratch": N}
+    shapes = {"sample": N, "previous_x0": N, "earlier_x0": N, "model_output": rows}
+    shapes |= {"next_input": rows, "scratch": N, "noise": N}
     return {k: random.normal(size=(n, M)).astype(np.float32) for k, n in shapes.items()}
 
 
 @pytest.mark.parametrize("rows", [N, 2 * N])
 def test_step_is_the_documented_formula(rows):
-    row = np.array([0.9, -0.3, 0.2, 0, 1.1, -0.7, 0.5, 0], dtype=np.float32)
+    row = np.array([0.9, -0.3, 0.2, -0.6, 1.1, -0.7, 0.5, 0.4], dtype=np.float32)
     now = step_arrays(rows)
-    x, h, out = (now[k].astype(np.float64) for k in ("sample", "previous_x0", "model_output"))
+    names = ("sample", "previous_x0", "earlier_x0", "model_output", "noise")
+    x, h, e, out, z = (now[name].astype(np.float64) for name in names)
     g = out if rows == N else out[:N] + 7.5 * (out[N:] - out[:N])
     solver_step_numpy(row, 7.5, **now)
-    wanted = row[0] * x + row[1] * g + row[2] * h
+    wanted = row[0] * x + row[1] * g + row[2] * h + row[3] * e + row[7] * z
     np.testing.assert_allclose(now["sample"], wanted, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(now["previous_x0"], row[4] * x + row[5] * g, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(now["previous_x0"], h)
+    np.testing.assert_allclose(now["earlier_x0"], row[4] * x + row[5] * g, rtol=1e-5, atol=1e-5)
     repeated = np.tile(row[6] * now["sample"], (rows // N, 1))
     np.testing.assert_array_equal(now["next_input"], repeated)
 
@@ -420,7 +475,9 @@ def test_step_without_x0_or_next_input():
     row = np.array([0.9, -0.3, 0, 0, 0, 0, 1, 0], dtype=np.float32)
     now = step_arrays(N)
     wanted = row[0] * now["sample"] + row[1] * now["model_output"]
-    solver_step_numpy(row, None, **{**now, "previous_x0": None, "next_input": None})
+    solver_step_numpy(
+        row, None, **{**now, "previous_x0": None, "earlier_x0": None, "next_input": None}
+    )
     np.testing.assert_allclose(now["sample"], wanted, rtol=1e-6)
 
 
@@ -441,7 +498,7 @@ def test_step_allocates_nothing():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": "heun"}, r"solver: expected one of \('ddim', 'dpm', 'euler'\), got 'heun'"),
+        ({"solver": "heun"}, r"solver: expected one of \('dpm', 'unipc', .*\), got 'heun'"),
         ({"steps": 0}, "steps: expected a whole number >= 1, got 0"),
         ({"steps": True}, "steps: expected a whole number"),
         ({"steps": 1001}, "steps: expected at most 1000, got 1001"),
@@ -451,7 +508,7 @@ def test_step_allocates_nothing():
         ({"karras": 1}, "karras: expected true or false, got 1"),
         (
             {"karras": True},
-            "karras: expected False with solver 'ddim', got True. Only dpm and euler",
+            "karras: expected False with solver 'ddim', got True. Only dpm and euler and unipc and",
         ),
         (
             {"solver": "dpm", "set_alpha_to_one": False},
@@ -496,6 +553,11 @@ def test_noise_errors(options, message):
             "steps_offset: expected timesteps below 1000, got 1000",
         ),
         ({"solver": "dpm", "steps": 1000}, "steps: expected noise to fall at each, got 1000"),
+        ({"solver": "lcm", "steps": 51}, "steps: expected at most 50, on which it was distilled"),
+        (
+            {"solver": "unipc", "lower_order_final": False},
+            "lower_order_final: expected true where the last step ends at zero noise, got False",
+        ),
     ],
 )
 def test_table_errors(options, message):
@@ -522,7 +584,14 @@ def test_table_errors(options, message):
         ("euler", {"timestep_type": "continuous"}, "timestep_type"),
         ("euler", {"interpolation_type": "log_linear"}, "interpolation_type"),
         ("euler", {"sigma_max": 80.0}, "sigma_max"),
-        (None, {"_class_name": "UniPCMultistepScheduler"}, "solver"),
+        (None, {"_class_name": "HeunDiscreteScheduler"}, "solver"),
+        ("unipc", {"solver_type": "bh1"}, "solver_type"),
+        ("unipc", {"solver_order": 3}, "solver_order"),
+        ("unipc", {"predict_x0": False}, "predict_x0"),
+        ("unipc", {"disable_corrector": [0]}, "disable_corrector"),
+        ("dpm-sde", {"algorithm_type": "sde-dpmsolver"}, "algorithm_type"),
+        ("lcm", {"original_inference_steps": 100}, "original_inference_steps"),
+        ("lcm", {"timestep_scaling": 1.0}, "timestep_scaling"),
         ("euler", {"beta_schedule": "exp"}, "beta_schedule"),
     ],
 )

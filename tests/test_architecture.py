@@ -619,6 +619,6 @@ def test_a_pickle_is_seen(tmp_path, text):
 
 
 def test_tests_mirror_the_rooms():
-    """A folder of tests is named after a room, or is one of the three others."""
+    """A folder of tests is named after a room, or is one of the four others."""
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
-    assert folders - {"__pycache__"} <= {*ROOMS, "golden", "end_to_end", "gpu"}
+    assert folders - {"__pycache__"} <= {*ROOMS, "golden", "end_to_end", "gpu", "cuda_driver"}

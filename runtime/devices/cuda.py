@@ -184,8 +184,12 @@ class CudaDevice:
                 f"Expected engines that a CUDA graph can hold, these cannot be captured: "
                 f"{', '.join(refusing)}. Build them again with this version of blockcache."
             )
-        with self._context, capturing():
-            return _Replay(self._context, self._recorded(enqueue), self.stream)
+        with self._context:
+            with capturing():
+                executable = self._recorded(enqueue)
+            replay = _Replay(self._context, executable, self.stream)
+            call("cuGraphUpload", executable, self.stream)  # else the first replay does it
+            return replay
 
     def _recorded(self, enqueue: Callable[[], None]) -> Any:
         """The graph of what ``enqueue`` puts on the stream, ready to launch."""

@@ -36,7 +36,9 @@ def driver() -> Any:
     try:
         _checked(bindings, "cuInit", 0)
     except EngineError as error:
-        raise EngineError(f"Expected a CUDA device, got {error} {_WITHOUT_A_GPU}") from error
+        raise EngineError(
+            f"Expected a CUDA device, got {str(error).rstrip('.')}. {_WITHOUT_A_GPU}"
+        ) from error
     return bindings
 
 
@@ -112,7 +114,7 @@ def device_label(index: int | None = None) -> str:
         EngineError: there is no such GPU.
     """
     device = _device(current_device() if index is None else index)
-    return _text(call("cuDeviceGetName", 256, device)).rstrip("\0")
+    return _text(call("cuDeviceGetName", 256, device)).split("\0")[0]
 
 
 # -- contexts --------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from blockcache.runtime.devices.device import Device, StepFunction
@@ -20,6 +21,12 @@ from blockcache.runtime.errors import BlockCacheError, ConfigError, EngineError
 
 MODES = ("auto", "off", "check")
 """``auto`` replays graphs, ``check`` also compares addresses before each replay, ``off`` never."""
+
+ATTEMPTS = 3
+"""How often the capture of one graph is tried."""
+
+RUNS = 16
+"""How many shapes, first steps and modes a session keeps graphs for."""
 
 WHOLE_LOOP = -1
 """In place of a step: the graph holds every step."""
@@ -44,8 +51,21 @@ class _Captured:
     addresses: Mapping[str, int]  # of every bound tensor, at capture
 
 
+@dataclass
+class _Run:
+    """The graphs of one shape: that of its whole loop, or those of its steps."""
+
+    captured: dict[GraphKey, _Captured] = field(default_factory=dict)
+    launched: set[GraphKey] = field(default_factory=set)
+    failures: Counter[GraphKey] = field(default_factory=Counter)
+
+
 class GraphPlayer:
-    """The graphs of one session; ``settled`` is called after the first run of each key."""
+    """The graphs of one session; ``settled`` is called after the first run of each key.
+
+    A capture may fail for a passing reason, such as another library of the process that waits for
+    the whole device meanwhile: it is tried ``ATTEMPTS`` times. ``RUNS`` bounds the memory.
+    """
 
     def __init__(
         self,
@@ -56,48 +76,63 @@ class GraphPlayer:
         if mode not in MODES:
             raise ConfigError(f"Expected graphs of {MODES}, got {mode!r}.")
         self.device, self._mode, self._settled = device, mode, settled
-        self._seen: set[GraphKey] = set()
-        self._captured: dict[GraphKey, _Captured] = {}
-        self.why_not = "" if mode != "off" else "switched off"  # why launches are not replayed
+        self._runs: dict[tuple[tuple[Hashable, ...], bool], _Run] = {}  # the last used at the end
+        self.why_not = "" if mode != "off" else "switched off"
+        """Why the last launches were not captured."""
 
     def __len__(self) -> int:
-        return len(self._captured)
+        return sum(len(run.captured) for run in self._runs.values())
 
     def play(self, key: GraphKey, enqueue: Enqueue, addresses: Mapping[str, int]) -> bool:
         """Replay the graph of ``key``, or run launch by launch and capture; True if replayed."""
-        captured = self._captured.get(key)
+        run = self._run_of(key)
+        captured = run.captured.get(key)
         if captured is not None:
             if self._mode == "check":
                 check_addresses(captured.addresses, addresses)
             captured.replay()
             return True
         enqueue()
-        if not self.why_not:
-            self._capture(key, enqueue, addresses)
-        if key not in self._seen:
-            self._seen.add(key)
+        if self._mode != "off" and run.failures[key] < ATTEMPTS:
+            self._capture(run, key, enqueue, addresses)
+        if key not in run.launched:
+            run.launched.add(key)
             self._settled()
         return False
 
     def forget(self, sizes: tuple[Hashable, ...]) -> None:
         """Drop the graphs of shapes that begin with ``sizes``: their memory is about to go."""
-        for key in [key for key in self._captured if key.shape[: len(sizes)] == sizes]:
-            del self._captured[key]
+        for kind in [kind for kind in self._runs if kind[0][: len(sizes)] == sizes]:
+            del self._runs[kind]
 
-    def _capture(self, key: GraphKey, enqueue: Enqueue, addresses: Mapping[str, int]) -> None:
+    def _run_of(self, key: GraphKey) -> _Run:
+        """The run that a key belongs to; the one unused for longest is let go for a new one."""
+        kind = (key.shape, key.step == WHOLE_LOOP)
+        run = self._runs.pop(kind, None)
+        if run is None and len(self._runs) >= RUNS:
+            del self._runs[next(iter(self._runs))]
+        self._runs[kind] = run or _Run()
+        return self._runs[kind]
+
+    def _capture(
+        self, run: _Run, key: GraphKey, enqueue: Enqueue, addresses: Mapping[str, int]
+    ) -> None:
         """Capture for the next time; where it cannot be done, launches go on one by one."""
-        stale = [k for k in self._captured if k.scratch != key.scratch]
-        for old in stale:
-            del self._captured[old]
+        for each in self._runs.values():
+            for old in [k for k in each.captured if k.scratch != key.scratch]:
+                del each.captured[old]
         try:
             replay = self.device.capture(enqueue)
         except BlockCacheError as error:
+            run.failures[key] += 1
+            if str(error) != self.why_not:
+                logging.getLogger("blockcache").warning(
+                    "No CUDA graph, launching one by one: %s", error
+                )
             self.why_not = str(error)
-            logging.getLogger("blockcache").warning(
-                "No CUDA graph, launching one by one: %s", error
-            )
             return
-        self._captured[key] = _Captured(replay, dict(addresses))
+        run.captured[key] = _Captured(replay, dict(addresses))
+        self.why_not = ""
 
 
 class LoopGraphs:
@@ -110,7 +145,6 @@ class LoopGraphs:
         tensors: Mapping[str, Tensor],
     ) -> None:
         self._player, self._shape = player, shape
-        self._generation = player.device.scratch_generation
         self._addresses = {name: tensor.pointer for name, tensor in tensors.items()}
 
     def play_loop(self, steps: range, do_step: StepFunction) -> None:
@@ -127,7 +161,8 @@ class LoopGraphs:
         self._play(step, functools.partial(do_step, step))
 
     def _play(self, step: int, enqueue: Enqueue) -> None:
-        key = GraphKey(self._shape, step, self._generation)
+        # Read now: what a request binds may move the scratch memory.
+        key = GraphKey(self._shape, step, self._player.device.scratch_generation)
         self._player.play(key, enqueue, self._addresses)
 
 

@@ -117,6 +117,64 @@ def test_a_device_that_cannot_capture_launches_on(log, tensors, caplog):
     assert caplog.text.count("not capturable") == 1
 
 
+def test_a_capture_that_fails_is_tried_again(log, tensors, caplog):
+    device = FakeDevice(log, refuses="somebody waits for the device")
+    player = GraphPlayer(device)
+    graphs = graphs_of(player, tensors)
+    graphs.play_loop(range(2), log.append)
+    assert player.why_not == "somebody waits for the device"
+    device.refuses = ""
+    for _ in range(2):
+        graphs.play_loop(range(2), log.append)
+    assert (log, len(player), player.why_not) == ([0, 1] * 3, 1, "")
+
+
+def test_a_capture_is_tried_three_times_for_each_graph(log, tensors, monkeypatch):
+    device, tried = FakeDevice(log), []
+
+    def refuse(enqueue):
+        tried.append(1)
+        raise EngineError("never")
+
+    monkeypatch.setattr(device, "capture", refuse)
+    player = GraphPlayer(device)
+    for first in (0, 1):
+        for _ in range(5):
+            graphs_of(player, tensors, first).play_loop(range(first, 2), log.append)
+    assert len(tried) == 6
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_graphs_of_the_runs_unused_for_longest_are_let_go(log, tensors, one_by_one):
+    player = GraphPlayer(FakeDevice(log))
+    for first in (*range(20), 4):  # the last sixteen are kept; then 4 anew, in place of 5
+        graphs = graphs_of(player, tensors, first)
+        play = graphs.play_step if one_by_one else graphs.play_loop
+        play(first if one_by_one else range(first, first + 1), log.append)
+    assert len(player) == 16
+    log.clear()
+    device = player.device
+    device.refuses = "captured anew"
+    for first in (4, 19):
+        graphs = graphs_of(player, tensors, first)
+        (graphs.play_step if one_by_one else graphs.play_loop)(
+            first if one_by_one else range(first, first + 1), log.append
+        )
+    assert player.why_not == "", "both were kept"
+
+
+def test_a_graph_is_kept_under_the_scratch_memory_that_it_holds(log, tensors):
+    """A request binds after its graphs are chosen, and binding may move the memory."""
+    device = FakeDevice(log)
+    player = GraphPlayer(device)
+    graphs = graphs_of(player, tensors)
+    device.scratch_generation = 2
+    graphs.play_loop(range(1), log.append)
+    device.refuses = "captured anew"
+    graphs_of(player, tensors).play_loop(range(1), log.append)
+    assert (len(player), player.why_not) == (1, "")
+
+
 def test_switched_off(log, tensors):
     player = GraphPlayer(FakeDevice(log), "off")
     graphs_of(player, tensors).play_loop(range(1), log.append)

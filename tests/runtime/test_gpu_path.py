@@ -1,0 +1,52 @@
+"""Runs the tests of ``tests/cuda_driver`` on the stand-in driver, in a process of their own.
+
+A driver is loaded once a process; the tests of other folders must find none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests" / "cuda_driver"
+
+
+@pytest.fixture(scope="session")
+def driver_library(tmp_path_factory):
+    """The stand-in driver, compiled."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    named = ["-Wl,-soname,libcuda.so.1", "-o", str(library)]  # found by this name once it is loaded
+    subprocess.run([compiler, *options, str(TESTS / "driver.cpp"), *named], check=True)
+    return library
+
+
+def test_the_gpu_path_on_the_stand_in_driver(driver_library, compiled):
+    pytest.importorskip("cuda.bindings.driver")
+    pytest.importorskip("onnxruntime")
+    folders = {outputs: str(compiled("sd", outputs)[1].folder) for outputs in (1, 2)}
+    environment = {
+        **os.environ,
+        "BLOCKCACHE_TEST_DRIVER": str(driver_library),
+        "BLOCKCACHE_TEST_BUNDLES": json.dumps(folders),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "driver", "--tb=short", str(TESTS)]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]

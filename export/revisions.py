@@ -25,6 +25,7 @@ _SAMPLING = (
     "runtime/solvers/diffusers_config.py",
     "runtime/solvers/grid.py",
     "runtime/solvers/noise.py",
+    "runtime/solvers/philox.py",
     "runtime/solvers/solver.py",
 )
 """What every measurement runs."""
@@ -50,20 +51,20 @@ REVISIONS: Mapping[str, Revision] = {
             "export/graph/work.py",
         ),
     ),
-    "profile": Revision(2, "2848fb5204c0c682", (*_SAMPLING, "export/measure/change.py")),
+    "profile": Revision(2, "c99b13819bef171a", (*_SAMPLING, "export/measure/change.py")),
     "converged": Revision(
         4,
-        "20a294e6324c0ffc",
+        "fd6b230df6113b76",
         (*_SAMPLING, "export/measure/converged.py", "export/measure/residuals.py"),
     ),
-    "sensitivity": Revision(2, "38ca61bf1bc99fa1", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "sensitivity": Revision(2, "d5bf528c4d6269f5", (*_SAMPLING, "export/measure/sensitivity.py")),
     "residuals": Revision(
         2,
-        "29cade14295fbcd9",
+        "3a1c87983d977e77",
         (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
     ),
-    "alignment": Revision(2, "63869a083ca9024e", (*_SAMPLING, "export/align/*.py")),
-    "trial": Revision(3, "63869a083ca9024e", (*_SAMPLING, "export/align/*.py")),
+    "alignment": Revision(2, "e662169973ba4be7", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(3, "e662169973ba4be7", (*_SAMPLING, "export/align/*.py")),
     "engine": Revision(
         1,
         "1b3861a764d52671",

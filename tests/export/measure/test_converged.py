@@ -76,7 +76,7 @@ def test_costs_of_a_run_are_the_errors_of_the_solver(run, sampling):
     jobs = [(prompt, OPTIONS.seed + n) for n, prompt in enumerate(onward.spread_prompts(2))]
     with onward.cached_unet() as cached:
         denoiser, _ = onward.begin(cached, jobs)
-        start = replace(denoiser.start(torch.from_numpy(run.samples[5])), previous=None)
+        start = replace(denoiser.start(torch.from_numpy(run.samples[5])), past=())
         landed = denoiser.step(start, 0).latents.numpy()
     sizes = np.linalg.norm(run.data[-1].reshape(2, -1), axis=1)
     errors = np.linalg.norm((landed - run.samples[9]).reshape(2, -1), axis=1)

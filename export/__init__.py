@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from blockcache.export.measure.sensitivity import SensitivityOptions as SensitivityOptions
     from blockcache.export.measurements import MeasurementOptions as MeasurementOptions
     from blockcache.export.observer import Observer as Observer
+    from blockcache.export.parts.load import load_parts as load_parts
+    from blockcache.export.parts.part import Parts as Parts
     from blockcache.export.pipeline import Compiled as Compiled
     from blockcache.export.pipeline import CompileOptions as CompileOptions
     from blockcache.export.pipeline import compile_model as compile_model
@@ -59,6 +61,7 @@ _HOMES = {
     "DistillationOptions": "align.distil",
     "ExportOptions": "graph.to_onnx",
     "Observer": "observer",
+    "Parts": "parts.part",
     "PresetOptions": "choose.preset",
     "Processor": "costs.roofline",
     "ProfileOptions": "measure.change",
@@ -74,6 +77,7 @@ _HOMES = {
     "encode_text": "unet.text",
     "gpu": "costs.roofline",
     "load_model": "unet.load",
+    "load_parts": "parts.load",
     "read_calibration": "measure.calibration",
     "read_timings": "costs.timings",
 }

@@ -22,37 +22,42 @@ from blockcache.runtime.files import remove_partials, settle, write_bytes, write
 from blockcache.runtime.plan import Preset, Segment
 from blockcache.runtime.run_table import blocks_share
 
-SEGMENTS, PRESETS, PROFILES = "segments", "presets", "profiles"
+SEGMENTS, PARTS, PRESETS, PROFILES = "segments", "parts", "presets", "profiles"
 """The folders that a compile writes to; engines and times are others'."""
 
 
 def check_folders(root: Path) -> None:
     """Raise BundlePathError where a place that a compile writes to is a link to somewhere else."""
-    for name in (SEGMENTS, PRESETS, PROFILES, RECORDS, LOCK):
+    for name in (SEGMENTS, PARTS, PRESETS, PROFILES, RECORDS, LOCK):
         safe_path(root, name)
 
 
-def place_segments(root: Path, fresh: Path, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+def place(root: Path, kind: str, fresh: Path) -> str:
     """Rename the folder that an export filled to what its content says.
 
     Args:
         root: the bundle's folder.
-        fresh: a new folder in ``root/segments``.
-        segments: with files in ``fresh``.
+        kind: ``SEGMENTS`` or ``PARTS``.
+        fresh: a new folder in ``root/kind``.
 
     Returns:
-        The segments with files as the manifest names them, from ``root``.
+        The folder as the manifest names it, from ``root``.
     """
     files = {path.name: FileEntry.of(path) for path in sorted(fresh.iterdir())}
     listed = "".join(f"{name} {entry.sha256}\n" for name, entry in files.items())
-    folder = f"{SEGMENTS}/{_short(listed.encode())}"
-    placed = safe_path(root, folder)
-    if not placed.is_dir():
-        settle(fresh, placed)
+    folder = f"{kind}/{_short(listed.encode())}"
+    goal = safe_path(root, folder)
+    if not goal.is_dir():
+        settle(fresh, goal)
     else:  # left by an earlier export of the same content: mend what was altered since
         for name, entry in files.items():
-            if not _holds(placed / name, entry):
-                (fresh / name).replace(placed / name)
+            if not _holds(goal / name, entry):
+                (fresh / name).replace(goal / name)
+    return folder
+
+
+def placed(segments: Sequence[Segment], folder: str) -> tuple[Segment, ...]:
+    """Segments whose files lie in a folder of the bundle."""
     return tuple(dataclasses.replace(s, file=f"{folder}/{s.file}") for s in segments)
 
 
@@ -80,7 +85,7 @@ def preset_entry(file: str, preset: Preset, segments: Sequence[Segment]) -> Pres
 
 def remove_leftovers(root: Path) -> None:
     """Delete what killed compiles left half written; call it where no compile is writing."""
-    for folder in (root, *(root / name for name in (SEGMENTS, PRESETS, PROFILES, RECORDS))):
+    for folder in (root, *(root / name for name in (SEGMENTS, PARTS, PRESETS, PROFILES, RECORDS))):
         remove_partials(folder)
 
 
@@ -96,7 +101,7 @@ def collect(root: Path, keep: Collection[str]) -> None:
         root: the bundle's folder, after the switch.
         keep: files, as the manifest names them.
     """
-    for name in (SEGMENTS, PRESETS, PROFILES):
+    for name in (SEGMENTS, PARTS, PRESETS, PROFILES):
         folder = root / name
         if not folder.is_dir():
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from blockcache.export.bundle_writer import write_preset
 from blockcache.export.graph.time_tables import time_tables
@@ -45,6 +45,15 @@ class Earlier:
     def preset_names(self) -> tuple[str, ...]:
         """Of its presets, in their order."""
         return () if self.bundle is None else self.bundle.preset_names
+
+    @property
+    def part_files(self) -> dict[str, FileEntry]:
+        """Of what stands beside its U-Net."""
+        if self.bundle is None or not self.bundle.manifest.parts:
+            return {}
+        homes = {str(PurePosixPath(part.file).parent) for part in self.bundle.manifest.parts}
+        files = self.bundle.manifest.files
+        return {name: files[name] for name in files if str(PurePosixPath(name).parent) in homes}
 
     def outputs(self, model_sha256: str) -> int:
         """How many outputs the presets combine that may be kept: 1 or 2."""

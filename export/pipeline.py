@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from blockcache.export.bundle_writer import (
+    PARTS,
     SEGMENTS,
     check_folders,
     collect,
-    place_segments,
+    place,
+    placed,
     preset_entry,
     remove_leftovers,
     switch,
@@ -44,6 +46,8 @@ from blockcache.export.measurements import (
     solver_config,
 )
 from blockcache.export.observer import Observer, unobserved
+from blockcache.export.parts.part import Parts
+from blockcache.export.parts.to_onnx import export_part
 from blockcache.export.preset_maker import PresetMaker
 from blockcache.export.sole_writer import LOCK, sole_writer
 from blockcache.export.stages import RECORDS, StageStore, stage_key
@@ -55,16 +59,18 @@ from blockcache.runtime.bundles.manifest import (
     MANIFEST,
     Manifest,
     PresetEntry,
+    pipeline_from_plain,
     segment_from_plain,
     to_plain,
 )
 from blockcache.runtime.bundles.strict_json import Field
 from blockcache.runtime.errors import BundleError, ConfigError
-from blockcache.runtime.files import new_folder
+from blockcache.runtime.files import new_folder, write_text
 from blockcache.runtime.plan import (
     BlockFacts,
     Dim,
     ModelFacts,
+    PipelineFacts,
     Segment,
     TensorSpec,
 )
@@ -118,6 +124,7 @@ def compile_model(
     options: CompileOptions,
     calibration: Calibration | None = None,
     observer: Observer = unobserved,
+    parts: Parts | None = None,
 ) -> Compiled:
     """Compile a U-Net into a bundle, or add presets to one.
 
@@ -131,6 +138,8 @@ def compile_model(
         options: what to make.
         calibration: prompts to measure with; needed where a preset is ``calibrated``.
         observer: hears how far it is.
+        parts: what stands beside the U-Net, of ``load_parts``; a warning names those that cannot
+            be exported. By default the bundle keeps the parts that it has.
 
     Raises:
         ConfigError: options that do not fit the model, or a folder in use by another compile.
@@ -141,7 +150,7 @@ def compile_model(
     _refuse_foreign(folder)
     try:
         with sole_writer(folder, "compile"):
-            return _compile(model, folder, options, calibration, observer)
+            return _compile(model, folder, options, calibration, observer, parts)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -169,6 +178,7 @@ def _compile(
     options: CompileOptions,
     calibration: Calibration | None,
     observer: Observer,
+    parts: Parts | None,
 ) -> Compiled:
     """The stages, in order; each takes what those before it made."""
     remove_leftovers(folder)
@@ -182,6 +192,7 @@ def _compile(
     _check(model, options, measurements, earlier)
     segments = _export_stage(model, store, export, observer)
     facts = _model_facts(model, export, segments)
+    pipeline = _parts_stage(parts, export.precision, store, earlier, observer)
     costs = _costs(segments, folder, options, facts)
     for preset in options.presets:  # what cannot be as fast is refused before any measurement
         preset.policy.check_costs(preset.steps, costs)
@@ -194,8 +205,14 @@ def _compile(
         segments=segments,
         recommended=_recommended(options, earlier, presets),
         presets=presets,
-        files={**kept.files, **store.files, **hash_files(folder, _tables(made))},
+        files={
+            **kept.files,
+            **store.files,
+            **(earlier.part_files if parts is None else {}),
+            **hash_files(folder, _tables(made)),
+        },
         unet_config=model.config,
+        pipeline=pipeline,
     )
     bundle = Bundle.of(folder, manifest, verify=False)  # what does not open replaces nothing
     switch(folder, manifest)
@@ -232,14 +249,53 @@ def _export_stage(
         with new_folder(store.folder / SEGMENTS) as fresh:
             made = export_segments(model, fresh, options, observer)
             observer("export", EXPORT_PARTS.index("hash"), parts)
-            segments = place_segments(store.folder, fresh, made)
-        facts = {"segments": [to_plain(segment) for segment in segments]}
-        placed = (store.folder / segments[0].file).parent
-        names = sorted(path.relative_to(store.folder).as_posix() for path in placed.iterdir())
-        store.commit("export", key, names, facts)
+            home = place(store.folder, SEGMENTS, fresh)
+        facts = {"segments": [to_plain(segment) for segment in placed(made, home)]}
+        store.commit("export", key, _files_in(store, home), facts)
     observer("export", parts, parts)
     found = Field(facts["segments"], "segments", "the record of the export")
     return tuple(segment_from_plain(segment) for segment in found.items())
+
+
+def _parts_stage(
+    parts: Parts | None, precision: str, store: StageStore, earlier: Earlier, observer: Observer
+) -> PipelineFacts | None:
+    """Text encoders, tokenizers and autoencoder; those that are there where none are given."""
+    if parts is None:
+        return None if earlier.bundle is None else earlier.bundle.pipeline
+    for name, reason in parts.refused.items():
+        warnings.warn(f"The bundle gets no {name}. {reason}", stacklevel=1)
+    if not parts.parts:
+        return None
+    hashes = {part.name: part.sha256 for part in parts.parts}
+    zeros = parts.zeros_without_negative
+    key = stage_key("parts", parts=hashes, precision=precision, zeros=zeros)
+    total = len(parts.parts)
+    facts = store.reuse("parts", key)
+    if facts is None:
+        made, tokenizers = [], {}
+        with new_folder(store.folder / PARTS) as fresh:
+            for done, part in enumerate(parts.parts):
+                observer("parts", done, total)
+                made.append(export_part(part, fresh, precision))
+                if part.tokenizer:
+                    tokenizers[part.name] = f"{part.name}.tokenizer.json"
+                    write_text(fresh / tokenizers[part.name], part.tokenizer)
+            home = place(store.folder, PARTS, fresh)
+        pipeline = PipelineFacts(
+            parts=placed(made, home),
+            tokenizers={name: f"{home}/{file}" for name, file in tokenizers.items()},
+            zeros_without_negative=zeros,
+        )
+        facts = {"pipeline": to_plain(pipeline)}
+        store.commit("parts", key, _files_in(store, home), facts)
+    observer("parts", total, total)
+    return pipeline_from_plain(Field(facts["pipeline"], "pipeline", "the record of the parts"))
+
+
+def _files_in(store: StageStore, home: str) -> list[str]:
+    """The files of a folder of the bundle, as the manifest names them."""
+    return sorted(f"{home}/{path.name}" for path in (store.folder / home).iterdir())
 
 
 def _costs(

@@ -43,12 +43,21 @@ class Revision:
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
         4,
-        "6d5d9072af83888a",
+        "1fa22eece9bcdc87",
         (
             *_MODEL,
             "export/graph/passes/*.py",
             "export/graph/to_onnx.py",
             "export/graph/work.py",
+        ),
+    ),
+    "parts": Revision(
+        1,
+        "0607dce438bf0494",
+        (
+            "export/unet/weights.py",
+            "export/graph/passes/canonical.py",
+            "export/parts/*.py",
         ),
     ),
     "profile": Revision(2, "c99b13819bef171a", (*_SAMPLING, "export/measure/change.py")),

@@ -29,6 +29,7 @@ from blockcache.runtime.errors import (
 )
 from blockcache.runtime.loop import Denoised, Progress
 from blockcache.runtime.open_request import OpenRequest
+from blockcache.runtime.pipeline.pipeline import Drawn, Pipeline
 from blockcache.runtime.plan import Alignment, Preset, Schedule, Segment, TensorSpec
 from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.record import RunRecord
@@ -48,6 +49,7 @@ __all__ = [
     "Cancelled",
     "ConfigError",
     "Denoised",
+    "Drawn",
     "DriftMonitor",
     "DriftReport",
     "EmptyBackend",
@@ -62,6 +64,7 @@ __all__ = [
     "MissingExtraError",
     "NoiseSchedule",
     "OpenRequest",
+    "Pipeline",
     "Preset",
     "Progress",
     "Provenance",

@@ -27,8 +27,13 @@ WHOLE = -1
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
-Role: TypeAlias = Literal["trunk", "block", "prompt", "condition", "time", "whole"]
+Role: TypeAlias = Literal[
+    "trunk", "block", "prompt", "condition", "time", "whole", "text_encoder", "decoder", "encoder"
+]
 ROLES: tuple[Role, ...] = ("trunk", "block", "prompt", "condition", "time", "whole")
+"""Of the U-Net's segments."""
+PART_ROLES: tuple[Role, ...] = ("text_encoder", "decoder", "encoder")
+"""Of what stands beside the U-Net in a pipeline."""
 LOOP_ROLES: tuple[Role, ...] = ("condition", "trunk", "block")
 
 
@@ -190,7 +195,8 @@ class Segment:
 
     Roles: ``condition``, ``trunk`` and ``block`` run in the denoising loop, in the order of the
     bundle's list; ``prompt`` runs once per image; ``time`` runs offline, once per preset;
-    ``whole`` is the uncut model, for comparison.
+    ``whole`` is the uncut model, for comparison. ``text_encoder``, ``decoder`` and ``encoder`` are
+    whole models of their own, see ``PipelineFacts``.
     """
 
     name: str
@@ -202,10 +208,31 @@ class Segment:
     flops: int = 0  # multiply-adds counted as two, at the model's default sizes
 
     def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ConfigError(f"Segment {self.name!r}: role {self.role!r} is none of {ROLES}.")
+        if self.role not in (*ROLES, *PART_ROLES):
+            raise ConfigError(
+                f"Segment {self.name!r}: role {self.role!r} is none of {(*ROLES, *PART_ROLES)}."
+            )
         if (self.role == "block") != (self.block is not None):
             raise ConfigError(f"Segment {self.name!r}: a block, and only a block, has an index.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineFacts:
+    """What a bundle holds beside the U-Net, so that it draws pictures from prompts.
+
+    Parts are segments that run once a request, each a whole model: text encoders read
+    ``input_ids`` int64 [N, T], some also ``attention_mask``, and write ``states`` [N, T, D], some
+    also ``pooled`` [N, D]; the decoder makes ``image`` float32 [N, 3, H, W] in 0..1 of ``latents``
+    float32 [N, C, h, w]; the encoder makes ``latents`` of an ``image`` in -1..1.
+    """
+
+    parts: tuple[Segment, ...]
+    tokenizers: Mapping[str, str]  # by a text encoder's name: its tokenizer.json in the bundle
+    zeros_without_negative: bool = False  # no negative prompt is zeros, not the empty text (SDXL)
+
+    def of_role(self, role: Role) -> tuple[Segment, ...]:
+        """The parts of a role, in their order."""
+        return tuple(part for part in self.parts if part.role == role)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -166,6 +166,11 @@ class Session:
         signal, noise = self._tables.noising.T
         return np.asarray(noise / signal)
 
+    def check_open(self) -> None:
+        """Raise ConfigError where the session is closed, or was opened before a fork."""
+        with self._held():
+            pass
+
     @property
     def unet_config(self) -> dict[str, object]:
         """The U-Net's config, as diffusers names it."""

@@ -117,7 +117,7 @@ def _example(model: SourceModel, code: SizeCode) -> tuple[torch.Tensor, ...]:
 def _trace(model: SourceModel, code: SizeCode) -> ir.Model:
     """``torch.onnx.export`` of the whole U-Net; its weights are the module's own."""
     names = [condition.name for condition in model.conditions]
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             UNetCall(model.unet, names),
             _example(model, code),
@@ -137,7 +137,7 @@ def _save(program: ir.Model, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter's prints and warnings are about its own internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

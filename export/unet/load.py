@@ -5,7 +5,6 @@ The folder holds ``unet/`` and, optionally, ``scheduler/`` and ``tokenizer/``; o
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from blockcache.export.unet.configs import read_json
@@ -17,7 +16,7 @@ from blockcache.export.unet.model import (
     check_supported,
     describe,
 )
-from blockcache.export.unet.weights import check_weights, load_part
+from blockcache.export.unet.weights import hash_part, load_part
 from blockcache.runtime.errors import ConfigError, MissingExtraError
 
 
@@ -64,7 +63,7 @@ def load_model(
         name=name or model_name(folder),
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
         tokens=_tokens(folder),
-        sha256=_hash(unet_folder, variant),
+        sha256=hash_part(unet_folder, variant),
         cached=cached,
         pooled=read_json(folder / "text_encoder_2" / "config.json").get("projection_dim"),
     )
@@ -76,14 +75,3 @@ def _tokens(folder: Path) -> int:
     configs = [read_json(path) for path in paths if path.is_file()]
     length = configs[0].get("model_max_length") if configs else None
     return int(length) if isinstance(length, int | float) and length < 4096 else DEFAULT_TOKENS
-
-
-def _hash(folder: Path, variant: str | None) -> str:
-    """Of the config and of the weights that are loaded; other variants do not count."""
-    digest = hashlib.sha256()
-    for name in sorted(["config.json", *check_weights(folder, variant).names]):
-        digest.update(name.encode())
-        with (folder / name).open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -7,6 +7,7 @@ headers are checked first, so that most faults are named before gigabytes are lo
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -161,6 +162,17 @@ def load_part(
         ) from error
     _refuse_incomplete(kind, folder, found, spare)
     return part
+
+
+def hash_part(folder: Path, variant: str | None = None) -> str:
+    """The sha256 of a part's config and of the weights taken; other variants do not count."""
+    digest = hashlib.sha256()
+    for name in sorted(["config.json", *check_weights(folder, variant).names]):
+        digest.update(name.encode())
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _refuse_incomplete(kind: Any, folder: Path, found: Mapping[str, Any], spare: bool) -> None:

@@ -5,6 +5,7 @@
     manifest.json                   format version, model facts, segments, presets, files
     segments/<content>/*.onnx       one graph a segment
     segments/<content>/weights.bin  the weights, once, shared by all graphs
+    parts/<content>/                text encoders, tokenizers, autoencoder (not in every bundle)
     presets/<name>-<content>.safetensors    schedule, alignment and time tables of a preset
     profiles/*.safetensors          measured change[S, K]: mean, deviation (not read here)
     engines/<target>/               built engines (only where ``blockcache build`` ran)
@@ -35,13 +36,18 @@ from blockcache.runtime.bundles.bundle_files import (
     require_unchanged,
     safe_path,
 )
-from blockcache.runtime.bundles.checks import check_graph, check_preset, check_segments
+from blockcache.runtime.bundles.checks import (
+    check_graph,
+    check_pipeline,
+    check_preset,
+    check_segments,
+)
 from blockcache.runtime.bundles.manifest import MANIFEST, WEIGHTS_FILE, FileEntry, Manifest
 from blockcache.runtime.bundles.onnx_signature import OnnxSignature, read_signature
 from blockcache.runtime.bundles.strict_json import MOST_BYTES
 from blockcache.runtime.bundles.tensor_files import parse_preset, parse_tensors
 from blockcache.runtime.errors import BundleFormatError, BundleIntegrityError, UnknownPresetError
-from blockcache.runtime.plan import ModelFacts, Preset, Segment, preset_name
+from blockcache.runtime.plan import ModelFacts, PipelineFacts, Preset, Segment, preset_name
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Bundle:
     manifest: Manifest
     presets: Mapping[str, Preset] = field(compare=False)  # as they were read when it opened
     graphs: Mapping[str, OnnxSignature] = field(compare=False, repr=False)  # by segment name
+    tokenizers: Mapping[str, bytes] = field(compare=False, repr=False)  # by text encoder, as read
     files: Mapping[str, FileIdentity] = field(compare=False, repr=False)  # by name in the manifest
 
     @classmethod
@@ -86,9 +93,13 @@ class Bundle:
         A compile calls it before it writes the manifest.
         """
         check_segments(manifest.model, manifest.segments)
-        graphs = {segment.name: segment.file for segment in manifest.segments}
+        if manifest.pipeline is not None:
+            check_pipeline(manifest.model, manifest.segments, manifest.pipeline)
+        segments = (*manifest.segments, *manifest.parts)
+        graphs = {segment.name: segment.file for segment in segments}
         tables = {name: entry.file for name, entry in manifest.presets.items()}
-        read = {*graphs.values(), *tables.values()}
+        tokenizers = {} if manifest.pipeline is None else manifest.pipeline.tokenizers
+        read = {*graphs.values(), *tables.values(), *tokenizers.values()}
         named = {*read, *_reports(manifest), weights_beside(manifest.segments)}
         _require_listed(named, manifest.files)
         opened = open_files(root, manifest.files, read=read, verify=verify)
@@ -97,9 +108,9 @@ class Bundle:
             manifest=manifest,
             presets={name: _preset(manifest, name, opened[file]) for name, file in tables.items()},
             graphs={
-                segment.name: _graph(segment, graphs[segment.name], opened)
-                for segment in manifest.segments
+                segment.name: _graph(segment, graphs[segment.name], opened) for segment in segments
             },
+            tokenizers={name: opened[file].content or b"" for name, file in tokenizers.items()},
             files={name: file.identity for name, file in opened.items()},
         )
 
@@ -117,6 +128,11 @@ class Bundle:
     def segments(self) -> tuple[Segment, ...]:
         """All segments, in running order."""
         return self.manifest.segments
+
+    @property
+    def pipeline(self) -> PipelineFacts | None:
+        """What stands beside the U-Net; None where the bundle holds the U-Net alone."""
+        return self.manifest.pipeline
 
     @property
     def weights(self) -> FileEntry:

@@ -23,6 +23,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import PurePosixPath
 from typing import Literal, TypeAlias
 
@@ -35,6 +36,7 @@ from blockcache.runtime.plan import (
     LOOP_ROLES,
     Dim,
     ModelFacts,
+    PipelineFacts,
     Preset,
     Role,
     Segment,
@@ -79,6 +81,7 @@ _WRITES: dict[Role, _Kind] = {
 }
 
 _ONE, _BATCH = Dim.parse(1), Dim.parse("batch")
+_TOKEN_INPUTS = ("input_ids", "attention_mask")
 _RESERVED = ("latents", "past_x0")  # tensors of the runtime's own
 
 
@@ -265,6 +268,82 @@ def check_graph(segment: Segment, graph: OnnxSignature, sizes: Mapping[str, int]
         _require(
             end <= bytes_there, where, f"bytes up to {bytes_there} of {weight.file}", f"up to {end}"
         )
+
+
+# -- what stands beside the U-Net ------------------------------------------------------------------
+
+
+def check_pipeline(model: ModelFacts, segments: Sequence[Segment], pipeline: PipelineFacts) -> None:
+    """Raise BundleFormatError unless the parts make the U-Net's prompt, and pictures of latents.
+
+    Args:
+        model: Its conditions and latent channels.
+        segments: Of the U-Net, whose names and files the parts must not have.
+        pipeline: The parts.
+    """
+    for fact in ("name", "file"):
+        names = [getattr(segment, fact) for segment in (*segments, *pipeline.parts)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        _require(not twice, f"pipeline, {fact}s", "each once", f"{twice} again")
+    for part in pipeline.parts:
+        _require(part.flops >= 0 and bool(part.inputs), f"Part {part.name!r}", "inputs", "none")
+    _check_encoders(model, pipeline)
+    for role in ("decoder", "encoder"):
+        parts = pipeline.of_role(role)
+        _require(len(parts) < 2, "pipeline", f"at most one part of role {role!r}", len(parts))
+        for part in parts:
+            _check_autoencoder(model, part)
+
+
+def _check_encoders(model: ModelFacts, pipeline: PipelineFacts) -> None:
+    """Text encoders read tokens, as many each, and together write what the U-Net attends to."""
+    encoders = pipeline.of_role("text_encoder")
+    names = [part.name for part in encoders]
+    _require(sorted(pipeline.tokenizers) == sorted(names), "pipeline.tokenizers",
+             f"one for each of {names}", sorted(pipeline.tokenizers))  # fmt: skip
+    if not encoders:
+        return
+    tokens, width = encoders[0].inputs[0].dims[-1], Fraction(0)
+    for part in encoders:
+        where, outputs = f"Part {part.name!r}", {spec.name: spec for spec in part.outputs}
+        shown = [_shown(spec) for spec in part.inputs]
+        wanted = [TensorSpec(name, "int64", (_BATCH, tokens)) for name in _TOKEN_INPUTS]
+        right = list(part.inputs) in (wanted[:1], wanted) and not tokens.axes
+        _require(right, where, "token numbers [batch, tokens], and perhaps a mask of them", shown)
+        shown = [_shown(spec) for spec in part.outputs]
+        right = "states" in outputs and outputs.keys() <= {"states", "pooled"}
+        _require(right, where, "states and perhaps pooled as outputs", shown)
+        states = outputs["states"]
+        right = states.dims[:-1] == (_BATCH, tokens) and not states.dims[-1].axes
+        right = right and states.dtype == model.precision
+        _require(right, where, f"states {model.precision} [batch, {tokens}, D]", shown)
+        width += states.dims[-1].coefficient
+        if "pooled" in outputs:
+            pooled = outputs["pooled"]
+            right = len(pooled.dims) == 2 and pooled.dims[0] == _BATCH and not pooled.dims[1].axes
+            _require(right, where, "pooled [batch, D]", shown)
+    prompt = next(c for c in model.conditions if c.name == "encoder_hidden_states")
+    _require(width == prompt.dims[-1].coefficient, "pipeline", f"states of {prompt.dims[-1]} "
+             f"numbers a token, as the U-Net takes them", width)  # fmt: skip
+
+
+def _check_autoencoder(model: ModelFacts, part: Segment) -> None:
+    """A decoder makes pictures of latents, an encoder latents of pictures, a factor as large."""
+    channels = Dim.parse(model.channels)
+    latents = TensorSpec(
+        "latents", "float32", (_BATCH, channels, Dim.parse("height"), Dim.parse("width"))
+    )
+    image = part.outputs[:1] if part.role == "decoder" else part.inputs[:1]
+    factor = image[0].dims[-1].coefficient if image and image[0].dims else Fraction(1)
+    sides = (Dim(factor, ("height",)), Dim(factor, ("width",)))
+    pixels = TensorSpec("image", "float32", (_BATCH, Dim.parse(3), *sides))
+    wanted = ((latents,), (pixels,)) if part.role == "decoder" else ((pixels,), (latents,))
+    _require(
+        (part.inputs, part.outputs) == wanted and factor.denominator == 1,
+        f"Part {part.name!r}",
+        " to ".join(_shown(side[0]) for side in wanted),
+        [_shown(spec) for spec in (*part.inputs, *part.outputs)],
+    )
 
 
 # -- presets ---------------------------------------------------------------------------------------

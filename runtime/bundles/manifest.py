@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -20,10 +20,13 @@ from blockcache.runtime.plan import (
     AXES,
     DTYPE_BYTES,
     MOST_SIZE,
+    PART_ROLES,
     ROLES,
     BlockFacts,
     Dim,
     ModelFacts,
+    PipelineFacts,
+    Role,
     Segment,
     Sizes,
     TensorSpec,
@@ -93,6 +96,12 @@ class Manifest:
     presets: Mapping[str, PresetEntry]
     files: Mapping[str, FileEntry]
     unet_config: Mapping[str, object]  # of the model, as diffusers names it; for other programs
+    pipeline: PipelineFacts | None = None  # text encoders and autoencoder, where the bundle has any
+
+    @property
+    def parts(self) -> tuple[Segment, ...]:
+        """The segments beside the U-Net's."""
+        return () if self.pipeline is None else self.pipeline.parts
 
     def to_json(self) -> str:
         """The manifest as text: one way only to write it; presets keep their order."""
@@ -103,6 +112,7 @@ class Manifest:
                 "model": to_plain(self.model),
                 "unet_config": dict(sorted(self.unet_config.items())),
                 "segments": [to_plain(segment) for segment in self.segments],
+                **({} if self.pipeline is None else {"pipeline": to_plain(self.pipeline)}),
                 "recommended": self.recommended,
                 "presets": {name: to_plain(entry) for name, entry in self.presets.items()},
                 "files": {name: to_plain(entry) for name, entry in sorted(self.files.items())},
@@ -130,7 +140,8 @@ class Manifest:
                 f"{str(root.value.get('version'))[:40]}. Compile the model again with this "
                 f"blockcache, or install the version that wrote it."
             )
-        found = root.fields(["format", "version", "checksum", *_names(cls)])
+        needed = [name for name in _names(cls) if name != "pipeline"]
+        found = root.fields(["format", "version", "checksum", *needed], optional=["pipeline"])
         if signed(root.value).encode() != content:
             raise BundleFormatError(
                 f"The content of {where} does not match its own checksum: it was altered. Copy "
@@ -145,6 +156,7 @@ class Manifest:
             presets=presets,
             files=_table(found["files"], _PATH, _file_entry),
             unet_config=_unet_config(found["unet_config"], model),
+            pipeline=pipeline_from_plain(found["pipeline"]) if "pipeline" in found else None,
         )
 
 
@@ -165,7 +177,7 @@ def _render(content: Mapping[str, object]) -> str:
 
 def to_plain(value: Any) -> Any:
     """Dataclasses to JSON: dimensions as text, everything else as it is."""
-    if isinstance(value, Segment | ModelFacts | PresetEntry | FileEntry):
+    if isinstance(value, Segment | ModelFacts | PipelineFacts | PresetEntry | FileEntry):
         return {key: to_plain(getattr(value, key)) for key in value.__dataclass_fields__}
     if isinstance(value, TensorSpec):
         return {"name": value.name, "dtype": value.dtype, "dims": [_plain(d) for d in value.dims]}
@@ -187,20 +199,32 @@ def _plain(dim: Dim) -> str | int:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def segment_from_plain(field: Field) -> Segment:
-    """The inverse of ``to_plain`` for a segment."""
+def segment_from_plain(field: Field, roles: Sequence[Role] = ROLES) -> Segment:
+    """The inverse of ``to_plain`` for a segment of one of ``roles``."""
     found = field.fields(_names(Segment))
     return _made(
         field,
         lambda: Segment(
             name=found["name"].matching(_NAME, "a segment's name"),
-            role=found["role"].choice(ROLES),
+            role=found["role"].choice(roles),
             file=found["file"].text(),
             inputs=tuple(_tensor_spec(tensor) for tensor in found["inputs"].items()),
             outputs=tuple(_tensor_spec(tensor) for tensor in found["outputs"].items()),
             block=None if found["block"].value is None else found["block"].whole(0, 100_000),
             flops=found["flops"].whole(0, 1 << 63),
         ),
+    )
+
+
+def pipeline_from_plain(field: Field) -> PipelineFacts:
+    """The inverse of ``to_plain`` for what stands beside the U-Net."""
+    found = field.fields(_names(PipelineFacts))
+    zeros = found["zeros_without_negative"]
+    zeros.require(isinstance(zeros.value, bool), "true or false")
+    return PipelineFacts(
+        parts=tuple(segment_from_plain(part, PART_ROLES) for part in found["parts"].items()),
+        tokenizers=_table(found["tokenizers"], _NAME, lambda entry: entry.text()),
+        zeros_without_negative=zeros.value is True,
     )
 
 

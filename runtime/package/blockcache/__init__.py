@@ -14,11 +14,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockcache.runtime import BlockCacheError, Bundle, Session
+    from blockcache.runtime import BlockCacheError, Bundle, Pipeline, Session
 
 __version__ = "0.1.0"
 
-__all__ = ["BlockCacheError", "Bundle", "Session", "__version__"]
+__all__ = ["BlockCacheError", "Bundle", "Pipeline", "Session", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

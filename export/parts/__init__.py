@@ -1,0 +1,1 @@
+"""What stands beside the U-Net in a pipeline: text encoders, tokenizers, autoencoder."""

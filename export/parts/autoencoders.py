@@ -1,0 +1,64 @@
+"""Autoencoders as graphs: latents to pictures, and pictures to latents.
+
+A pipeline scales latents before it decodes and shifts pixels after; both stand in the graph, in
+float32 whatever the model computes in, so that the runtime has nothing to know of either.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Decoder(nn.Module):
+    """Latents float32 [N, C, h, w] to pictures float32 [N, 3, H, W] in 0..1."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        self.factor, self.shift = _scaling(vae)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Unscale, decode, and bring -1..1 to 0..1."""
+        raw = latents / self.factor + self.shift
+        image = self.vae.decode(raw.to(_dtype(self.vae)), return_dict=False)[0]
+        pixels: Tensor = (image.float() * 0.5 + 0.5).clamp(0, 1)
+        return pixels
+
+
+class Encoder(nn.Module):
+    """Pictures float32 [N, 3, H, W] in -1..1 to latents float32 [N, C, h, w]: the posterior's mode.
+
+    diffusers draws from the posterior by default. Its deviation is far below the noise that an
+    image-to-image run starts with.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        self.factor, self.shift = _scaling(vae)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Encode, and scale."""
+        found = self.vae.encode(image.to(_dtype(self.vae)), return_dict=False)[0]
+        raw = (found.mode() if hasattr(found, "mode") else found).float()
+        latents: Tensor = (raw - self.shift) * self.factor
+        return latents
+
+
+def _dtype(vae: Any) -> torch.dtype:
+    return next(vae.parameters()).dtype  # type: ignore[no-any-return]
+
+
+def _scaling(vae: Any) -> tuple[Any, Any]:
+    """What latents are divided by, and what is added then; in some models for each channel."""
+    config = vae.config
+    factor = float(config.get("scaling_factor") or 1.0)
+    shift = float(config.get("shift_factor") or 0.0)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return factor, shift
+    rows = [torch.tensor(row, dtype=torch.float32)[None, :, None, None] for row in (std, mean)]
+    return factor / rows[0], rows[1]

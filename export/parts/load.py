@@ -1,0 +1,201 @@
+"""The parts beside the U-Net of a diffusers folder or hub id, described and not yet loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockcache.export.parts.autoencoders import Decoder, Encoder
+from blockcache.export.parts.part import Part, Parts
+from blockcache.export.parts.text_encoders import ClipStates
+from blockcache.export.parts.tokenizer import tokenizer_file
+from blockcache.export.unet.configs import read_json
+from blockcache.export.unet.hub import local_folder
+from blockcache.export.unet.weights import hash_part, load_part
+from blockcache.runtime.errors import ConfigError, MissingExtraError
+
+TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+"""Classes of transformers and of diffusers that have been exported and compared."""
+
+
+def load_parts(source: str | Path, *, clip_skip: int | None = None) -> Parts:
+    """What stands beside the U-Net of a pipeline; its weights are read when they are exported.
+
+    Args:
+        source: a folder, or a hub id such as "owner/model".
+        clip_skip: so many of CLIP's last layers are left out, as diffusers' pipelines have it.
+
+    Returns:
+        What can be exported, and by name why the rest cannot. A bare U-Net has no parts.
+
+    Raises:
+        ConfigError: no such folder.
+        MissingExtraError: diffusers or transformers is not installed.
+    """
+    try:
+        import diffusers  # noqa: F401 (whether they are there)
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError.of("transformers", "export", "Exporting a pipeline") from error
+    folder = local_folder(source, ("text_encoder", "vae"))
+    index = read_json(folder / "model_index.json")
+    parts: list[Part] = []
+    refused: dict[str, str] = {}
+    large = _class(index, "text_encoder_2") is not None  # SDXL, and its refiner
+    if large and clip_skip is None:
+        skip: int | None = 0
+    else:
+        skip = clip_skip if large or clip_skip is None else clip_skip - 1
+    makers: dict[str, Callable[[], list[Part]]] = {
+        name: partial(_text_encoder, folder, name, _class(index, name), skip, large)
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3")
+        if _class(index, name) is not None
+    }
+    if _class(index, "vae") is not None:
+        makers["vae"] = partial(_autoencoder, folder / "vae", _class(index, "vae"))
+    for name, make in makers.items():
+        try:
+            parts += make()
+        except ConfigError as error:
+            refused[name] = str(error)
+    return Parts(
+        parts=tuple(_without_lone_encoders(parts, refused)),
+        zeros_without_negative=large and bool(index.get("force_zeros_for_empty_prompt", True)),
+        refused=refused,
+    )
+
+
+def _class(index: Mapping[str, Any], name: str) -> str | None:
+    """The class of a pipeline's part; None where it has none."""
+    entry = index.get(name)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+
+
+def _without_lone_encoders(parts: list[Part], refused: Mapping[str, str]) -> list[Part]:
+    """Without text encoders, where one of them is refused: a prompt needs them all."""
+    if not any(name.startswith("text_encoder") for name in refused):
+        return parts
+    return [part for part in parts if part.role != "text_encoder"]
+
+
+def _text_encoder(
+    folder: Path, name: str, kind: str | None, skip: int | None, large: bool
+) -> list[Part]:
+    """A CLIP text encoder with its tokenizer."""
+    import transformers
+
+    _require_class(kind, TEXT_ENCODERS)
+    config = read_json(folder / name / "config.json")
+    tokenizer, tokens = tokenizer_file(folder / name.replace("text_encoder", "tokenizer"))
+    pooled = large and kind == "CLIPTextModelWithProjection"
+    width, projected, layers = (
+        _number(config, key, folder / name)
+        for key in ("hidden_size", "projection_dim", "num_hidden_layers")
+    )
+    if skip is not None and not 0 <= skip < layers:
+        raise ConfigError(f"Expected a clip_skip of 1 to {layers - 1} for {name}.")
+    said = f"{kind} {skip} {large} {pooled}"
+
+    def load() -> torch.nn.Module:
+        model = load_part(getattr(transformers, str(kind)), folder / name, spare=True)
+        return ClipStates(model, skip=skip, pooled=pooled, normed=not large)
+
+    outputs: dict[str, tuple[str | int, ...]] = {"states": ("batch", tokens, width)}
+    if pooled:
+        outputs["pooled"] = ("batch", projected)
+    return [
+        Part(
+            name=name,
+            role="text_encoder",
+            sha256=_hash(hash_part(folder / name), said, tokenizer),
+            load=load,
+            inputs={"input_ids": ("batch", tokens)},
+            outputs=outputs,
+            tokenizer=tokenizer,
+        )
+    ]
+
+
+def _autoencoder(folder: Path, kind: str | None) -> list[Part]:
+    """Decoder and encoder."""
+    import diffusers
+
+    _require_class(kind, AUTOENCODERS)
+    config = read_json(folder / "config.json")
+    channels, sides = config.get("latent_channels"), config.get("block_out_channels")
+    if kind == "AutoencoderTiny":
+        channels, sides = channels or 4, config.get("encoder_block_out_channels")
+    if not isinstance(channels, int) or not isinstance(sides, list) or not sides:
+        raise ConfigError(
+            f"Expected latent_channels and block_out_channels in {folder}/config.json. Fetch the "
+            f"folder again."
+        )
+    sha256 = hash_part(folder)
+    return autoencoder_parts(
+        lambda: load_part(getattr(diffusers, str(kind)), folder),
+        sha256=sha256,
+        channels=channels,
+        factor=2 ** (len(sides) - 1),
+        single=bool(config.get("force_upcast", kind == "AutoencoderKL")),
+    )
+
+
+def autoencoder_parts(
+    load: Callable[[], Any], *, sha256: str, channels: int, factor: int, single: bool = False
+) -> list[Part]:
+    """Decoder and encoder of an autoencoder.
+
+    Args:
+        load: gives the autoencoder; its ``encode`` and ``decode`` are as diffusers' have them.
+        sha256: of its config and weights.
+        channels: C of the latents.
+        factor: pixels a latent, along a side.
+        single: whether it overflows in float16.
+    """
+    latents = ("batch", channels, "height", "width")
+    image = ("batch", 3, f"{factor}*height", f"{factor}*width")
+    decoder = Part(
+        name="decoder",
+        role="decoder",
+        sha256=_hash(sha256, "decoder"),
+        load=lambda: Decoder(load()),
+        inputs={"latents": latents},
+        outputs={"image": image},
+        single=single,
+    )
+    encoder = Part(
+        name="encoder",
+        role="encoder",
+        sha256=_hash(sha256, "encoder"),
+        load=lambda: Encoder(load()),
+        inputs={"image": image},
+        outputs={"latents": latents},
+        single=single,
+    )
+    return [decoder, encoder]
+
+
+def _number(config: Mapping[str, Any], key: str, folder: Path) -> int:
+    """A whole number of a config."""
+    value = config.get(key)
+    if not isinstance(value, int):
+        raise ConfigError(
+            f"Expected a number as {key!r} in {folder}/config.json, got {value!r}. Fetch the "
+            f"folder again."
+        )
+    return value
+
+
+def _require_class(kind: str | None, known: tuple[str, ...]) -> None:
+    if kind not in known:
+        raise ConfigError(f"Expected a {' or '.join(known)}, got a {kind}, which is not exported.")
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

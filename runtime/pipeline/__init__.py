@@ -1,0 +1,1 @@
+"""From prompts to pictures: tokenizer, text encoders, the session's loop, decoder."""

@@ -1,0 +1,113 @@
+"""Latents to pictures and back: the autoencoder's two halves, image by image or in tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from blockcache.runtime.errors import InputError
+from blockcache.runtime.pipeline.bound_part import BoundPart
+from blockcache.runtime.plan import ModelFacts, Sizes
+
+OVERLAP = 4
+"""Neighbouring tiles share a quarter of their side, as in diffusers."""
+
+
+class PictureDecoder:
+    """The decoder; one image or tile at a time, so that memory does not grow with the batch."""
+
+    def __init__(self, model: ModelFacts, decoder: BoundPart) -> None:
+        self._sizes = replace(model.sizes, batch=1)
+        self._decoder = decoder
+        self.factor = int(decoder.part.outputs[0].dims[-1].coefficient)
+
+    def image(self, latents: np.ndarray, tile: int | None = None) -> np.ndarray:
+        """One picture uint8 [H, W, 3] of latents float32 [C, h, w].
+
+        Args:
+            latents: as the loop leaves them.
+            tile: the side of a tile in latents; None decodes the picture as a whole.
+        """
+        _, height, width = latents.shape
+        if tile is None or tile >= max(height, width):
+            pixels = self._decode(latents)
+        else:
+            pixels = self._in_tiles(latents, tile)
+        scaled = (pixels * 255).round().astype(np.uint8)
+        return np.ascontiguousarray(scaled.transpose(1, 2, 0))
+
+    def _decode(self, latents: np.ndarray) -> np.ndarray:
+        """float32 [3, H, W] in 0..1."""
+        _, height, width = latents.shape
+        sizes = replace(self._sizes, height=height, width=width)
+        found = self._decoder(sizes, {"latents": latents[None]})["image"][0]
+        image: np.ndarray = found
+        return image
+
+    def _in_tiles(self, latents: np.ndarray, tile: int) -> np.ndarray:
+        """Tiles of one size, faded into each other where they overlap."""
+        _, height, width = latents.shape
+        factor = self.factor
+        total = np.zeros((3, height * factor, width * factor), np.float32)
+        weight = np.zeros(total.shape[1:], np.float32)
+        for rows in _spans(height, tile):
+            for columns in _spans(width, tile):
+                part = self._decode(np.ascontiguousarray(latents[:, rows, columns]))
+                fade = np.outer(_ramp(part.shape[1]), _ramp(part.shape[2]))
+                high, wide = (slice(s.start * factor, s.stop * factor) for s in (rows, columns))
+                total[:, high, wide] += part * fade
+                weight[high, wide] += fade
+        return total / weight
+
+
+class PictureEncoder:
+    """The encoder, for image to image."""
+
+    def __init__(self, model: ModelFacts, encoder: BoundPart) -> None:
+        self._sizes = replace(model.sizes, batch=1)
+        self._encoder = encoder
+        self.factor = int(encoder.part.inputs[0].dims[-1].coefficient)
+
+    def latents(self, images: np.ndarray) -> np.ndarray:
+        """float32 [N, C, h, w] of pictures uint8 [N, H, W, 3]."""
+        height, width = (side // self.factor for side in images.shape[1:3])
+        sizes: Sizes = replace(self._sizes, height=height, width=width)
+        signed = images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        made = [self._encoder(sizes, {"image": image[None]})["latents"] for image in signed]
+        return np.concatenate(made)
+
+
+def as_pictures(image: object) -> np.ndarray:
+    """Pictures uint8 [N, H, W, 3] of one or several, numpy's or Pillow's.
+
+    Raises:
+        InputError: anything else.
+    """
+    several = isinstance(image, list | tuple)
+    arrays = [np.asarray(each) for each in image] if several else [np.asarray(image)]  # type: ignore[attr-defined]
+    shapes = {array.shape for array in arrays}
+    found = np.stack(arrays) if len(shapes) == 1 and several else arrays[0]
+    found = found[None] if found.ndim == 3 else found
+    if len(shapes) != 1 or found.ndim != 4 or found.shape[3] != 3 or found.dtype != np.uint8:
+        raise InputError(
+            f"image: expected uint8 [N, H, W, 3], or pictures of one size in RGB, got "
+            f"{arrays[0].dtype} of shapes {sorted(shapes)}."
+        )
+    return found
+
+
+def _spans(side: int, tile: int) -> Iterator[slice]:
+    """Spans of ``tile`` that cover ``side``, each over the end of the one before."""
+    tile = min(tile, side)
+    step = max(1, tile - tile // OVERLAP)
+    starts = [*range(0, side - tile, step), side - tile]
+    return (slice(start, start + tile) for start in starts)
+
+
+def _ramp(side: int) -> np.ndarray:
+    """Weights that rise from both ends over the overlap; nowhere zero."""
+    distance = np.minimum(np.arange(side), np.arange(side)[::-1]) + 1
+    rise: np.ndarray = np.minimum(distance / max(1, side // OVERLAP), 1).astype(np.float32)
+    return rise

@@ -1,0 +1,439 @@
+"""The pipeline: prompts in, pictures out, without torch.
+
+::
+
+    with Pipeline.open("bundle") as pipeline:
+        drawn = pipeline(["a red bicycle"], seeds=[0, 1])
+        drawn.images                    # uint8 [2, H, W, 3]
+        drawn.summary()                 # what ran and how long
+
+It needs numpy, safetensors, tokenizers and one engine library.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from blockcache.runtime.arguments import finite_number, whole_number
+from blockcache.runtime.bundles.bundle import Bundle
+from blockcache.runtime.engines.engine import Backend
+from blockcache.runtime.engines.loading import load_engines
+from blockcache.runtime.errors import Cancelled, ConfigError, InputError
+from blockcache.runtime.loop import Progress
+from blockcache.runtime.pipeline.bound_part import BoundPart
+from blockcache.runtime.pipeline.pictures import PictureDecoder, PictureEncoder, as_pictures
+from blockcache.runtime.pipeline.prompts import Encoded, PromptEncoder
+from blockcache.runtime.plan import MOST_SIZE
+from blockcache.runtime.record import RunRecord
+from blockcache.runtime.session import Session
+
+_SERVED = {"encoder_hidden_states", "text_embeds", "time_ids"}
+"""Conditions that follow from a prompt and a size."""
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures, and how they came about."""
+
+    images: np.ndarray  # uint8 [N, H, W, 3]
+    seeds: tuple[int, ...]  # one an image
+    latents: np.ndarray  # float32 [N, C, h, w]
+    record: RunRecord  # of the denoising
+    text_ms: float
+    decode_ms: float
+    truncated: tuple[str, ...]  # per prompt what did not fit, "" where all did
+
+    def summary(self) -> dict[str, float | int]:
+        """The figures people ask for first."""
+        times = {"text_ms": round(self.text_ms, 3), "decode_ms": round(self.decode_ms, 3)}
+        return {**self.record.summary(), **times}
+
+
+class Pipeline:
+    """A session with the text encoders and the autoencoder of its model.
+
+    Thread-safe: calls wait for each other. For several at a time open one pipeline each; engines
+    are shared. A pipeline belongs to the process that opened it, as a ``Session`` does.
+    """
+
+    def __init__(self, session: Session) -> None:
+        bundle = session.bundle
+        _require_served(bundle)
+        pipeline = bundle.pipeline
+        assert pipeline is not None
+        engines = load_engines(session.backend, bundle, pipeline.parts)
+        bound = {p.name: BoundPart(p, engines[p.name], session.backend) for p in pipeline.parts}
+        encoders = [bound[part.name] for part in pipeline.of_role("text_encoder")]
+        self.session = session
+        self._parts = tuple(bound.values())
+        self._encode = PromptEncoder(bundle.model, encoders, bundle.tokenizers)
+        (decoder,) = pipeline.of_role("decoder")
+        self._decoder = PictureDecoder(bundle.model, bound[decoder.name])
+        self._encoder = next(
+            (PictureEncoder(bundle.model, bound[p.name]) for p in pipeline.of_role("encoder")), None
+        )
+        self._zeros = pipeline.zeros_without_negative
+        widths = [c.dims[-1] for c in bundle.model.conditions if c.name == "time_ids"]
+        self._time_ids = int(widths[0].coefficient) if widths else 0
+        self._lock = threading.RLock()
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle | str | Path,
+        *,
+        preset: str | None = None,
+        backend: str | Backend = "auto",
+        threads: int | None = None,
+        stream: Any = None,
+        graphs: str | None = None,
+        verify: bool = True,
+    ) -> Pipeline:
+        """Open a bundle with its text encoders and autoencoder; arguments as ``Session.open``.
+
+        Raises:
+            ConfigError: the bundle holds the U-Net alone, or one that takes more than a prompt.
+            MissingExtraError: tokenizers or the engine library is not installed.
+            BundleError, EngineError: see ``Session.open``.
+        """
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
+        _require_served(opened)  # before engines are loaded
+        session = Session.open(
+            opened,
+            preset=preset,
+            backend=backend,
+            threads=threads,
+            stream=stream,
+            graphs=graphs,
+            verify=verify,
+        )
+        try:
+            return cls(session)
+        except BaseException:
+            session.close()
+            raise
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        negative_prompts: str | Sequence[str] | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        image: Any = None,
+        strength: float = 0.8,
+        long_prompts: bool = False,
+        tile: int | None = None,
+        original_size: Size | None = None,
+        crops_coords_top_left: Size = (0, 0),
+        target_size: Size | None = None,
+        aesthetic_score: float = 6.0,
+        negative_aesthetic_score: float = 2.5,
+        callback: Callable[[Progress], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Drawn:
+        """Draw N pictures; N is the number of prompts or of seeds, whichever is more than one.
+
+        Args:
+            prompts: one, or N.
+            negative_prompts: one, or N; used with guidance only.
+            seeds: whole numbers, one a picture; default random ones, told in the result.
+            guidance_scale: default the preset's. 1 or less turns guidance off, as in diffusers.
+            guidance_rescale: 0 (off) to 1, as in diffusers.
+            height: of the pictures, in pixels; default the model's.
+            width: of the pictures, in pixels; default the model's.
+            image: uint8 [N or 1, H, W, 3], or RGB pictures of Pillow, to start from.
+            strength: how much of ``image`` is drawn anew, above 0 to 1.
+            long_prompts: encode what is longer than the text encoder's length in chunks; else it
+                falls away with a warning, as in diffusers.
+            tile: decode in tiles of so many pixels a side: less memory, and slightly other pixels.
+            original_size: SDXL: (height, width) in pixels; default the pictures'.
+            crops_coords_top_left: SDXL: (top, left).
+            target_size: SDXL: (height, width) in pixels; default the pictures'.
+            aesthetic_score: SDXL's refiner.
+            negative_aesthetic_score: SDXL's refiner.
+            callback: called after each step with a Progress; it may edit the latents in place.
+            cancelled: asked before each step and each picture; True raises Cancelled.
+
+        Raises:
+            InputError: an argument of another type, size or range.
+            ConfigError: ``image``, and the bundle has no encoder; a closed pipeline.
+            Cancelled: ``cancelled()`` was true.
+            EngineError: the engine library failed.
+        """
+        texts = _texts("prompts", prompts)
+        others = None if negative_prompts is None else _texts("negative_prompts", negative_prompts)
+        images = None if image is None else as_pictures(image)
+        counts = {"prompts": len(texts), "negative_prompts": len(others or [""])}
+        given = None if seeds is None else _whole_seeds(seeds)
+        counts |= {"seeds": 1 if given is None else len(given)}
+        counts |= {"image": 1 if images is None else len(images)}
+        count = _common(counts)
+        height, width = self._latent_size(images, height, width)
+        first = 0 if images is None else self._first_step(strength)
+        side = None if tile is None else self._tile(tile)
+        scale = self.session.preset.guidance_scale if guidance_scale is None else guidance_scale
+        guided = finite_number("guidance_scale", scale) > 1
+        chosen = _random_seeds(count) if given is None else given
+        if len(chosen) != count:
+            raise InputError(f"seeds: expected one a picture, {count}, got 1. Pass as many.")
+        pixels = (height * self.factor, width * self.factor)
+        with self._lock:
+            self.session.check_open()
+            noise = self.session.noise(chosen, height, width)
+            begin = time.perf_counter()
+            positive, negative = self._prompts(texts, others if guided else None, long_prompts)
+            text_ms = (time.perf_counter() - begin) * 1e3
+            sizes = [*(original_size or pixels), *crops_coords_top_left]
+            target = target_size or pixels
+            result = self.session.denoise(
+                noise,
+                positive.states,
+                negative.states if guided else None,
+                conditions=self._conditions(positive, [*sizes, *target], aesthetic_score),
+                negative_conditions=self._conditions(
+                    negative, [*sizes, *target], negative_aesthetic_score
+                )
+                if guided
+                else None,
+                guidance_scale=scale,
+                guidance_rescale=guidance_rescale,
+                image_latents=None if images is None else self._start(images, count),
+                start_step=first,
+                callback=callback,
+                cancelled=cancelled,
+            )
+            begin = time.perf_counter()
+            drawn = self._decode(result.latents, side, cancelled)
+            decode_ms = (time.perf_counter() - begin) * 1e3
+        return Drawn(
+            drawn, chosen, result.latents, result.record, text_ms, decode_ms, positive.late
+        )
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, along a side."""
+        return self._decoder.factor
+
+    def decode(self, latents: np.ndarray, *, tile: int | None = None) -> np.ndarray:
+        """Pictures uint8 [N, H, W, 3] of latents float32 [N, C, h, w]; for previews in a callback.
+
+        Raises:
+            InputError: latents of another shape.
+        """
+        channels = self.session.bundle.model.channels
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise InputError(
+                f"latents: expected float32 [N, {channels}, h, w], got {latents.dtype} "
+                f"{list(latents.shape)}."
+            )
+        side = None if tile is None else self._tile(tile)
+        with self._lock:
+            self.session.check_open()
+            return self._decode(np.asarray(latents, np.float32), side, None)
+
+    def warm_up(
+        self,
+        images: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        guided: bool | None = None,
+    ) -> None:
+        """Run everything once, so that the first real request of this shape is quick.
+
+        Args:
+            images: N of the requests to come.
+            height: of the pictures, in pixels; default the model's.
+            width: of the pictures, in pixels; default the model's.
+            guided: with or without guidance; default as the preset has it.
+        """
+        high, wide = self._latent_size(None, height, width)
+        with self._lock:
+            self.session.check_open()
+            self._encode([""])
+            self.session.warm_up(images, high, wide, guided=guided)
+            channels = self.session.bundle.model.channels
+            self._decode(np.zeros((1, channels, high, wide), np.float32), None, None)
+
+    def close(self) -> None:
+        """Free engines and memory; closing twice is fine."""
+        with self._lock:
+            self.session.close()
+            for part in self._parts:
+                part.release()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- arguments ---------------------------------------------------------------------------------
+
+    def _latent_size(
+        self, images: np.ndarray | None, height: int | None, width: int | None
+    ) -> tuple[int, int]:
+        """Latent height and width of a request."""
+        model = self.session.bundle.model
+        given = (None, None) if images is None else images.shape[1:3]
+        own = (model.sizes.height, model.sizes.width)
+        sides = []
+        for name, asked, there, default in zip(
+            ("height", "width"), (height, width), given, own, strict=True
+        ):
+            side = asked if asked is not None else there
+            if side is None:
+                sides.append(default)
+                continue
+            pixels = whole_number(name, side, 1, MOST_SIZE * self.factor)
+            if there is not None and pixels != there:
+                raise InputError(
+                    f"{name}: expected {there}, as the image has it, got {pixels}. Resize the "
+                    f"image first, or leave {name} out."
+                )
+            multiple = self.factor * model.downsampling
+            if pixels % multiple:
+                near = max(multiple, round(pixels / multiple) * multiple)
+                raise InputError(
+                    f"{name}: expected a multiple of {multiple} pixels, got {pixels}. Take {near}."
+                )
+            sides.append(pixels // self.factor)
+        return sides[0], sides[1]
+
+    def _first_step(self, strength: float) -> int:
+        """Where image to image begins, as diffusers counts."""
+        share, steps = finite_number("strength", strength), self.session.steps
+        run = min(int(steps * share), steps)
+        if not 0 < share <= 1 or run < 1:
+            raise InputError(
+                f"strength: expected more than {1 / steps:.3g}, which is one of {steps} steps, to "
+                f"1, got {strength}."
+            )
+        return steps - run
+
+    def _tile(self, tile: int) -> int:
+        """A tile's side in latents."""
+        pixels = whole_number("tile", tile, 1)
+        if pixels % self.factor or pixels < 4 * self.factor:
+            raise InputError(
+                f"tile: expected a multiple of {self.factor} pixels, {4 * self.factor} or more, "
+                f"got {pixels}."
+            )
+        return pixels // self.factor
+
+    # -- the parts ---------------------------------------------------------------------------------
+
+    def _prompts(
+        self, texts: list[str], negatives: list[str] | None, long_prompts: bool
+    ) -> tuple[Encoded, Encoded]:
+        """Both halves of guidance's batch, of as many tokens."""
+        other = negatives or [""]
+        chunks = self._encode.chunks([*texts, *other]) if long_prompts else 1
+        positive = self._encode(texts, chunks=chunks)
+        for text in filter(None, positive.late):
+            warnings.warn(
+                f"The end of a prompt was cut off, the text encoder does not take it: {text!r}. "
+                f"Shorten the prompt, or pass long_prompts=True.",
+                stacklevel=3,
+            )
+        if negatives is None and self._zeros:
+            return positive, positive.zeros()
+        return positive, self._encode(other, chunks=chunks)
+
+    def _conditions(self, text: Encoded, sizes: list[int], score: float) -> dict[str, np.ndarray]:
+        """What SDXL takes besides the prompt; nothing for others."""
+        found = {} if text.pooled is None else {"text_embeds": text.pooled}
+        if self._time_ids:  # six numbers; the refiner's five end in a score
+            row = sizes if self._time_ids == len(sizes) else [*sizes[:4], score]
+            found["time_ids"] = np.array([row], np.float32)
+        return found
+
+    def _start(self, images: np.ndarray, count: int) -> np.ndarray:
+        """Latents to start from, [count, C, h, w]."""
+        if self._encoder is None:
+            raise ConfigError(
+                "Expected a bundle with an encoder, for image to image; this one has none. Compile "
+                "the model again with all its parts."
+            )
+        latents = self._encoder.latents(images)
+        return np.repeat(latents, count, axis=0) if len(latents) < count else latents
+
+    def _decode(
+        self, latents: np.ndarray, tile: int | None, cancelled: Callable[[], bool] | None
+    ) -> np.ndarray:
+        pictures = []
+        for image in latents:
+            if cancelled is not None and cancelled():
+                raise Cancelled("The request was cancelled while its pictures were decoded.")
+            pictures.append(self._decoder.image(np.ascontiguousarray(image), tile))
+        return np.stack(pictures)
+
+
+def _require_served(bundle: Bundle) -> None:
+    """Raise ConfigError unless prompts are all that a bundle needs, and it has parts for them."""
+    pipeline = bundle.pipeline
+    roles = [] if pipeline is None else [part.role for part in pipeline.parts]
+    lacking = [role for role in ("text_encoder", "decoder") if role not in roles]
+    if lacking:
+        raise ConfigError(
+            f"Expected a bundle with text encoder and decoder, {bundle.folder} has no "
+            f"{' and no '.join(lacking)}. Compile the model again with all its parts, or use "
+            f"Session, with prompts encoded and latents decoded by yourself."
+        )
+    further = sorted({spec.name for spec in bundle.model.conditions} - _SERVED)
+    if further:
+        raise ConfigError(
+            f"Expected a U-Net that draws from prompts alone, {bundle.model.name} takes {further}, "
+            f"too. Use Session, which takes them as conditions."
+        )
+
+
+def _texts(name: str, given: object) -> list[str]:
+    """One text or several, as a list; InputError for anything else."""
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{name}: expected a text or a list of texts, got {str(given)[:80]!r}.")
+    if not texts:
+        raise InputError(f"{name}: expected at least one text, got an empty list.")
+    return list(texts)
+
+
+def _common(counts: dict[str, int]) -> int:
+    """N, of arguments that come once or N times."""
+    several = {count for count in counts.values() if count != 1}
+    if len(several) > 1 or 0 in several:
+        told = ", ".join(f"{count} {name}" for name, count in counts.items() if count != 1)
+        raise InputError(f"Expected one of each or as many, got {told}.")
+    return max(counts.values())
+
+
+def _whole_seeds(seeds: object) -> tuple[int, ...]:
+    """Seeds as they are given, checked."""
+    if isinstance(seeds, str) or not isinstance(seeds, Iterable):
+        raise InputError(f"seeds: expected a list of whole numbers, got {seeds!r}.")
+    return tuple(whole_number("seeds", seed, 0) for seed in seeds)
+
+
+def _random_seeds(count: int) -> tuple[int, ...]:
+    """Seeds that nobody chose; the result tells them."""
+    return tuple(int(seed) for seed in np.random.SeedSequence().generate_state(count))

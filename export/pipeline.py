@@ -64,7 +64,7 @@ from blockcache.runtime.bundles.manifest import (
     to_plain,
 )
 from blockcache.runtime.bundles.strict_json import Field
-from blockcache.runtime.errors import BundleError, ConfigError
+from blockcache.runtime.errors import BundleError, ConfigError, ExportError
 from blockcache.runtime.files import new_folder, write_text
 from blockcache.runtime.plan import (
     BlockFacts,
@@ -263,9 +263,8 @@ def _parts_stage(
     """Text encoders, tokenizers and autoencoder; those that are there where none are given."""
     if parts is None:
         return None if earlier.bundle is None else earlier.bundle.pipeline
-    for name, reason in parts.refused.items():
-        warnings.warn(f"The bundle gets no {name}. {reason}", stacklevel=1)
     if not parts.parts:
+        _warn_of_lacking(parts.refused)
         return None
     hashes = {part.name: part.sha256 for part in parts.parts}
     zeros = parts.zeros_without_negative
@@ -273,11 +272,17 @@ def _parts_stage(
     total = len(parts.parts)
     facts = store.reuse("parts", key)
     if facts is None:
-        made, tokenizers = [], {}
+        made: list[Segment] = []
+        tokenizers: dict[str, str] = {}
+        untraced: dict[str, str] = {}
         with new_folder(store.folder / PARTS) as fresh:
             for done, part in enumerate(parts.parts):
                 observer("parts", done, total)
-                made.append(export_part(part, fresh, precision))
+                try:
+                    made.append(export_part(part, fresh, precision))
+                except ExportError as error:
+                    untraced[part.name] = str(error)
+                    continue
                 if part.tokenizer:
                     tokenizers[part.name] = f"{part.name}.tokenizer.json"
                     write_text(fresh / tokenizers[part.name], part.tokenizer)
@@ -287,10 +292,17 @@ def _parts_stage(
             tokenizers={name: f"{home}/{file}" for name, file in tokenizers.items()},
             zeros_without_negative=zeros,
         )
-        facts = {"pipeline": to_plain(pipeline)}
+        facts = {"pipeline": to_plain(pipeline), "untraced": untraced}
         store.commit("parts", key, _files_in(store, home), facts)
     observer("parts", total, total)
+    _warn_of_lacking({**parts.refused, **facts["untraced"]})
     return pipeline_from_plain(Field(facts["pipeline"], "pipeline", "the record of the parts"))
+
+
+def _warn_of_lacking(parts: Mapping[str, str]) -> None:
+    """Say which parts the bundle does not get, and why."""
+    for name, reason in parts.items():
+        warnings.warn(f"The bundle gets no {name}. {reason}", stacklevel=1)
 
 
 def _files_in(store: StageStore, home: str) -> list[str]:

@@ -53,7 +53,7 @@ REVISIONS: Mapping[str, Revision] = {
     ),
     "parts": Revision(
         1,
-        "0607dce438bf0494",
+        "e131f127fccdb8d4",
         (
             "export/unet/weights.py",
             "export/graph/passes/canonical.py",

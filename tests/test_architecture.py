@@ -279,7 +279,7 @@ TOOLS_MAY_USE = {
 """Each folder of ``tools`` and those below it. The files beside them are the command line's frame:
 they may use every folder, and of the folders ``commands`` alone may use them."""
 
-DEMO_ROOMS = ("autoencoder", "concepts", "contexts", "data", "model", "prompts")
+DEMO_ROOMS = ("autoencoder", "concepts", "contexts", "data", "model", "parts", "prompts")
 """What others may use of the demo: its model and its data, and nothing of the training."""
 
 

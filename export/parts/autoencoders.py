@@ -43,7 +43,7 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Encode, and scale."""
         found = self.vae.encode(image.to(_dtype(self.vae)), return_dict=False)[0]
-        raw = (found.mode() if hasattr(found, "mode") else found).float()
+        raw = (found if isinstance(found, Tensor) else found.mode()).float()
         latents: Tensor = (raw - self.shift) * self.factor
         return latents
 

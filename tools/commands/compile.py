@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,10 +13,13 @@ import typer
 from blockcache.tools.commands.options import AsJson
 
 if TYPE_CHECKING:
-    from blockcache.export import Compiled, CompileOptions, Processor
+    from collections.abc import Callable
+
+    from blockcache.export import Compiled, CompileOptions, Parts, Processor
 
 DEFAULT_PRESETS = ("dpm:20:0.5", "dpm:20")
 BLOCKS = ("transformers", "resnets")
+PARTS = ("all", "unet")
 PLOT = "presets.svg"
 """The plot that ends a compile, in the bundle's folder; no part of the bundle."""
 
@@ -46,6 +50,13 @@ CachedBlocks = Annotated[
 ]
 Hoist = Annotated[
     bool, typer.Option(help="Take what does not depend on the sample out of the loop.")
+]
+ExportedParts = Annotated[
+    str,
+    typer.Option(
+        help="all: text encoders and autoencoder, too, so that the bundle draws from prompts; "
+        "unet: the U-Net alone."
+    ),
 ]
 EngineTarget = Annotated[
     str | None,
@@ -90,6 +101,10 @@ def compile_bundle(
     precision: Precision = None,
     blocks: CachedBlocks = "transformers",
     hoist: Hoist = True,
+    parts: ExportedParts = "all",
+    clip_skip: Annotated[
+        int | None, typer.Option(min=1, help="Leave out so many of CLIP's last layers.")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Profile with these prompts, one a line.")
     ] = None,
@@ -116,13 +131,14 @@ def compile_bundle(
     """
     from blockcache.export import PresetOptions, read_timings
     from blockcache.tools.commands.names import precision_for, warn_of_float32
+    from blockcache.tools.sources.models import load_parts_of
 
     presets = tuple(PresetOptions.parse(text) for text in preset or DEFAULT_PRESETS)
     recommended = None if recommend is None else PresetOptions.parse(recommend).name
     dtype = precision_for(precision, target)
     times = None if timings is None else read_timings(timings)
     processor = None if gpu is None else _processor(gpu)
-    _check(model, out, blocks, calibration, prompts)
+    _check(model, out, blocks, parts, calibration, prompts)
     if target is not None:
         warn_of_float32(dtype, target)
 
@@ -149,7 +165,8 @@ def compile_bundle(
             candidates=candidates,
         ),
     )
-    made = _compile(model, out, options, calibration, prompts, blocks, variant)
+    beside = None if parts == "unet" else partial(load_parts_of, model, clip_skip)
+    made = _compile(model, out, options, calibration, prompts, blocks, variant, beside)
     _report(made, as_json=as_json)
 
 
@@ -161,7 +178,12 @@ def _processor(gpu: str) -> Processor:
 
 
 def _check(
-    model: str, out: Path, blocks: str, calibration: Path | None, prompts: Path | None
+    model: str,
+    out: Path,
+    blocks: str,
+    parts: str,
+    calibration: Path | None,
+    prompts: Path | None,
 ) -> None:
     """Refuse what cannot work before torch is imported or anything is loaded."""
     from blockcache.export.measure.encoded_prompts import read_encoded_prompts
@@ -172,6 +194,8 @@ def _check(
 
     if blocks not in BLOCKS:
         raise ConfigError(f"Expected blocks of {' or '.join(BLOCKS)}, got {blocks!r}.")
+    if parts not in PARTS:
+        raise ConfigError(f"Expected parts of {' or '.join(PARTS)}, got {parts!r}.")
     check_source(model)
     if calibration is not None:
         read_encoded_prompts(calibration)
@@ -188,9 +212,10 @@ def _compile(
     prompts: Path | None,
     blocks: str,
     variant: str | None,
+    beside: Callable[[], Parts] | None,
 ) -> Compiled:
     """Load, encode and compile under a progress bar."""
-    from blockcache.export import compile_model
+    from blockcache.export import Parts, compile_model
     from blockcache.tools.report.progress import StageProgress
     from blockcache.tools.sources.models import load_source
     from blockcache.tools.sources.prompts import calibration_for
@@ -202,8 +227,9 @@ def _compile(
         dtype = "float32" if measured else options.export.precision
         source = load_source(model, dtype, blocks, variant)
         encoded = calibration_for(model, calibration, prompts) if measured else None
+        parts = Parts(parts=()) if beside is None else beside()
         progress("load", 1, 1)
-        return compile_model(source, out, options, encoded, progress)
+        return compile_model(source, out, options, encoded, progress, parts)
 
 
 def _report(made: Compiled, *, as_json: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +15,7 @@ from blockcache.tools.commands.options import AsJson
 if TYPE_CHECKING:
     import numpy as np
 
-    from blockcache.runtime import Bundle
+    from blockcache.runtime import Bundle, Drawn
     from blockcache.tools.report.progress import StageProgress
 
 PROMPTS = (
@@ -74,18 +73,18 @@ def demo(
     from blockcache.tools.commands.outputs import check_folder
     from blockcache.tools.report.pictures import beside_differences, save_grid
     from blockcache.tools.report.progress import StageProgress
-    from blockcache.tools.sources.codecs import DemoCodec
+    from blockcache.tools.sources.models import check_demo_prompts
 
     check_folder(out)
+    check_demo_prompts()
     prompts = list(prompt or PROMPTS)
     with StageProgress() as progress:
         bundle, about = compile_demo(out / "bundle", steps, delta, speedup, guidance, progress)
-        latents, seconds = run_presets(bundle, list(about), prompts, seed, repeats, progress)
-    rows = demo_rows(bundle, about, latents, seconds)
-    pictures = {name: DemoCodec().decode(latents[name]) for name in about}
-    converged = pictures[rows[-1].preset]
+        drawn, seconds = run_presets(bundle, list(about), prompts, seed, repeats, progress)
+    rows = demo_rows(bundle, about, {name: drawn[name].latents for name in about}, seconds)
+    converged = drawn[rows[-1].preset].images
     captions = [
-        (_caption(row, rows[0]), beside_differences(pictures[row.preset], converged, GAIN))
+        (_caption(row, rows[0]), beside_differences(drawn[row.preset].images, converged, GAIN))
         for row in rows
     ]
     save_grid(captions, prompts, out / "demo.png")
@@ -113,11 +112,12 @@ def compile_demo(
         compile_model,
     )
     from blockcache.export.choose.policies import Joint, Threshold
-    from blockcache.tools.sources.models import DEMO, load_source
+    from blockcache.tools.sources.models import DEMO, load_parts_of, load_source
     from blockcache.tools.sources.prompts import calibration_for
 
     progress("load", 0, 1)
     source, calibration = load_source(DEMO), calibration_for(DEMO, None, None)
+    parts = load_parts_of(DEMO)
     progress("load", 1, 1)
     fewer = max(1, round(steps / speedup))
     cached = PresetOptions(solver="dpm", steps=steps, policy=Joint(speedup))
@@ -139,7 +139,7 @@ def compile_demo(
         alignment=AlignmentOptions(images=IMAGES),
     )
     options = CompileOptions(presets=tuple(made), measurement=measurement, recommended=cached.name)
-    bundle = compile_model(source, folder, options, calibration, progress).bundle
+    bundle = compile_model(source, folder, options, calibration, progress, parts).bundle
     return bundle, {preset.name: about for preset, about in made.items()}
 
 
@@ -150,32 +150,26 @@ def run_presets(
     seed: int,
     repeats: int,
     progress: StageProgress,
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Latents of the prompts by every preset, from the same noise, and seconds (medians).
+) -> tuple[dict[str, Drawn], dict[str, float]]:
+    """The prompts drawn by every preset from the same noise, and seconds of denoising (medians).
 
     The presets take turns. The last one, the converged run, is drawn once and not timed.
     """
     import numpy as np
 
-    from blockcache.runtime import Session
-    from blockcache.tools.sources.codecs import DemoCodec
+    from blockcache.runtime import Pipeline
 
-    codec = DemoCodec()
-    positive, negative = (half["encoder_hidden_states"] for half in codec.encode(prompts))
-    latents: dict[str, np.ndarray] = {}
+    drawn: dict[str, Drawn] = {}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     turns = [name for _ in range(repeats + 1) for name in names[:-1]] + names[-1:]
-    sessions = {name: Session.open(bundle, preset=name, verify=False) for name in names}
+    pipelines = {name: Pipeline.open(bundle, preset=name, verify=False) for name in names}
     for turn, name in enumerate(turns):
         progress("denoise", turn, len(turns))
-        seeds = range(seed, seed + len(prompts))
-        noise = sessions[name].noise(seeds)
-        begin = time.perf_counter()
-        latents[name] = sessions[name].denoise(noise, positive, negative, seeds=seeds).latents
-        seconds[name].append(time.perf_counter() - begin)
+        drawn[name] = pipelines[name](prompts, seeds=range(seed, seed + len(prompts)))
+        seconds[name].append(drawn[name].record.total_ms / 1e3)
     progress("denoise", len(turns), len(turns))
     # The first turn of each warms up, where there are others.
-    return latents, {n: float(np.median(taken[1:] or taken)) for n, taken in seconds.items()}
+    return drawn, {n: float(np.median(taken[1:] or taken)) for n, taken in seconds.items()}
 
 
 def demo_rows(

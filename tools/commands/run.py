@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,16 +14,16 @@ from blockcache.tools.commands.options import (
     AsJson,
     BackendName,
     BundleFolder,
-    ModelName,
     PresetName,
     Threads,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
 
-    from blockcache.runtime import Bundle
-    from blockcache.tools.sources.codecs import Codec
+    from blockcache.runtime import Backend, Bundle, Drawn
 
 
 OUTPUTS = (".png", ".npy")
@@ -34,104 +35,147 @@ def run(
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to draw; repeatable, one image each.")
     ] = None,
-    model: ModelName = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What not to draw, of all images.")
+    ] = None,
     embeddings: Annotated[
         Path | None,
         typer.Option(help="Encoded prompts instead (safetensors, as for compile --calibration)."),
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to start from: image to image.")
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(help="How much of --image is drawn anew, above 0 to 1.")
+    ] = 0.8,
     preset: PresetName = None,
     seed: Annotated[int, typer.Option(help="Image i uses SEED + i.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Default: the preset's.")] = None,
     guidance_rescale: Annotated[
         float, typer.Option(help="0 (off) to 1: keep strong guidance from burning out colours.")
     ] = 0.0,
-    height: Annotated[int | None, typer.Option(help="Latent height; default the model's.")] = None,
-    width: Annotated[int | None, typer.Option(help="Latent width; default the model's.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels; default the model's.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels; default the model's.")] = None,
+    tile: Annotated[
+        int | None, typer.Option(help="Decode in tiles of so many pixels: less memory.")
+    ] = None,
     out: Annotated[
-        Path, typer.Option(help="FILE.png: a grid of pictures; FILE.npy: latents [N, C, H, W].")
+        Path, typer.Option(help="FILE.png: pictures side by side; FILE.npy: latents [N, C, H, W].")
     ] = Path("out.png"),
     backend: BackendName = "auto",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Denoise prompts by a bundle's preset and write pictures.
+    """Draw prompts by a bundle's preset and write pictures. Needs no torch.
 
     Example: blockcache run demo-out/bundle --prompt "twitter emoji, red apple" --out apple.png
     """
-    from blockcache.runtime import Bundle, Session
+    from blockcache.runtime import Bundle, ConfigError, Pipeline
     from blockcache.runtime.engines.choice import make_backend
     from blockcache.tools.commands.names import preset_of
     from blockcache.tools.commands.outputs import check_file
     from blockcache.tools.report.progress import StageProgress
 
     check_file(out, OUTPUTS)
+    if (embeddings is None) == (not prompt):
+        raise ConfigError("Expected at least one --prompt, or --embeddings FILE; not both.")
+    if embeddings is not None:
+        given = {"negative-prompt": negative_prompt, "image": image, "tile": tile}
+        _refuse_with_embeddings(given | {"height": height, "width": width})
     opened = Bundle.open(bundle)
     name = preset_of(opened, preset)
+    start = None if image is None else _picture(image)
     engines = make_backend(backend, threads=threads, bundle=opened, verify=False)
-    codec = _codec(opened, model, embeddings, out)
-    sizes = opened.model.sizes
-    size = (height or sizes.height, width or sizes.width)
-    positive, negative = _conditions(codec, embeddings, prompt, size)
-    session = Session.open(opened, preset=name, backend=engines)
-    images = max(len(values) for values in positive.values())
-    seeds = range(seed, seed + images)
     with StageProgress() as progress:
-        result = session.denoise(
-            session.noise(seeds, *size),
-            positive.pop("encoder_hidden_states"),
-            negative.pop("encoder_hidden_states", None),
-            conditions=positive,
-            negative_conditions=negative,
-            guidance_scale=guidance,
-            guidance_rescale=guidance_rescale,
-            seeds=seeds,
-            callback=lambda at: progress(f"denoise {name}", at.step + 1, at.steps),
-        )
-    _write(result.latents, codec, out)
+        shared: dict[str, Any] = {
+            "guidance_scale": guidance,
+            "guidance_rescale": guidance_rescale,
+            "callback": lambda at: progress(f"denoise {name}", at.step + 1, at.steps),
+        }
+        if embeddings is not None:
+            made = _from_embeddings(opened, name, engines, embeddings, seed, out, shared)
+        else:
+            texts = list(prompt or ())
+            made = Pipeline.open(opened, preset=name, backend=engines)(
+                texts,
+                negative_prompt,
+                seeds=range(seed, seed + len(texts)),
+                height=height,
+                width=width,
+                image=start,
+                strength=strength,
+                tile=tile,
+                **shared,
+            )
+    _write(made.images, made.latents, out)
     print(f"wrote {out}", file=sys.stderr)
-    facts = {"preset": name, "images": images, "out": str(out), **result.record.summary()}
+    facts = {"preset": name, "images": len(made.latents), "out": str(out), **made.summary()}
     print(json.dumps(facts) if as_json else "  ".join(f"{k} {v}" for k, v in facts.items()))
 
 
-def _codec(bundle: Bundle, model: str | None, embeddings: Path | None, out: Path) -> Codec | None:
-    """Text encoder and VAE; None where the request needs neither."""
+def _refuse_with_embeddings(options: Mapping[str, object]) -> None:
+    """Raise ConfigError for what only prompts can take."""
     from blockcache.runtime import ConfigError
-    from blockcache.tools.sources.codecs import codec_for
-    from blockcache.tools.sources.models import DEMO
 
-    name = model or (DEMO if bundle.model.name == DEMO else None)
-    if name is None and (embeddings is None or out.suffix == ".png"):
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given:
         raise ConfigError(
-            "Expected --model FOLDER (for text encoder and VAE), or --embeddings FILE together "
-            "with --out FILE.npy; got neither."
+            f"Expected no {' and no '.join(given)} beside --embeddings, which go to the U-Net as "
+            f"they are. Give --prompt instead."
         )
-    return None if name is None else codec_for(name)
 
 
-def _conditions(
-    codec: Codec | None,
-    embeddings: Path | None,
-    prompts: list[str] | None,
-    size: tuple[int, int],
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Positive and negative conditions by name."""
-    from blockcache.runtime import ConfigError
+def _picture(file: Path) -> np.ndarray:
+    """A picture from a file: uint8 [1, H, W, 3]."""
+    from blockcache.tools.report.pictures import read_picture
 
-    if embeddings is not None:
-        from blockcache.export.measure.encoded_prompts import read_encoded_prompts
-
-        return read_encoded_prompts(embeddings)
-    if not prompts or codec is None:
-        raise ConfigError("Expected at least one --prompt or --embeddings FILE, got none.")
-    return codec.encode(prompts, size)
+    return read_picture(file)[None]
 
 
-def _write(latents: np.ndarray, codec: Codec | None, out: Path) -> None:
+def _from_embeddings(
+    bundle: Bundle,
+    preset: str,
+    engines: Backend,
+    file: Path,
+    seed: int,
+    out: Path,
+    options: dict[str, Any],
+) -> Drawn:
+    """Denoise encoded prompts; decoded where pictures are asked for."""
+    import numpy as np
+
+    from blockcache.export.measure.encoded_prompts import read_encoded_prompts
+    from blockcache.runtime import Drawn, Pipeline, Session
+
+    positive, negative = read_encoded_prompts(file)
+    images = max(len(values) for values in positive.values())
+    if out.suffix == ".png":
+        pipeline = Pipeline.open(bundle, preset=preset, backend=engines)
+        session, decode = pipeline.session, pipeline.decode
+    else:
+        session = Session.open(bundle, preset=preset, backend=engines)
+        decode = None
+    result = session.denoise(
+        session.noise(range(seed, seed + images)),
+        positive.pop("encoder_hidden_states"),
+        negative.pop("encoder_hidden_states", None),
+        conditions=positive,
+        negative_conditions=negative,
+        **options,
+    )
+    begin = time.perf_counter()
+    pictures = np.zeros((0, 0, 0, 3), np.uint8) if decode is None else decode(result.latents)
+    taken = (time.perf_counter() - begin) * 1e3
+    seeds = tuple(range(seed, seed + images))
+    return Drawn(pictures, seeds, result.latents, result.record, 0.0, taken, ("",) * images)
+
+
+def _write(images: np.ndarray, latents: np.ndarray, out: Path) -> None:
     """Pictures or latents, by the suffix of ``out``."""
-    if codec is not None and out.suffix == ".png":
+    if out.suffix == ".png":
         from blockcache.tools.report.pictures import save_pictures
 
-        save_pictures(codec.decode(latents), out)
+        save_pictures(images, out)
     else:
         import numpy as np
 

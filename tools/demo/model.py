@@ -80,6 +80,13 @@ def prompt_embeddings(prompts: Sequence[str]) -> np.ndarray:
     return np.stack([known[prompt] for prompt in prompts])
 
 
+def check_text_encoder() -> None:
+    """Raise MissingExtraError where MiniLM's package is not installed."""
+    from blockcache.tools.demo import text
+
+    text.folder()
+
+
 def load_unet(folder: Path = MODEL_DIR) -> UNet2DConditionModel:
     """The U-Net in float32, ready for inference."""
     from diffusers import UNet2DConditionModel

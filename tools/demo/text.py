@@ -34,12 +34,16 @@ def folder() -> Path:
 
 @functools.lru_cache(maxsize=1)
 def _load() -> tuple[Any, Any]:
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    path = str(folder())
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    model = AutoModel.from_pretrained(path, local_files_only=True)
-    return tokenizer, model.float().eval()
+    return AutoTokenizer.from_pretrained(str(folder()), local_files_only=True), load_model()
+
+
+def load_model() -> Any:
+    """MiniLM in float32, ready for inference."""
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(str(folder()), local_files_only=True).float().eval()
 
 
 def encode(captions: Sequence[str]) -> np.ndarray:

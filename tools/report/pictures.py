@@ -8,16 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from blockcache.runtime import MissingExtraError
+from blockcache.runtime import ConfigError, MissingExtraError
 from blockcache.runtime.files import replacing
 from blockcache.tools.report.plots import pyplot, save_figure
 
 
-def save_pictures(pictures: np.ndarray, file: Path, scale: int = 2) -> None:
-    """uint8 [N, H, W, 3] side by side, enlarged."""
-    image = _pillow().fromarray(np.concatenate(list(pictures), axis=1))
-    image = image.resize((image.width * scale, image.height * scale), _pillow().LANCZOS)
-    _save_image(image, file)
+def save_pictures(pictures: np.ndarray, file: Path) -> None:
+    """uint8 [N, H, W, 3] side by side."""
+    _save_image(_pillow().fromarray(np.concatenate(list(pictures), axis=1)), file)
+
+
+def read_picture(file: Path) -> np.ndarray:
+    """A picture as uint8 [H, W, 3]; ConfigError where the file holds none."""
+    try:
+        with _pillow().open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise ConfigError(f"Expected a picture in {file}, got: {error}.") from error
 
 
 def save_grid(rows: Sequence[tuple[str, np.ndarray]], columns: Sequence[str], file: Path) -> None:
@@ -68,5 +75,5 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise MissingExtraError.of("pillow", "export", "Writing pictures") from error
+        raise MissingExtraError.of("pillow", "cli", "Writing pictures") from error
     return Image

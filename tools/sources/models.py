@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from blockcache.export import SourceModel
+    from blockcache.export import Parts, SourceModel
 
 DEMO = "demo"
 """The name under which the shipped demo model is known."""
@@ -26,6 +26,13 @@ def check_source(model: str) -> None:
         weights_dir()
     else:
         check_name(model)
+
+
+def check_demo_prompts() -> None:
+    """Raise MissingExtraError where the demo model's text encoder is not installed."""
+    from blockcache.tools.demo.model import check_text_encoder
+
+    check_text_encoder()
 
 
 def load_source(
@@ -49,3 +56,19 @@ def load_source(
 
         return load_model(weights_dir(), dtype=dtype, name=DEMO, cached=cached)
     return load_model(model, dtype=dtype, cached=cached, variant=variant)
+
+
+def load_parts_of(model: str, clip_skip: int | None = None) -> Parts:
+    """What stands beside the U-Net of ``demo``, a diffusers folder or a hub id.
+
+    Args:
+        model: which.
+        clip_skip: so many of CLIP's last layers are left out.
+    """
+    from blockcache.export import load_parts
+
+    if model == DEMO:
+        from blockcache.tools.demo.parts import demo_parts
+
+        return demo_parts()
+    return load_parts(model, clip_skip=clip_skip)

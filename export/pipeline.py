@@ -192,7 +192,7 @@ def _compile(
     _check(model, options, measurements, earlier)
     segments = _export_stage(model, store, export, observer)
     facts = _model_facts(model, export, segments)
-    pipeline = _parts_stage(parts, export.precision, store, earlier, observer)
+    pipeline = _parts_stage(parts, facts, store, earlier, observer)
     costs = _costs(segments, folder, options, facts)
     for preset in options.presets:  # what cannot be as fast is refused before any measurement
         preset.policy.check_costs(preset.steps, costs)
@@ -258,7 +258,11 @@ def _export_stage(
 
 
 def _parts_stage(
-    parts: Parts | None, precision: str, store: StageStore, earlier: Earlier, observer: Observer
+    parts: Parts | None,
+    model: ModelFacts,
+    store: StageStore,
+    earlier: Earlier,
+    observer: Observer,
 ) -> PipelineFacts | None:
     """Text encoders, tokenizers and autoencoder; those that are there where none are given."""
     if parts is None:
@@ -268,7 +272,10 @@ def _parts_stage(
         return None
     hashes = {part.name: part.sha256 for part in parts.parts}
     zeros = parts.zeros_without_negative
-    key = stage_key("parts", parts=hashes, precision=precision, zeros=zeros)
+    sizes = model.sizes.for_images(1, guided=False)
+    key = stage_key(
+        "parts", parts=hashes, precision=model.precision, zeros=zeros, sizes=sizes.to_json()
+    )
     total = len(parts.parts)
     facts = store.reuse("parts", key)
     if facts is None:
@@ -279,7 +286,7 @@ def _parts_stage(
             for done, part in enumerate(parts.parts):
                 observer("parts", done, total)
                 try:
-                    made.append(export_part(part, fresh, precision))
+                    made.append(export_part(part, fresh, model.precision, sizes))
                 except ExportError as error:
                     untraced[part.name] = str(error)
                     continue

@@ -53,7 +53,7 @@ REVISIONS: Mapping[str, Revision] = {
     ),
     "parts": Revision(
         1,
-        "e131f127fccdb8d4",
+        "42d1ea55cb31a0af",
         (
             "export/unet/weights.py",
             "export/graph/passes/canonical.py",
@@ -76,7 +76,7 @@ REVISIONS: Mapping[str, Revision] = {
     "trial": Revision(3, "e662169973ba4be7", (*_SAMPLING, "export/align/*.py")),
     "engine": Revision(
         1,
-        "1b3861a764d52671",
+        "d1270670cd40598b",
         (
             "export/engines/bfloat16_resize.py",
             "export/engines/build.py",

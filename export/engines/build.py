@@ -35,9 +35,9 @@ from blockcache.runtime.engines.files import (
 )
 from blockcache.runtime.engines.tensorrt_library import TensorRT, load_library
 from blockcache.runtime.errors import BlockCacheError, ConfigError
-from blockcache.runtime.plan import ModelFacts, Role, Segment
+from blockcache.runtime.plan import PART_ROLES, ModelFacts, Role, Segment
 
-BUILT_ROLES: tuple[Role, ...] = ("prompt", "condition", "trunk", "block")
+BUILT_ROLES: tuple[Role, ...] = ("prompt", "condition", "trunk", "block", *PART_ROLES)
 WEIGHTS = {"included": (), "refittable": ("REFIT",), "stripped": ("REFIT", "STRIP_PLAN")}
 """Builder flags by what ``BuildOptions.weights`` says."""
 
@@ -176,7 +176,8 @@ def _build(
     begin = time.perf_counter()
     store = EngineStore(engines_folder(bundle, target.name))
     roles = (*BUILT_ROLES, "whole") if options.whole else BUILT_ROLES
-    segments = tuple(segment for segment in bundle.segments if segment.role in roles)
+    everything = (*bundle.segments, *bundle.manifest.parts)
+    segments = tuple(segment for segment in everything if segment.role in roles)
     recipes = [_recipe(bundle, segment, target, options, library) for segment in segments]
     stage, peaks = f"engines {target.name}", [0]
 
@@ -229,7 +230,8 @@ def _until_exported_anew(bundle: Bundle) -> Iterator[None]:
 
 def _require_same_segments(bundle: Bundle) -> None:
     now = Manifest.from_json((bundle.folder / MANIFEST).read_bytes()).files
-    names = {name for segment in bundle.segments for name in bundle.segment_files(segment)}
+    segments = (*bundle.segments, *bundle.manifest.parts)
+    names = {name for segment in segments for name in bundle.segment_files(segment)}
     if any(now.get(name) != bundle.manifest.files[name] for name in names):
         raise ConfigError(
             f"A compile has replaced the segments of {bundle.folder} while their engines were "
@@ -285,7 +287,7 @@ def _entry(bundle: Bundle, job: Job, built: BuiltEngine) -> EngineEntry:
         bytes=file.bytes,
         sha256=file.sha256,
         onnx_sha256=bundle.manifest.files[segment.file].sha256,
-        weights_file_sha256=bundle.weights.sha256,
+        weights_file_sha256=bundle.weights_of(segment).sha256,
         seconds=round(built.seconds, 3),
         formats=built.formats,
         kernels=seen.kernels,

@@ -69,7 +69,7 @@ def widened_bundle(bundle: Bundle) -> Bundle:
     )
     conditions = tuple(_widened(spec) for spec in bundle.model.conditions)
     model = dataclasses.replace(bundle.model, precision="float32", conditions=conditions)
-    manifest = dataclasses.replace(bundle.manifest, model=model, segments=segments)
+    manifest = dataclasses.replace(bundle.manifest, model=model, segments=segments, pipeline=None)
     return dataclasses.replace(bundle, manifest=manifest)
 
 

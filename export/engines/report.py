@@ -18,7 +18,7 @@ from rich.table import Table
 
 from blockcache.export.engines.log import Layer
 from blockcache.runtime.engines.files import EngineEntry, EngineSet
-from blockcache.runtime.plan import LOOP_ROLES, Segment, coefficient_names
+from blockcache.runtime.plan import LOOP_ROLES, PART_ROLES, Segment, coefficient_names
 
 _ATTENTION = re.compile(r"mha|fmha|flash_?attention", re.IGNORECASE)
 _COPIES = re.compile(r"^__myl_(?:Tran|Resh|Move|Copy)+_|[Rr]eformat(?:ting)?")
@@ -110,7 +110,9 @@ class BuildReport:
     def total(self, fact: str) -> int:
         """A fusion count over the segments of a step."""
         return sum(
-            self.entries[s.name].facts.get(fact, 0) for s in self.segments if s.role != "whole"
+            self.entries[s.name].facts.get(fact, 0)
+            for s in self.segments
+            if s.role not in ("whole", *PART_ROLES)
         )
 
     def copied(self) -> dict[str, int]:

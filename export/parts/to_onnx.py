@@ -10,6 +10,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from blockcache.export.graph.passes.canonical import canonical
 from blockcache.export.graph.to_onnx import OPSET, quiet
@@ -21,13 +23,14 @@ _TRACED = Sizes(batch=2, height=16, width=24, tokens=77)
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export_part(part: Part, folder: Path, precision: str) -> Segment:
+def export_part(part: Part, folder: Path, precision: str, sizes: Sizes) -> Segment:
     """Write ``folder/NAME.onnx`` and ``folder/NAME.bin``; the segment's file is inside the folder.
 
     Args:
         part: what to load and trace.
         folder: is there already.
         precision: of weights and activations; a part that overflows in float16 keeps float32.
+        sizes: at which its FLOPs are counted.
 
     Raises:
         ConfigError: weights that are not whole.
@@ -36,6 +39,7 @@ def export_part(part: Part, folder: Path, precision: str) -> Segment:
     precision = "float32" if part.single and precision == "float16" else precision
     module = part.load().to(_TORCH[precision]).eval().requires_grad_(False)
     inputs = tuple(_spec(name, part.inputs[name]) for name in part.inputs)
+    flops = _flops(module, inputs, sizes)
     program = _trace(part, module, inputs)
     del module
     graph = program.graph
@@ -48,19 +52,28 @@ def export_part(part: Part, folder: Path, precision: str) -> Segment:
     path = folder / f"{part.name}.onnx"
     ir.save(ir.Model(graph, ir_version=program.ir_version), path, external_data=f"{part.name}.bin")
     outputs = tuple(_spec(v.name or "", part.outputs[v.name or ""], v.dtype) for v in graph.outputs)
-    return Segment(part.name, part.role, path.name, inputs, outputs)
+    return Segment(part.name, part.role, path.name, inputs, outputs, None, flops)
+
+
+def _flops(module: torch.nn.Module, inputs: tuple[TensorSpec, ...], sizes: Sizes) -> int:
+    """Multiply-adds counted as two, of a run without numbers."""
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        module(*_example(inputs, sizes))
+    return int(counter.get_total_flops())
+
+
+def _example(inputs: tuple[TensorSpec, ...], sizes: Sizes) -> tuple[torch.Tensor, ...]:
+    """Inputs whose values do not matter."""
+    return tuple(torch.ones(spec.shape(sizes), dtype=getattr(torch, spec.dtype)) for spec in inputs)
 
 
 def _trace(part: Part, module: torch.nn.Module, inputs: tuple[TensorSpec, ...]) -> ir.Model:
     """``torch.onnx.export`` with an axis of its own for everything that a request chooses."""
-    example = tuple(
-        torch.ones(spec.shape(_TRACED), dtype=getattr(torch, spec.dtype)) for spec in inputs
-    )
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module,
-                example,
+                _example(inputs, _TRACED),
                 input_names=[spec.name for spec in inputs],
                 output_names=list(part.outputs),
                 dynamic_shapes=tuple(_axes(spec) for spec in inputs),

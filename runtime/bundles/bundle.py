@@ -139,6 +139,11 @@ class Bundle:
         """The file of weights that all segments share."""
         return self.manifest.files[weights_beside(self.segments)]
 
+    def weights_of(self, segment: Segment) -> FileEntry:
+        """The file of weights that a segment reads: the shared one, or a part's own."""
+        named = self.segment_files(segment)[1:]
+        return self.manifest.files[named[0]] if named else self.weights
+
     @property
     def recommended(self) -> str:
         """The preset to take where none is named."""

@@ -31,7 +31,7 @@ from blockcache.runtime.errors import (
     WrongLibraryError,
 )
 from blockcache.runtime.files import write_text
-from blockcache.runtime.plan import AXES, Segment, Sizes
+from blockcache.runtime.plan import AXES, PART_ROLES, Segment, Sizes
 
 FORMAT = "blockcache-engines"
 VERSION = 1
@@ -215,6 +215,12 @@ def read_plan(
         raise EnginesStaleError(
             f"Expected an engine built from this bundle's {segment.file}, found one of an earlier "
             f"compile. {again}"
+        )
+    own = segment.role in PART_ROLES and engines.weights == "included"
+    if own and entry.weights_file_sha256 != bundle.weights_of(segment).sha256:
+        raise EnginesStaleError(
+            f"Expected an engine built from this bundle's weights of {segment.name!r}, found one "
+            f"of an earlier compile. {again}"
         )
     path = safe_path(bundle.folder, f"engines/{engines.target}/{entry.file}")
     if not path.is_file():

@@ -153,7 +153,7 @@ def refit(
     Raises:
         EngineError: the library refuses the weights.
     """
-    current = engines.engines[segment.name].weights_file_sha256 == bundle.weights.sha256
+    current = engines.engines[segment.name].weights_file_sha256 == bundle.weights_of(segment).sha256
     if engines.weights == "included" or (engines.weights == "refittable" and current):
         return False
     refitter = library.module.Refitter(engine, library.logger)

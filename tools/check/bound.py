@@ -10,8 +10,9 @@ from blockcache.runtime.plan import LOOP_ROLES, Segment, Sizes
 
 
 def checked_segments(bundle: Bundle) -> tuple[Segment, ...]:
-    """The segments that a session runs."""
-    return tuple(s for s in bundle.segments if s.role in (*LOOP_ROLES, "prompt"))
+    """The segments that a session runs, and the parts that a pipeline runs beside it."""
+    of_loop = [s for s in bundle.segments if s.role in (*LOOP_ROLES, "prompt")]
+    return (*of_loop, *bundle.manifest.parts)
 
 
 def bound_segment(

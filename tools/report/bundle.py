@@ -46,6 +46,10 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
             {"name": s.name, "role": s.role, "gflops": round(s.flops / 1e9, 4)}
             for s in bundle.segments
         ],
+        "parts": [
+            {"name": p.name, "role": p.role, "gflops": round(p.flops / 1e9, 4)}
+            for p in bundle.manifest.parts
+        ],
         "recommended": bundle.recommended,
         "presets": {row.pop("name"): row for row in rows},
     }
@@ -89,7 +93,7 @@ def _segments_table(bundle: Bundle) -> Table:
     for title in ("GFLOP", "share", "inputs", "outputs"):
         table.add_column(title, justify="right", no_wrap=True)
     loop = sum(s.flops for s in bundle.segments if s.role in IN_THE_LOOP)
-    for segment in bundle.segments:
+    for segment in (*bundle.segments, *bundle.manifest.parts):
         block = segment.block
         source = bundle.model.blocks[block].path if block is not None else segment.role
         table.add_row(

@@ -276,6 +276,34 @@ def pipeline_folder(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
+def pipeline_bundle(pipeline_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``pipeline_bundle(kind)`` gives a bundle of a whole pipeline: ddim-4."""
+    made: dict[str, Any] = {}
+
+    def get(kind: str) -> Any:
+        if kind not in made:
+            from blockcache.export import (
+                CompileOptions,
+                PresetOptions,
+                compile_model,
+                load_model,
+                load_parts,
+            )
+
+            folder = pipeline_folder(kind)
+            options = CompileOptions(presets=(PresetOptions.parse("ddim:4"),))
+            made[kind] = compile_model(
+                load_model(folder),
+                tmp_path_factory.mktemp(f"{kind}-pipeline") / "bundle",
+                options,
+                parts=load_parts(folder),
+            ).bundle
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def copied_segments() -> Any:
     """``copied_segments(bundle, folder)`` stands in for an export: segments made before."""
     import dataclasses

@@ -95,7 +95,9 @@ def _axes(spec: TensorSpec) -> dict[int, object]:
     found: dict[int, object] = {}
     for place, dim in enumerate(spec.dims):
         if dim.axes:
-            axis = torch.export.Dim(dim.axes[0])
+            # diffusers' upsampling asks whether the batch is 64 or more, and does the same then.
+            most = {"max": 63} if dim.axes[0] == "batch" else {}
+            axis = torch.export.Dim(dim.axes[0], **most)
             found[place] = int(dim.coefficient) * axis if dim.coefficient != 1 else axis
     return found
 

@@ -210,6 +210,7 @@ class Pipeline:
                 )
                 if guided
                 else None,
+                seeds=chosen,
                 guidance_scale=scale,
                 guidance_rescale=guidance_rescale,
                 image_latents=None if images is None else self._start(images, count),

@@ -155,18 +155,19 @@ def _from_embeddings(
     else:
         session = Session.open(bundle, preset=preset, backend=engines)
         decode = None
+    seeds = tuple(range(seed, seed + images))
     result = session.denoise(
-        session.noise(range(seed, seed + images)),
+        session.noise(seeds),
         positive.pop("encoder_hidden_states"),
         negative.pop("encoder_hidden_states", None),
         conditions=positive,
         negative_conditions=negative,
+        seeds=seeds,
         **options,
     )
     begin = time.perf_counter()
     pictures = np.zeros((0, 0, 0, 3), np.uint8) if decode is None else decode(result.latents)
     taken = (time.perf_counter() - begin) * 1e3
-    seeds = tuple(range(seed, seed + images))
     return Drawn(pictures, seeds, result.latents, result.record, 0.0, taken, ("",) * images)
 
 

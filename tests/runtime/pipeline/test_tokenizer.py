@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from importlib.util import find_spec
 
 import pytest
@@ -14,44 +15,9 @@ from blockcache.export.parts.tokenizer import tokenizer_file  # noqa: E402
 from blockcache.runtime import BundleFormatError  # noqa: E402
 from blockcache.runtime.pipeline.tokenizer import TextTokenizer  # noqa: E402
 
-WORDS = [
-    *[
-        "a",
-        "red",
-        "Apple,",
-        "3d",
-        "render!",
-        "emoji",
-        "café",
-        "naïve",
-        "東京",
-        "привет",
-        "🍎🍊",
-        "don't",
-        "it's",
-        "1234",
-    ],
-    *[
-        "(masterpiece:1.2)",
-        "[x]",
-        "<lora:foo:1>",
-        "...",
-        "--",
-        "_",
-        "é",
-        "ﬁ",
-        "½",
-        "STRASSE",
-        "ß",
-        "İ",
-        "abc",
-        "xyz",
-        "[SEP]",
-    ],
-    "\t",
-    "\n",
-    "<|endoftext|>",
-]
+CASES = "a red Apple, 3d render! emoji café naïve 東京 привет 🍎🍊 don't it's 1234 -- ... _ é ﬁ ½"
+MARKS = "(masterpiece:1.2) [x] <lora:foo:1> STRASSE ß İ abc xyz [SEP] <|endoftext|>"
+WORDS = [*re.split(" ", CASES), *re.split(" ", MARKS), "\t", "\n"]
 ALPHABET = [(32, 126), (0xA0, 0x2FF), (0x4E00, 0x4EFF), (0x1F300, 0x1F5FF), (0, 31)]
 
 

@@ -53,7 +53,7 @@ REVISIONS: Mapping[str, Revision] = {
     ),
     "parts": Revision(
         1,
-        "42d1ea55cb31a0af",
+        "5875208cfa254181",
         (
             "export/unet/weights.py",
             "export/graph/passes/canonical.py",

@@ -466,9 +466,10 @@ def test_the_guarded_process_sees_a_framework(tmp_path, statement):
 
 DOORS = {
     "diffusers": (
-        DROP_IN, "export/unet/", "tools/bench/", "tools/demo/", "tools/dev/", "tools/research/",
+        DROP_IN, "export/unet/", "export/parts/load.py", "tools/bench/", "tools/demo/", "tools/dev/", "tools/research/",
     ),
-    "transformers": ("tools/demo/", "export/unet/text.py"),
+    "transformers": ("tools/demo/", "export/unet/text.py", "export/parts/"),
+    "tokenizers": ("runtime/pipeline/tokenizer.py",),
     "huggingface_hub": ("export/unet/hub.py",),
     "torch": (DROP_IN, "export/", "tools/"),
     "onnx": ("export/", "tools/"),

@@ -101,6 +101,7 @@ def readers_folder(pipeline_folder, tmp_path_factory):
         compile_model,
         encode_prompts,
         load_model,
+        load_parts,
     )
 
     folder = tmp_path_factory.mktemp("reader")
@@ -108,7 +109,9 @@ def readers_folder(pipeline_folder, tmp_path_factory):
     presets = tuple(PresetOptions.parse(text) for text in ("dpm:4:0.5", "dpm:4:blocks1.2:history"))
     options = CompileOptions(presets=presets)
     model = load_model(folder / "path/or/hub-id")
-    compile_model(model, folder / "bundle", options, encode_prompts(folder / "path/or/hub-id"))
+    parts = load_parts(folder / "path/or/hub-id")
+    prompts = encode_prompts(folder / "path/or/hub-id")
+    compile_model(model, folder / "bundle", options, prompts, parts=parts)
     return folder
 
 

@@ -17,7 +17,7 @@ from blockcache.export.revisions import REVISIONS, Revision
 from blockcache.export.stages import stage_key
 from blockcache.tools.dev.revisions import PACKAGE, TABLE, source_files, source_hash, write
 
-ROOMS = ("unet", "measure", "align", "graph", "engines")
+ROOMS = ("unet", "parts", "measure", "align", "graph", "engines")
 """Rooms whose results are kept; presets, which choose and costs make, are made in each compile."""
 
 NO_RESULT = {
@@ -28,7 +28,6 @@ NO_RESULT = {
     "export/unet/load.py": "loads a model: its hash is in every key",
     "export/unet/text.py": "makes conditions: their hash is in every key",
     "export/unet/vae.py": "decodes pictures, which no stage keeps",
-    "export/unet/weights.py": "checks weights before they are loaded",
     "export/engines/cache.py": "keeps engines",
     "export/engines/log.py": "hears the builder",
     "export/engines/reference.py": "widens graphs to check engines with",

@@ -316,11 +316,42 @@ def test_a_float32_bundle_for_a_gpu_is_warned_of(blockcache, compiled):
     assert err.count("\n") == 1
 
 
-def test_a_run_without_text_encoder_says_what_to_give(blockcache, compiled):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "Expected at least one --prompt, or --embeddings FILE; not both."),
+        (["--prompt", "a cat"], "has no text_encoder and no decoder. Compile the model again with"),
+        (["--embeddings", "x", "--tile", 64], "Expected no --tile beside --embeddings"),
+        (["--prompt", "a cat", "--image", "x"], "Expected a picture in x, got:"),
+    ],
+)
+def test_a_run_says_what_to_give(blockcache, compiled, options, message):
     _, bundle = compiled("sd")
-    code, _, err = blockcache("run", bundle.folder, "--prompt", "a cat")
-    assert code == 1
-    assert "Expected --model FOLDER (for text encoder and VAE), or --embeddings FILE" in err
+    code, _, err = blockcache("run", bundle.folder, *options)
+    assert (code, err.count("\n")) == (1, 1)
+    assert message in err
+
+
+def test_a_pipeline_is_compiled_and_draws(blockcache, pipeline_folder, tmp_path):
+    bundle, picture = tmp_path / "bundle", tmp_path / "drawn.png"
+    compiling = ["compile", pipeline_folder("sd"), bundle, "--preset", "ddim:2"]
+    code, out, _ = blockcache(*compiling)
+    assert code == 0
+    assert "text_encoder" in out
+    drawing = ["run", bundle, "--prompt", "abc", "--prompt", "xyz", "--negative-prompt", "q"]
+    code, out, _ = blockcache(*drawing, "--width", 96, "--out", picture, "--json")
+    assert code == 0
+    assert json.loads(out)["images"] == 2
+    from_picture = ["--image", picture, "--strength", 0.5, "--out", tmp_path / "again.npy"]
+    code, out, _ = blockcache("run", bundle, "--prompt", "abc", *from_picture, "--json")
+    assert code == 0
+    assert json.loads(out)["steps"] == 1
+    assert np.load(tmp_path / "again.npy").shape == (1, 4, 16, 48)
+    code, out, _ = blockcache(*compiling, "--parts", "unet", "--json")
+    assert code == 0
+    assert json.loads(out)["parts"] == []
+    code, _, err = blockcache(*compiling, "--parts", "vae")
+    assert (code, err) == (1, "error: Expected parts of all or unet, got 'vae'.\n")
 
 
 @pytest.mark.parametrize(
@@ -331,13 +362,13 @@ def test_a_run_without_text_encoder_says_what_to_give(blockcache, compiled):
         (["--preset", "ddim:9"], "error: Expected a preset of"),
     ],
 )
-def test_a_run_checks_names_before_it_encodes_prompts(
+def test_a_run_checks_names_before_it_reads_prompts(
     blockcache, compiled, monkeypatch, tmp_path, options, message
 ):
-    def encode(*_):
-        raise AssertionError("encoded first")
+    def read(*_):
+        raise AssertionError("read first")
 
-    monkeypatch.setattr("blockcache.tools.commands.run._conditions", encode)
+    monkeypatch.setattr("blockcache.tools.commands.run._from_embeddings", read)
     _, bundle = compiled("sd")
     out = ["--embeddings", "x", "--out", tmp_path / "x.npy"]
     code, _, err = blockcache("run", bundle.folder, *out, *options)

@@ -14,8 +14,8 @@ from blockcache.tools.report.pictures import beside_differences, save_grid, save
 def test_pictures_are_set_side_by_side(tmp_path):
     pictures = np.zeros((3, 8, 8, 3), np.uint8)
     pictures[1] = 255
-    save_pictures(pictures, tmp_path / "p.png", scale=2)
-    assert image.open(tmp_path / "p.png").size == (48, 16)
+    save_pictures(pictures, tmp_path / "p.png")
+    assert image.open(tmp_path / "p.png").size == (24, 8)
 
 
 def test_a_grid_has_a_row_a_run(tmp_path):

@@ -466,7 +466,8 @@ def test_the_guarded_process_sees_a_framework(tmp_path, statement):
 
 DOORS = {
     "diffusers": (
-        DROP_IN, "export/unet/", "export/parts/load.py", "tools/bench/", "tools/demo/", "tools/dev/", "tools/research/",
+        DROP_IN, "export/unet/", "export/parts/load.py", "tools/bench/", "tools/demo/",
+        "tools/dev/", "tools/research/",
     ),
     "transformers": ("tools/demo/", "export/unet/text.py", "export/parts/"),
     "tokenizers": ("runtime/pipeline/tokenizer.py",),

@@ -76,7 +76,7 @@ REVISIONS: Mapping[str, Revision] = {
     "trial": Revision(3, "e662169973ba4be7", (*_SAMPLING, "export/align/*.py")),
     "engine": Revision(
         1,
-        "d1270670cd40598b",
+        "32e1bb99bb3cd719",
         (
             "export/engines/bfloat16_resize.py",
             "export/engines/build.py",

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from blockcache.export.engines.cache import EngineStore, engine_key, segment_weights
 from blockcache.export.engines.engine import BuiltEngine, Recipe
 from blockcache.export.engines.report import BuildReport, fusion_facts
-from blockcache.export.engines.targets import CURRENT, Target
+from blockcache.export.engines.targets import ANY, CURRENT, Target
 from blockcache.export.engines.workers import Job, run_jobs
 from blockcache.export.observer import Observer, unobserved
 from blockcache.export.sole_writer import sole_writer
@@ -33,7 +33,7 @@ from blockcache.runtime.engines.files import (
     engines_folder,
     write_engines,
 )
-from blockcache.runtime.engines.tensorrt_library import TensorRT, load_library
+from blockcache.runtime.engines.tensorrt_library import INSTEAD_OF_RTX, TensorRT, load_library
 from blockcache.runtime.errors import BlockCacheError, ConfigError
 from blockcache.runtime.plan import PART_ROLES, ModelFacts, Role, Segment
 
@@ -142,27 +142,36 @@ def build_engines(
 
 def _check_target(library: TensorRT, target: Target, precision: str) -> tuple[str, ...]:
     """The dotted compute capabilities that the engines will be for."""
+    for_all = target.capabilities == (ANY,)
     if library.capabilities:
-        missing = [n for n in target.capabilities if n not in (*library.capabilities, CURRENT)]
+        known = (*library.capabilities, CURRENT, ANY)
+        missing = [name for name in target.capabilities if name not in known]
         if missing:
             raise ConfigError(
                 f"Expected compute capabilities of {list(library.capabilities)}, which are those "
-                f"{library.name} {library.version} builds for; got {missing}. On a machine with "
-                f"that GPU, try the target 'current' or the library 'tensorrt'."
+                f"{library.name} {library.version} builds for; got {missing}. {INSTEAD_OF_RTX}"
             )
         if precision == "bfloat16" and "SM75" in target.capabilities:
             raise ConfigError("SM75 has no bfloat16. Compile the bundle with --precision float16.")
-        if target.dotted:
-            return target.dotted
+        if for_all or target.dotted:
+            return _all_gpus(library, precision) if for_all else target.dotted
     from blockcache.runtime.devices.cuda_driver import device_capability
 
     device = device_capability()
-    if target.dotted and target.dotted != (device,):
+    if problem := library.gpu_problem(device):
+        raise ConfigError(problem)
+    if for_all or (target.dotted and target.dotted != (device,)):
         raise ConfigError(
             f"{library.name} builds for the GPU of this machine ({device}) only, got "
             f"{target.name!r}. Build on that GPU, or with the library 'tensorrt_rtx'."
         )
     return (device,)
+
+
+def _all_gpus(library: TensorRT, precision: str) -> tuple[str, ...]:
+    """The dotted compute capabilities that an engine without a named one runs on."""
+    lacking = "7.5" if precision == "bfloat16" else ""
+    return tuple(each for each in library.dotted_capabilities if each != lacking)
 
 
 def _build(

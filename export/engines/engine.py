@@ -18,9 +18,9 @@ from filelock import FileLock
 
 from blockcache.export.engines.bfloat16_resize import with_float32_resize
 from blockcache.export.engines.log import Layer, inspected_layers, logged_layers, logged_scratch
-from blockcache.export.engines.targets import CURRENT
+from blockcache.export.engines.targets import ANY, CURRENT
 from blockcache.runtime.engines.files import ShapeProfile
-from blockcache.runtime.engines.tensorrt_library import TensorRT, errors_of, load_library
+from blockcache.runtime.engines.tensorrt_library import TensorRT, load_library
 from blockcache.runtime.errors import EngineError, ExportError
 from blockcache.runtime.files import write_bytes
 from blockcache.runtime.plan import Segment, TensorSpec
@@ -94,7 +94,7 @@ def build_engine(recipe: Recipe, target: Path) -> BuiltEngine:
         cache = _load_timing_cache(library, config, target.parent)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise _build_error(library, recipe, errors_of(log))
+            raise _build_error(library, recipe, library.quoted(log))
         _store_timing_cache(cache, config)
         write_bytes(target, memoryview(plan))
         layers = logged_layers([message for _, message in log])
@@ -120,7 +120,7 @@ def _parse(library: TensorRT, network: Any, recipe: Recipe, log: list[tuple[str,
         problems.append(f"{error.node_operator()} node {error.node_name()!r}: {error.desc()}")
     raise ExportError(
         f"Expected segment {recipe.segment.name!r} ({recipe.onnx.name}) to parse, {library.name} "
-        f"{library.version} refuses {'; '.join(problems[:3]) or errors_of(log)}. Try a newer "
+        f"{library.version} refuses {'; '.join(problems[:3]) or library.quoted(log)}. Try a newer "
         f"{library.name}, another precision, or compile with --no-hoist; "
         f"'polygraphy inspect capability {recipe.onnx}' shows what is supported."
     )
@@ -150,7 +150,7 @@ def _configure(library: TensorRT, builder: Any, network: Any, recipe: Recipe) ->
     config.builder_optimization_level = recipe.level
     for flag in recipe.flags:
         config.set_flag(library.flag(flag))
-    if library.capabilities:
+    if library.capabilities and recipe.capabilities != (ANY,):
         config.num_compute_capabilities = len(recipe.capabilities)
         for index, name in enumerate(recipe.capabilities):
             if not config.set_compute_capability(getattr(trt.ComputeCapability, name), index):

@@ -1,10 +1,11 @@
-"""Names of build targets: ``sm80``, ``a100``, ``current``, several joined by ``+``."""
+"""Names of build targets: ``sm80``, ``a100``, ``current``, ``any``, several joined by ``+``."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
+from blockcache.runtime.engines.tensorrt_library import dotted
 from blockcache.runtime.errors import ConfigError
 
 GPUS = {
@@ -28,17 +29,20 @@ GPUS = {
 CURRENT = "CURRENT"
 """Stands for the device of the building machine."""
 
+ANY = "ANY"
+"""Stands for every GPU that the library has: no capability is named to the builder."""
+
 
 @dataclass(frozen=True)
 class Target:
     """What engines are built for."""
 
-    name: str  # the folder's name: "sm80", "sm80+sm89", "current"
-    capabilities: tuple[str, ...]  # "SM80", ..., or (CURRENT,)
+    name: str  # the folder's name: "sm80", "sm80+sm89", "current", "any"
+    capabilities: tuple[str, ...]  # "SM80", ..., or (CURRENT,) or (ANY,)
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read ``sm80``, ``a100``, ``current`` or several such as ``sm80+sm89``.
+        """Read ``sm80``, ``a100``, ``current``, ``any`` or several such as ``sm80+sm89``.
 
         Examples:
             >>> Target.parse("a100+SM89")
@@ -48,20 +52,21 @@ class Target:
         found = []
         for part in parts:
             capability = GPUS.get(part, part.upper())
-            if not re.fullmatch(r"SM[1-9][0-9]{1,2}|CURRENT", capability):
+            if not re.fullmatch(r"SM[1-9][0-9]{1,2}|CURRENT|ANY", capability):
                 raise ConfigError(
-                    f"Expected a target such as sm80, current, several joined by '+', or a GPU of "
-                    f"{sorted(GPUS)}; got {text!r}."
+                    f"Expected a target such as sm80, current, any, several joined by '+', or a "
+                    f"GPU of {sorted(GPUS)}; got {text!r}."
                 )
             found.append(capability)
-        if CURRENT in found and len(found) > 1:
-            raise ConfigError(f"'current' stands alone: it is one GPU; got {text!r}.")
+        for alone, what in ((CURRENT, "one GPU"), (ANY, "all GPUs of the library")):
+            if alone in found and len(found) > 1:
+                raise ConfigError(f"{alone.lower()!r} stands alone: it is {what}; got {text!r}.")
         unique = tuple(sorted(set(found), key=lambda name: (len(name), name)))
         return cls("+".join(name.lower() for name in unique), unique)
 
     @property
     def dotted(self) -> tuple[str, ...]:
-        """Capabilities as the driver writes them: "8.0"; none for ``current``."""
-        if self.capabilities == (CURRENT,):
+        """Capabilities as the driver writes them: "8.0"; none for ``current`` and ``any``."""
+        if self.capabilities in ((CURRENT,), (ANY,)):
             return ()
-        return tuple(f"{name[2:-1]}.{name[-1]}" for name in self.capabilities)
+        return tuple(dotted(name) for name in self.capabilities)

@@ -74,6 +74,12 @@ def device_count() -> int:
         return 0
 
 
+def driver_version() -> tuple[int, int]:
+    """The latest CUDA version that the driver knows, such as (13, 0)."""
+    version = int(call("cuDriverGetVersion"))
+    return version // 1000, version % 1000 // 10
+
+
 def current_device() -> int:
     """The device that this thread uses, as ``torch.cuda.set_device`` leaves it; else 0."""
     if not int(call("cuCtxGetCurrent")):

@@ -125,11 +125,12 @@ class GraphPlayer:
             replay = self.device.capture(enqueue)
         except BlockCacheError as error:
             run.failures[key] += 1
-            if str(error) != self.why_not:
+            reason = str(error)  # the error itself would keep the device, wherever it is logged
+            if reason != self.why_not:
                 logging.getLogger("blockcache").warning(
-                    "No CUDA graph, launching one by one: %s", error
+                    "No CUDA graph, launching one by one: %s", reason
                 )
-            self.why_not = str(error)
+            self.why_not = reason
             return
         run.captured[key] = _Captured(replay, dict(addresses))
         self.why_not = ""

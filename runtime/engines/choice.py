@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from blockcache.runtime.bundles.bundle import Bundle
@@ -34,7 +35,8 @@ def make_backend(
     Args:
         name: ``trt`` (TensorRT engines that ``blockcache build`` made), ``ort`` (ONNX Runtime on
             the CPU), ``ort-cuda`` and ``ort-tensorrt`` (ONNX Runtime on the GPU), ``empty``, or
-            ``auto``: TensorRT where the bundle has engines and there is a GPU, else the CPU.
+            ``auto``: TensorRT where the bundle has engines and there is a GPU, else the CPU; a
+            GPU or a driver that the library does not run with is warned of.
             ``auto`` hands on the options that the library it takes can read.
         threads: of ONNX Runtime on the CPU; default one a physical core.
         bundle: what it will run, for ``auto``.
@@ -50,7 +52,7 @@ def make_backend(
         EngineError: there is no GPU for a library that needs one.
     """
     if name == "auto":
-        name = _best(bundle)
+        name = _best(bundle, device)
     elif name in _READS:
         given = {"threads": threads, "stream": stream, "device": device, "graphs": graphs}
         refuse_options(repr(name), **{k: v for k, v in given.items() if k not in _READS[name]})
@@ -92,10 +94,20 @@ def require_members(backend: Backend) -> None:
         )
 
 
-def _best(bundle: Bundle | None) -> str:
+def _best(bundle: Bundle | None, device: int | None) -> str:
     """TensorRT where engines and a GPU are there, else ONNX Runtime on the CPU."""
     if bundle is None or not any(bundle.folder.glob("engines/*/engines.json")):
         return "ort"
-    from blockcache.runtime.devices.cuda_driver import device_count
+    from blockcache.runtime.devices.cuda_driver import (
+        device_capability,
+        device_count,
+        driver_version,
+    )
+    from blockcache.runtime.engines.tensorrt_library import load_library
 
-    return "trt" if device_count() else "ort"
+    if not device_count():
+        return "ort"
+    problem = load_library().problem(device_capability(device), driver_version())
+    if problem:
+        logging.getLogger("blockcache").warning("Backend 'auto' takes the CPU. %s", problem)
+    return "ort" if problem else "trt"

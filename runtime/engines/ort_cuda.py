@@ -42,6 +42,9 @@ class OrtCudaBackend:
         self._tensorrt = tensorrt
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3
+        with self.device.context:
+            _register_arena(self.device.index)
+        self._options.add_session_config_entry("session.use_env_allocators", "1")
 
     @property
     def engine(self) -> str:
@@ -83,6 +86,10 @@ class OrtCudaBackend:
         return str(folder)
 
 
+ARENA = {"arena_extend_strategy": "kSameAsRequested"}  # not the next power of two
+AS_REQUESTED = {"arena_extend_strategy": 1}
+"""The same for an arena that sessions share."""
+
 Providers: TypeAlias = list[tuple[str, dict[str, str]]]
 
 
@@ -96,6 +103,9 @@ def providers(tensorrt: bool, index: int, stream: int, cache: str) -> Providers:
         cache: a folder, or "" to keep nothing.
     """
     place = {"device_id": str(index), "user_compute_stream": str(stream)}
+    # The default algorithm search tries every convolution with the largest workspace at its first
+    # run, segment by segment.
+    cuda = {**ARENA, "cudnn_conv_algo_search": "HEURISTIC"}
     kept = {
         "trt_engine_cache_enable": "1",
         "trt_engine_cache_path": cache,
@@ -103,7 +113,17 @@ def providers(tensorrt: bool, index: int, stream: int, cache: str) -> Providers:
         "trt_timing_cache_path": cache,
     }
     first = [(TENSORRT, place | kept if cache else place)] if tensorrt else []
-    return [*first, (CUDA, place)]
+    return [*first, (CUDA, place | cuda)]
+
+
+@functools.cache
+def _register_arena(index: int) -> None:
+    """One arena of device memory for all sessions on a device, where ONNX Runtime can share it."""
+    kinds = ort.OrtAllocatorType, ort.OrtMemType
+    memory = ort.OrtMemoryInfo("Cuda", kinds[0].ORT_ARENA_ALLOCATOR, index, kinds[1].DEFAULT)
+    register = getattr(ort, "create_and_register_allocator_v2", None)
+    if register is not None:
+        register(CUDA, memory, {"device_id": str(index)}, ort.OrtArenaCfg(AS_REQUESTED))
 
 
 def require_providers(session: Any, wanted: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.devices.cuda import CudaDevice
-from blockcache.runtime.devices.cuda_driver import capture_lock
+from blockcache.runtime.devices.cuda_driver import capture_lock, driver_version
 from blockcache.runtime.devices.cuda_stream import CudaStream
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.engine import Launch
@@ -27,7 +27,7 @@ from blockcache.runtime.engines.files import (
     read_engines,
     read_plan,
 )
-from blockcache.runtime.engines.tensorrt_library import TensorRT, errors_of, load_library
+from blockcache.runtime.engines.tensorrt_library import TensorRT, load_library
 from blockcache.runtime.errors import EngineError, EnginesMissingError
 from blockcache.runtime.files import write_bytes
 from blockcache.runtime.plan import Segment
@@ -80,10 +80,13 @@ class TrtBackend:
 
         Raises:
             MissingExtraError: TensorRT or cuda-bindings is not installed.
-            EngineError: there is no GPU.
+            EngineError: there is no GPU, or the library runs neither on it nor with its driver.
         """
         self.device = CudaDevice(stream, device)
         self.library = load_library(library)
+        problem = self.library.problem(self.device.capability, driver_version())
+        if problem:
+            raise EngineError(problem)
         self.graphs = graphs
         self._target, self._verify = target, verify
         self._sets: dict[Path, EngineSet] = {}
@@ -116,13 +119,14 @@ class TrtBackend:
                 raise EngineError(
                     f"Expected {self.library.name} {self.library.version} to open the engine "
                     f"of segment {segment.name!r} in {folder}, it says: "
-                    f"{errors_of(log)}. Build again for this GPU: blockcache build "
+                    f"{self.library.quoted(log)}. Build again for this GPU: blockcache build "
                     f"{bundle.folder} --target sm{self.device.capability.replace('.', '')}"
                 )
             refit(self.library, bundle, engines, segment, engine, log)
         if folder not in self._caches:
-            name = f"runtime-{self.device.capability}-{self.library.version}.cache"
-            self._caches[folder] = RuntimeCache(folder / name)
+            driver = ".".join(map(str, driver_version()))
+            made_by = f"{self.device.capability}-{self.library.version}-cuda{driver}"
+            self._caches[folder] = RuntimeCache(folder / f"runtime-{made_by}.cache")
         return TrtEngine(segment, self.library, engine, runtime, self._caches[folder])
 
     def settled(self) -> None:
@@ -162,7 +166,7 @@ def refit(
     if not parser.refit_from_file(path) or not refitter.refit_cuda_engine():
         raise EngineError(
             f"Expected the weights of {path} to fit the engine of segment {segment.name!r}, "
-            f"{library.name} says: {errors_of(log)}. Build again: blockcache build "
+            f"{library.name} says: {library.quoted(log)}. Build again: blockcache build "
             f"{bundle.folder} --target {engines.target}"
         )
     return True
@@ -184,8 +188,8 @@ class RuntimeCache:
                 self._cache = config.create_runtime_cache()
                 if self._path.is_file():
                     content = self._path.read_bytes()
-                    self._cache.deserialize(content)  # False, and empty, for another version's
-                    self._bytes = len(content)
+                    accepted = self._cache.deserialize(content)  # else the cache is empty
+                    self._bytes = len(content) if accepted else 0  # a rejected file is replaced
             config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
@@ -221,9 +225,9 @@ class TrtEngine:
         profile = self._profile(bound)
         with stream.context, capture_lock:
             context = self._bound_context(bound, profile, stream.handle)
-            launch = BoundContext(self._segment.name, context, stream.handle, bound)
+            launch = BoundContext(self._segment.name, self._library, context, stream.handle, bound)
             size = self._engine.get_device_memory_size_for_profile_v2(profile)
-            stream.scratch.use(size, launch)
+            stream.scratch.use(max(size, context.update_device_memory_size_for_shapes()), launch)
         return launch
 
     def _bound_context(self, bound: Mapping[str, Tensor], profile: int, stream: int) -> Any:
@@ -285,15 +289,22 @@ class TrtEngine:
         if not done:
             raise EngineError(
                 f"Segment {self._segment.name!r}: {self._library.name} refuses {what}: "
-                f"{errors_of(log)}."
+                f"{self._library.quoted(log)}."
             )
 
 
 class BoundContext:
     """An execution context whose addresses are set: calling it launches the segment."""
 
-    def __init__(self, name: str, context: Any, stream: int, tensors: Mapping[str, Tensor]) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        library: TensorRT,
+        context: Any,
+        stream: int,
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        self.name, self._library = name, library
         self._context, self._execute, self._stream = context, context.execute_async_v3, stream
         self._tensors = tensors  # keeps their memory alive
         self._ran = False
@@ -302,11 +313,19 @@ class BoundContext:
         """Launch on the stream the context was bound to."""
         self._ran = True
         if not self._execute(self._stream):
-            raise EngineError(f"TensorRT failed in segment {self.name!r}; see its log.")
+            raise EngineError(
+                f"{self._library.name} failed in segment {self.name!r}: {self._library.quoted()}."
+            )
 
     def set_memory(self, pointer: int, count: int) -> None:
-        """Where the activations go."""
-        self._context.set_device_memory(pointer, count)
+        """Where the activations go; EngineError where the library does not take it."""
+        with self._library.log() as log:
+            self._context.set_device_memory(pointer, count)  # returns nothing
+        if any(letter in "EF" for letter, _ in log):
+            raise EngineError(
+                f"Segment {self.name!r}: {self._library.name} refuses {count} bytes of activation "
+                f"memory: {self._library.quoted(log)}."
+            )
 
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold the launch; only TensorRT-RTX can say no.

@@ -62,6 +62,10 @@ class StandIn:
         """GPUs in the machine, and the CUDA version of its driver."""
         self.library.standin_have(devices, version)
 
+    def capability(self, major, minor):
+        """The compute capability of every GPU."""
+        self.library.standin_capability(major, minor)
+
     def fail(self, function, code):
         """The next call of a function of the driver returns a code."""
         self.library.standin_fail(function.encode(), code)
@@ -311,6 +315,8 @@ class ExecutionContext:
         return self._needed() + self.library.more_scratch
 
     def set_device_memory(self, pointer, size):
+        if self.library.refuse("set_device_memory"):
+            return
         if size < self._needed() + self.library.more_scratch:
             self.library.say(f"{size} bytes are too few for activations")
             return
@@ -521,8 +527,8 @@ def reusing(preset, seed=1):
 class Pair:
     """A session on the stand-in GPU and one on the CPU, of one preset."""
 
-    def __init__(self, gpu, cpu):
-        self.gpu, self.cpu, self.bundle = gpu, cpu, cpu.bundle
+    def __init__(self, gpu, cpu, library):
+        self.gpu, self.cpu, self.bundle, self.library = gpu, cpu, cpu.bundle, library
         self._rng = np.random.default_rng(0)
 
     def request(self, images=1, **options):
@@ -559,11 +565,12 @@ def pair_of(tensorrt, bundle_of, engines_for):
     def make(
         preset="ddim-4", title="tensorrt_rtx", outputs=1, bundle=None, drift=None, seed=1, **options
     ):
+        library = None
         if bundle is None:
             library, bundle = tensorrt(title), bundle_of(outputs)
             engines_for(bundle, library)
         chosen = reusing(bundle.preset(preset), seed)
         gpu = Session(bundle, chosen, TrtBackend(**{"graphs": "check", **options}), drift)
-        return Pair(gpu, Session(bundle, chosen, OrtBackend(threads=1), drift))
+        return Pair(gpu, Session(bundle, chosen, OrtBackend(threads=1), drift), library)
 
     return make

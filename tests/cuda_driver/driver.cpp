@@ -63,7 +63,7 @@ constexpr int DEVICES = 2, POISON = 0xff, RELAXED = 2;
 constexpr size_t KEPT_ASIDE = size_t(256) << 20; // bytes of freed memory
 
 std::recursive_mutex everything;
-int devices = DEVICES, version = 13000;
+int devices = DEVICES, version = 13000, capability[] = {8, 0};
 std::vector<std::string> wrong; // what was done that must not be
 std::map<std::string, std::deque<int>> to_fail; // by function: codes of the calls to come
 std::map<std::string, long> calls;
@@ -278,7 +278,7 @@ API cuDeviceGetName(char *name, int size, int device) {
 API cuDeviceGetAttribute(int *value, int attribute, int) {
   CALL(false);
   constexpr int MAJOR = 75, MINOR = 76;
-  *value = attribute == MAJOR ? 8 : attribute == MINOR ? 0 : 1;
+  *value = attribute == MAJOR ? capability[0] : attribute == MINOR ? capability[1] : 1;
   return SUCCESS;
 }
 
@@ -609,6 +609,8 @@ FOR_TESTS void standin_reset() {
   for (Context &context : contexts) context.fault = SUCCESS;
   devices = DEVICES;
   version = 13000;
+  capability[0] = 8;
+  capability[1] = 0;
   to_fail.clear();
   calls.clear();
 }
@@ -617,6 +619,12 @@ FOR_TESTS void standin_have(int count, int cuda_version) {
   std::lock_guard<std::recursive_mutex> guard(everything);
   devices = count;
   version = cuda_version;
+}
+
+FOR_TESTS void standin_capability(int major, int minor) {
+  std::lock_guard<std::recursive_mutex> guard(everything);
+  capability[0] = major;
+  capability[1] = minor;
 }
 
 // The next call of a function that is not told otherwise already returns `code`.

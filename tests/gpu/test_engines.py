@@ -80,7 +80,7 @@ def request_of(session, conditions_of, images=1):
 def test_sm80_plans_run_here(compiled, tmp_path):
     """Says whether this GPU runs plans for SM80; fails with the library's own words if not."""
     pytest.importorskip("tensorrt_rtx")
-    from blockcache.runtime.engines.tensorrt_library import errors_of, load_library
+    from blockcache.runtime.engines.tensorrt_library import load_library
     from blockcache.runtime.engines.trt import TrtBackend
 
     own = copy_of(compiled("sd", 1, "bfloat16")[1], tmp_path / "bundle")
@@ -90,7 +90,7 @@ def test_sm80_plans_run_here(compiled, tmp_path):
     with library.log() as log:
         runtime = library.module.Runtime(library.logger)
         engine = runtime.deserialize_cuda_engine(plan.read_bytes())
-    assert engine is not None, f"{device_capability()}: {errors_of(log)}"
+    assert engine is not None, f"{device_capability()}: {library.quoted(log)}"
     accepted = (*report.engines.capabilities, device_capability())  # as if it had been built for
     write_engines(own, dataclasses.replace(report.engines, capabilities=accepted))
     backend = TrtBackend(target="sm80", library="tensorrt_rtx")

@@ -222,6 +222,14 @@ def test_several_capabilities_share_one_engine(built_copy):
     assert built_targets(built_copy) == ("sm80", "sm80+sm89")
 
 
+def test_an_engine_for_any_gpu_is_no_larger(built_copy):
+    few = tiny_build(built_copy, "trunk_07")
+    made = [build_engines(few, Target.parse(name)) for name in ("sm80", "any")]
+    assert made[1].engines.capabilities == ("8.0", "8.6", "8.9", "12.0", "12.1")  # bfloat16
+    sizes = [sum(entry.bytes for entry in each.entries.values()) for each in made]
+    assert sizes[1] < sizes[0] + 1024
+
+
 def test_the_split_tax_is_published(built_copy):
     few = tiny_build(built_copy, "trunk_07", "whole")
     report = build_engines(few, Target.parse("sm86"), BuildOptions(whole=True))
@@ -385,7 +393,7 @@ def test_a_crash_of_the_builder_costs_one_engine_and_names_it(built_copy):
 
 
 def test_a_capability_that_the_library_lacks_is_refused(built_copy):
-    with pytest.raises(ConfigError, match=r"SM90.*'current'"):
+    with pytest.raises(ConfigError, match=r"SM90.*--target current.*'ort-cuda'"):
         build_engines(built_copy, Target.parse("h100"))
 
 

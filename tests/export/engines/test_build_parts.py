@@ -109,6 +109,7 @@ def test_options_that_cannot_work_are_refused(make):
         ("A100", "sm80", ("8.0",)),
         ("rtx-4090+sm120", "sm89+sm120", ("8.9", "12.0")),
         ("current", "current", ()),
+        ("any", "any", ()),
     ],
 )
 def test_targets(text, name, dotted):
@@ -116,9 +117,11 @@ def test_targets(text, name, dotted):
     assert (target.name, target.dotted) == (name, dotted)
 
 
-@pytest.mark.parametrize("text", ["", "sm", "a1000", "sm80+current", "../sm80", "sm80+"])
+@pytest.mark.parametrize(
+    "text", ["", "sm", "a1000", "sm80+current", "sm80+any", "../sm80", "sm80+"]
+)
 def test_unknown_targets_are_refused(text):
-    with pytest.raises(ConfigError, match=r"current"):
+    with pytest.raises(ConfigError, match=r"current|'any' stands alone: it is all GPUs"):
         Target.parse(text)
 
 

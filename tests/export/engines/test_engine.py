@@ -12,7 +12,7 @@ import pytest
 from blockcache.export.engines import engine as module_under_test
 from blockcache.export.engines.engine import Recipe, build_engine
 from blockcache.runtime.engines.files import ShapeProfile
-from blockcache.runtime.engines.tensorrt_library import TensorRT, load_library
+from blockcache.runtime.engines.tensorrt_library import Messages, TensorRT, load_library
 from blockcache.runtime.errors import ConfigError, EngineError, ExportError
 from blockcache.runtime.plan import Dim, Segment, Sizes, TensorSpec
 
@@ -42,7 +42,7 @@ class Fakes:
             for name in ("sample", "trunk_0_0")
         }
         self.timings = []
-        self.logger = SimpleNamespace(lines=None)
+        self.logger = SimpleNamespace(messages=Messages())
         self.network_flags = self.parsed = None
         module.Builder = lambda logger: self.made("Builder", max_threads=0)
         module.OnnxParser = lambda network, logger: self.made("OnnxParser", num_errors=1)
@@ -67,7 +67,8 @@ class Fakes:
         return self.made("IOptimizationProfile")
 
     def Builder_build_serialized_network(self, network, config):
-        self.logger.lines.extend(self.says)
+        for line in self.says:
+            self.logger.messages.add(*line)
         return self.plan
 
     def INetworkDefinition_get_input(self, index):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -192,9 +193,13 @@ def test_auto_takes_the_cpu_where_there_is_no_device(bundle, monkeypatch):
 
 def test_auto_takes_engines_where_there_is_a_device(bundle, monkeypatch):
     from blockcache.runtime.devices import cuda_driver
-    from blockcache.runtime.engines import trt
+    from blockcache.runtime.engines import tensorrt_library, trt
 
     monkeypatch.setattr(cuda_driver, "device_count", lambda: 1)
+    monkeypatch.setattr(cuda_driver, "device_capability", lambda index: "8.0")
+    monkeypatch.setattr(cuda_driver, "driver_version", lambda: (13, 0))
+    library = SimpleNamespace(problem=lambda capability, driver: "")
+    monkeypatch.setattr(tensorrt_library, "load_library", lambda: library)
     monkeypatch.setattr(trt, "TrtBackend", lambda **options: ("trt", options))
     chosen, options = make_backend("auto", bundle=bundle, graphs="check", verify=False)
     assert (chosen, options) == (

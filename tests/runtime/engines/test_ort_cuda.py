@@ -85,16 +85,17 @@ def test_a_silent_fall_back_to_the_cpu_is_an_error(by_address):
 
 
 def test_providers_share_device_and_stream():
+    place = {"device_id": "1", "user_compute_stream": "1234"}
     (cuda,) = providers(False, 1, 1234, "cache")
-    assert cuda == (
-        "CUDAExecutionProvider", {"device_id": "1", "user_compute_stream": "1234"},
-    )  # fmt: skip
+    assert cuda[0] == "CUDAExecutionProvider"
+    assert place.items() <= cuda[1].items()
+    assert cuda[1]["arena_extend_strategy"] == "kSameAsRequested"
     tensorrt, behind = providers(True, 1, 1234, "cache")
     assert behind == cuda
     assert tensorrt[0] == "TensorrtExecutionProvider"
-    assert cuda[1].items() <= tensorrt[1].items()
+    assert place.items() <= tensorrt[1].items()
     assert tensorrt[1]["trt_engine_cache_path"] == "cache"
-    assert providers(True, 1, 1234, "")[0][1] == cuda[1]
+    assert providers(True, 1, 1234, "")[0][1] == place
 
 
 @pytest.mark.parametrize("tensorrt", [False, True])

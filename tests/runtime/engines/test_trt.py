@@ -11,7 +11,7 @@ import pytest
 from blockcache.runtime.bundles.manifest import FileEntry
 from blockcache.runtime.devices.cuda_stream import Scratch
 from blockcache.runtime.devices.tensor import Tensor
-from blockcache.runtime.engines.tensorrt_library import TensorRT
+from blockcache.runtime.engines.tensorrt_library import Messages, TensorRT
 from blockcache.runtime.engines.trt import RuntimeCache, TrtEngine, refit
 from blockcache.runtime.errors import EngineError
 from blockcache.runtime.plan import Dim, Segment, TensorSpec
@@ -35,6 +35,9 @@ class FakeContext:
     def set_tensor_address(self, name, pointer):
         self.addresses[name] = pointer
         return self.refuses != "address"
+
+    def update_device_memory_size_for_shapes(self):
+        return 900  # less than the profile's
 
     def set_device_memory(self, pointer, size):
         self.memory = (pointer, size)
@@ -134,7 +137,9 @@ def opened(tensorrt_module, tmp_path):
 
     def make(refuses=""):
         fake = FakeEngine(tensorrt_module, refuses)
-        library = TensorRT(tensorrt_module.name, tensorrt_module, SimpleNamespace(lines=None))
+        library = TensorRT(
+            tensorrt_module.name, tensorrt_module, SimpleNamespace(messages=Messages())
+        )
         engine = tensorrt_module.recorded("ICudaEngine", fake)
         cache = RuntimeCache(tmp_path / "a.cache")
         return TrtEngine(SEGMENT, library, engine, None, cache), fake
@@ -267,7 +272,7 @@ def refitted(module, weights, built_from, accepts=True):
     )
     entry = SimpleNamespace(weights_file_sha256=built_from)
     engines = SimpleNamespace(engines={"trunk_00": entry}, weights=weights, target="sm80")
-    library = TensorRT(module.name, module, None)
+    library = TensorRT(module.name, module, SimpleNamespace(messages=Messages()))
     done = refit(library, bundle, engines, SEGMENT, object(), [("E", "wrong shape")])
     assert done is bool(seen)
     return seen

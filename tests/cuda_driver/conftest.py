@@ -37,6 +37,7 @@ class StandIn:
         self.library.standin_wrong.restype = ctypes.c_char_p
         self.library.standin_calls.restype = ctypes.c_long
         self.library.standin_delay.argtypes = ctypes.c_void_p, ctypes.c_double
+        self.library.standin_host_works.argtypes = (ctypes.c_double,)
         self._functions, self._numbers, self.failures = {}, itertools.count(1), []
         self._entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._run)
 
@@ -57,6 +58,10 @@ class StandIn:
     def delay(self, stream, ms):
         """A kernel that takes ``ms`` of the device's time."""
         return self.library.standin_delay(stream, ms)
+
+    def host_works(self, ms):
+        """The host is busy for so long, by its clock in the driver."""
+        self.library.standin_host_works(ms)
 
     def have(self, devices=2, version=13000):
         """GPUs in the machine, and the CUDA version of its driver."""

@@ -7,12 +7,12 @@
 //   memory is kept aside for a while, so that a late write to it is seen.
 // - A call that needs a context fails where the thread has none, and a stream works in its own
 //   context alone.
-// - A device has a clock: work begins when the work before it is done and it was put on the stream,
-//   and takes the time that standin_delay gives it, else none.
+// - Host and devices have clocks of their own, so that times are exact: work begins when it was put
+//   on the stream and the work before it is done, and takes the time that standin_delay gives it,
+//   else none; the host takes what standin_host_works says, and waits.
 //
 // The functions standin_* are for tests: what is alive, what was done wrong, what should fail.
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -68,10 +68,7 @@ std::vector<std::string> wrong; // what was done that must not be
 std::map<std::string, std::deque<int>> to_fail; // by function: codes of the calls to come
 std::map<std::string, long> calls;
 
-double now_ms() {
-  using namespace std::chrono;
-  return duration<double, std::milli>(steady_clock::now().time_since_epoch()).count();
-}
+double host_ms = 0; // the host's clock, which runs when a test says so and when it waits
 
 struct Context;
 
@@ -170,6 +167,7 @@ int run_pending(Stream *stream) {
     stream->ready_ms = std::max(stream->ready_ms, op.put_ms) + op.cost_ms;
     if (int code = op.run(stream->ready_ms)) return stream->context->fault = code;
   }
+  host_ms = std::max(host_ms, stream->ready_ms); // the host has waited
   return stream->context->fault;
 }
 
@@ -190,7 +188,7 @@ int put(void *handle, Op op) {
     stream->capture->ops.push_back(std::move(op));
     return SUCCESS;
   }
-  op.put_ms = now_ms();
+  op.put_ms = host_ms;
   stream->pending.push_back(std::move(op));
   return SUCCESS;
 }
@@ -636,6 +634,12 @@ FOR_TESTS void standin_fail(const char *function, int code) {
 FOR_TESTS long standin_calls(const char *function) {
   std::lock_guard<std::recursive_mutex> guard(everything);
   return calls[function];
+}
+
+// The host is busy for `ms`.
+FOR_TESTS void standin_host_works(double ms) {
+  std::lock_guard<std::recursive_mutex> guard(everything);
+  host_ms += ms;
 }
 
 // A kernel that takes `ms` of the device's time.

@@ -568,13 +568,22 @@ def pair_of(tensorrt, bundle_of, engines_for):
     from blockcache.runtime.engines.trt import TrtBackend
 
     def make(
-        preset="ddim-4", title="tensorrt_rtx", outputs=1, bundle=None, drift=None, seed=1, **options
+        preset="ddim-4",
+        title="tensorrt_rtx",
+        outputs=1,
+        bundle=None,
+        drift=None,
+        seed=1,
+        solver=None,
+        **options,
     ):
         library = None
         if bundle is None:
             library, bundle = tensorrt(title), bundle_of(outputs)
             engines_for(bundle, library)
         chosen = reusing(bundle.preset(preset), seed)
+        if solver is not None:
+            chosen = dataclasses.replace(chosen, solver=solver.to_json())
         gpu = Session(bundle, chosen, TrtBackend(**{"graphs": "check", **options}), drift)
         return Pair(gpu, Session(bundle, chosen, OrtBackend(threads=1), drift), library)
 

@@ -15,6 +15,7 @@ from blockcache.runtime.devices.interop import host_array
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.trt import TrtBackend
 from blockcache.runtime.plan import LOOP_ROLES
+from blockcache.runtime.solvers.solver import SolverConfig
 
 pytestmark = pytest.mark.driver
 
@@ -36,6 +37,14 @@ def test_a_solver_with_history_and_an_alignment_of_one_and_two_outputs(pair_of, 
     pair = pair_of("dpm-20", outputs=outputs)
     for _ in range(2):
         pair.same()
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler-a", "dpm-sde", "lcm"])
+def test_solvers_with_noise_and_with_an_earlier_x0(pair_of, solver):
+    pair = pair_of(solver=SolverConfig(solver=solver, steps=4))
+    for seed in (3, 4):  # the graph of the first request serves the second
+        pair.same(2, seeds=[seed, 7])
+    assert len(pair.gpu._graphs) == 1
 
 
 def test_one_graph_serves_every_guidance_and_rescale(pair_of):

@@ -13,7 +13,12 @@ from blockcache.export.engines.build import BuildOptions, build_engines
 from blockcache.export.engines.targets import Target
 from blockcache.runtime import Session
 from blockcache.runtime.bundles.bundle import Bundle
-from blockcache.runtime.devices.cuda_driver import call, device_capability, device_count
+from blockcache.runtime.devices.cuda_driver import (
+    call,
+    device_capability,
+    device_count,
+    primary_context,
+)
 from blockcache.runtime.devices.device_view import DeviceView
 from blockcache.runtime.devices.interop import host_array
 from blockcache.runtime.engines.files import read_engines, write_engines
@@ -204,7 +209,8 @@ def test_the_callers_stream_and_a_result_in_place(built, conditions_of):
     from blockcache.runtime.engines.trt import TrtBackend
 
     library, bundle = built
-    stream = int(call("cuStreamCreate", 0))
+    with primary_context(0):
+        stream = int(call("cuStreamCreate", 0))
     own = Session.open(bundle, preset="ddim-4", backend=TrtBackend(library=library))
     given = Session.open(
         bundle, preset="ddim-4", backend=TrtBackend(library=library, stream=stream)

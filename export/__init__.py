@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from blockcache.export.align.distil import DistillationOptions as DistillationOptions
     from blockcache.export.align.fit import AlignmentOptions as AlignmentOptions
     from blockcache.export.choose.preset import PresetOptions as PresetOptions
+    from blockcache.export.choose.trials import TrialOptions as TrialOptions
     from blockcache.export.costs.roofline import Processor as Processor
     from blockcache.export.costs.roofline import gpu as gpu
     from blockcache.export.costs.timings import Timings as Timings
@@ -67,6 +68,7 @@ _HOMES = {
     "ProfileOptions": "measure.change",
     "ResidualOptions": "measure.residuals",
     "SensitivityOptions": "measure.sensitivity",
+    "TrialOptions": "choose.trials",
     "ShapeOptions": "engines.build",
     "SourceModel": "unet.model",
     "Target": "engines.targets",

@@ -25,19 +25,20 @@ from blockcache.export.choose.grid_search import StepCosts, shortest_path, step_
 from blockcache.export.choose.joint import BranchErrors, step_sizes
 from blockcache.export.choose.policies import BRANCH_CUTS, Needs
 from blockcache.export.choose.preset import PresetOptions
+from blockcache.export.choose.trials import TrialOptions
 from blockcache.export.measure.calibration import Calibration, check_calibration
 from blockcache.export.measure.change import Profile, ProfileOptions, measure_change
 from blockcache.export.measure.converged import (
     ConvergedOptions,
     ConvergedRun,
-    converged_jobs,
     converged_run,
     converged_solver,
+    fine_latents,
     measure_gains,
 )
 from blockcache.export.measure.residuals import Moments, ResidualOptions, measure_residuals
 from blockcache.export.measure.reuse import HISTORY
-from blockcache.export.measure.sampling import Sampling
+from blockcache.export.measure.sampling import Job, Sampling, Tally
 from blockcache.export.measure.sensitivity import (
     Sensitivity,
     SensitivityOptions,
@@ -53,8 +54,9 @@ from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers
 from blockcache.runtime.solvers.grid import Grid
 from blockcache.runtime.solvers.solver import MULTISTEP, SolverConfig, solver_tables
 
-SENSED_STEPS = 20
-"""A joint preset's sensitivity is measured with DPM-Solver++ on so many steps of Karras'."""
+SENSED_STEPS, SENSED_IMAGES = 16, 2
+"""A joint preset's sensitivity is measured with DPM-Solver++ on so many steps of Karras', on at
+most so many images: it is the same for all plans, and only ranks them."""
 
 MOST_PAIRS = 1 << 28
 """At most 2^28 entries of a residual table with history: 1 GiB stored, about 3 GiB at peak."""
@@ -71,11 +73,7 @@ class MeasurementOptions:
     residuals: ResidualOptions = field(default_factory=ResidualOptions)
     alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
-    candidates: int = 8  # of a joint policy: so many are tried in earnest
-
-    def __post_init__(self) -> None:
-        if self.candidates < 1:
-            raise ConfigError(f"Expected at least one candidate to try, got {self.candidates}.")
+    trials: TrialOptions = field(default_factory=TrialOptions)  # of a joint policy's plans
 
 
 class Measurements:
@@ -110,6 +108,7 @@ class Measurements:
         self._options = options
         self._store = store
         self._observer = observer
+        self.tally = Tally()  # of what was measured, not of what was there already
 
     @property
     def guidance_scale(self) -> float:
@@ -117,9 +116,9 @@ class Measurements:
         return self._options.guidance_scale
 
     @property
-    def candidates(self) -> int:
-        """How many plans of a joint policy are tried."""
-        return self._options.candidates
+    def trials(self) -> TrialOptions:
+        """How plans of a joint policy are tried."""
+        return self._options.trials
 
     @property
     def branch_cuts(self) -> tuple[int, ...]:
@@ -185,7 +184,9 @@ class Measurements:
         run, _ = self._converged(solver)
         assert solver.grid is not None
         at = costs.nearest(np.asarray(solver.grid.sigmas))
-        table = self.sensitivity(sensed).table
+        options = self._options.sensitivity
+        options = dataclasses.replace(options, images=min(options.images, SENSED_IMAGES))
+        table = self.sensitivity(sensed, options).table
         return BranchErrors.measured(run.moments, table, at, step_sizes(solver_tables(solver)))
 
     def _converged(self, solver: SolverConfig) -> tuple[ConvergedRun, np.ndarray]:
@@ -234,9 +235,11 @@ class Measurements:
         checkpoint.unlink(missing_ok=True)
         return Profile(made["mean"], made["std"], int(made["images"][0]), file)
 
-    def sensitivity(self, preset: PresetOptions) -> Sensitivity:
-        """What a block's reuse at a step does to the image."""
-        sampling, options = self._sampling(preset), self._options.sensitivity
+    def sensitivity(
+        self, preset: PresetOptions, options: SensitivityOptions | None = None
+    ) -> Sensitivity:
+        """What a block's reuse at a step does to the image; ``options`` in place of its own."""
+        sampling, options = self._sampling(preset), options or self._options.sensitivity
         stage = _Stage.of("sensitivity", sampling, options)
         file = f"profiles/{preset.sampler}-{stage.key[:8]}.safetensors"
 
@@ -292,20 +295,26 @@ class Measurements:
         made = self._once(stage, file, measure)
         return Alignment(tuple(made[f"table_{k}"] for k in range(schedule.blocks))), file
 
-    def tried(self, preset: PresetOptions, solver: SolverConfig, schedule: Schedule) -> float:
-        """How far a candidate ends from the converged run: mean relative L2, on that run's images.
+    def tried(
+        self, preset: PresetOptions, solver: SolverConfig, schedule: Schedule, images: range
+    ) -> np.ndarray:
+        """How far a plan ends from the converged run, relative L2: float64 [N].
 
-        They are few, and the alignment is fitted on them; the winner's is fitted on more.
+        The alignment is fitted on the same images; the winner's is fitted on others.
+
+        Args:
+            preset: whose plan it is.
+            solver: with the plan's grid.
+            schedule: the plan's.
+            images: which ones, of the trials' own.
         """
-        run, _ = self._converged(solver)
-        options = self._options.converged
-        sampling = self._sampling(preset, self._precision, solver)
-        jobs = converged_jobs(sampling, options)
-        more = {"schedule": _digest(schedule.recompute), "ridge": self._options.alignment.ridge}
-        stage = _Stage.of("trial", sampling, options, **more)
+        sampling, options = self._sampling(preset, self._precision, solver), self._options.trials
+        facts = {"schedule": _digest(schedule.recompute), "ridge": self._options.alignment.ridge}
+        stage = _Stage.of("trial", sampling, options, **facts, images=[*images])
         file = f"{RECORDS}/trial-{stage.key[:12]}.safetensors"
 
         def measure() -> dict[str, np.ndarray]:
+            jobs = [_trial_jobs(sampling, options)[image] for image in images]
             heard = qualified(self._observer, f"{preset.name}, {schedule.steps} steps")
             fit = fit_alignment(
                 sampling, schedule, preset.outputs, self._options.alignment, jobs=jobs,
@@ -314,7 +323,22 @@ class Measurements:
             return {"latents": fit.latents}
 
         latents = self._once(stage, file, measure)["latents"]
-        return _mean_distance(latents, run.data[-1])
+        return _distances(latents, self._yardstick(preset)[images.start : images.stop])
+
+    def _yardstick(self, preset: PresetOptions) -> np.ndarray:
+        """Where the images of trials end by DPM-Solver++ in many steps: float32 [N, C, H, W]."""
+        options = self._options.trials
+        steps = min(options.steps, self._options.converged.levels)
+        fine = dataclasses.replace(preset, solver="dpm", grid=grids.AUTO, steps=steps, name="")
+        sampling = self._sampling(fine)
+        stage = _Stage.of("yardstick", sampling, options)
+        file = f"{RECORDS}/yardstick-{stage.key[:12]}.safetensors"
+
+        def measure() -> dict[str, np.ndarray]:
+            jobs = _trial_jobs(sampling, options)
+            return {"latents": fine_latents(sampling, jobs, observer=self._observer)}
+
+        return self._once(stage, file, measure)["latents"]
 
     def _once(
         self, stage: _Stage, file: str, measure: Callable[[], dict[str, np.ndarray]]
@@ -339,7 +363,8 @@ class Measurements:
     def _sampling_by(self, solver: SolverConfig, precision: str = "float32") -> Sampling:
         assert self._calibration is not None  # ``check`` was asked first
         guidance_scale = self._options.guidance_scale
-        return Sampling(self.model, solver, self._calibration, guidance_scale, precision)
+        calibration, tally = self._calibration, self.tally
+        return Sampling(self.model, solver, calibration, guidance_scale, precision, tally)
 
     def _heard_of(self, preset: PresetOptions) -> Observer:
         return qualified(self._observer, preset.sampler)
@@ -396,11 +421,18 @@ def on_grid(model: SourceModel, preset: PresetOptions, grid: Grid) -> SolverConf
     )
 
 
-def _mean_distance(latents: np.ndarray, reference: np.ndarray) -> float:
-    """Mean over images of |latents - reference| / |reference|."""
+def _trial_jobs(sampling: Sampling, options: TrialOptions) -> list[Job]:
+    """The images that plans are tried on, in random order: any part of them has any prompts."""
+    prompts = np.random.default_rng(options.seed).permutation(
+        sampling.spread_prompts(options.images)
+    )
+    return [(int(prompt), options.seed + image) for image, prompt in enumerate(prompts)]
+
+
+def _distances(latents: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """|latents - reference| / |reference| of every image: float64 [N]."""
     ours, theirs = (x.reshape(len(x), -1).astype(np.float64) for x in (latents, reference))
-    apart = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
-    return float(apart.mean())
+    return np.asarray(np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1))
 
 
 def _digest(*arrays: np.ndarray) -> str:

@@ -116,6 +116,7 @@ class Compiled:
     kept: tuple[str, ...] = ()  # as they were before
     removed: Mapping[str, str] = field(default_factory=dict)  # name -> why it could not stay
     unreadable: str = ""  # why a bundle that was there gave nothing
+    evaluations: int = 0  # of the U-Net: one an image and step, whether guided or not
 
 
 def compile_model(
@@ -217,7 +218,7 @@ def _compile(
     bundle = Bundle.of(folder, manifest, verify=False)  # what does not open replaces nothing
     switch(folder, manifest)
     collect(folder, {*manifest.files, *store.recorded_files()})
-    return _compiled(bundle, earlier, kept)
+    return _compiled(bundle, earlier, kept, measurements.tally.evaluations)
 
 
 def _check(
@@ -394,7 +395,7 @@ def _tables(presets: Mapping[str, PresetEntry]) -> list[str]:
     return [entry.file for entry in presets.values()]
 
 
-def _compiled(bundle: Bundle, earlier: Earlier, kept: KeptPresets) -> Compiled:
+def _compiled(bundle: Bundle, earlier: Earlier, kept: KeptPresets, evaluations: int) -> Compiled:
     """What became of every preset, old and new."""
     before = {} if earlier.bundle is None else earlier.bundle.manifest.presets
     now = bundle.manifest.presets
@@ -407,6 +408,7 @@ def _compiled(bundle: Bundle, earlier: Earlier, kept: KeptPresets) -> Compiled:
         kept=tuple(same),
         removed=kept.removed,
         unreadable=earlier.unreadable,
+        evaluations=evaluations,
     )
 
 

@@ -17,6 +17,7 @@ from blockcache.export.choose.joint import (
 )
 from blockcache.export.choose.policies import Chosen, Evidence, Needs
 from blockcache.export.choose.preset import MOST_STEPS, PresetOptions
+from blockcache.export.choose.trials import nearest, rounds
 from blockcache.export.costs.costs import Costs
 from blockcache.export.graph.time_tables import time_tables
 from blockcache.export.measurements import Measurements
@@ -126,25 +127,37 @@ class PresetMaker:
 
     def _make_chosen(self, preset: PresetOptions, policy: Chosen) -> Preset:
         """The candidate that ends nearest to the converged run."""
-        measured, tried = self.measurements, list[tuple[float, Candidate]]()
+        measured = self.measurements
         candidates = self._candidates(preset, policy.spend(preset.steps, self.costs))
-        for done, candidate in enumerate(candidates):
-            self.observer(f"candidates of {preset.name}", done, len(candidates))
+        images = measured.trials.images
+        first, finalists = rounds(len(candidates), images)
+        done, total = 0, len(candidates) + (finalists if first < images else 0)
+
+        def distances(candidate: Candidate, images: range) -> np.ndarray:
+            nonlocal done
+            self.observer(f"trials of {preset.name}", done, total)
+            done += 1
             solver = measured.solver_on(preset, candidate.grid)
-            distance = measured.tried(preset, solver, candidate.schedule)
-            tried += [(distance, candidate)] if np.isfinite(distance) else []
-        if not tried:
-            raise ConfigError(f"Preset {preset.name!r}: no candidate ended in finite latents.")
-        nearest, best = min(tried, key=lambda pair: pair[0])
+            return measured.tried(preset, solver, candidate.schedule, images)
+
+        try:
+            index, tried = nearest(candidates, images, distances)
+        except ConfigError as error:
+            raise ConfigError(f"Preset {preset.name!r}: {error}") from None
+        best = candidates[index]
         schedule = self._whole(best.schedule, self._part(preset))
         provenance = Provenance(
             kind=policy.kind,
             value=policy.value,
             costs=self.costs.source,
             predicted_speedup=round(self.costs.speedup(schedule, preset.steps), 6),
-            predicted_loss=round(nearest, 6),  # to the converged run
+            predicted_loss=round(tried[index], 6),  # to the converged run
             replaced_steps=preset.steps,
-            tried={candidate.name: round(distance, 6) for distance, candidate in tried},
+            tried={
+                candidate.name: round(distance, 6)
+                for candidate, distance in zip(candidates, tried, strict=True)
+                if np.isfinite(distance)
+            },
         )
         solver = measured.solver_on(preset, best.grid)
         return self._preset(preset, solver, best.schedule, provenance)
@@ -167,4 +180,5 @@ class PresetMaker:
                 f"Preset {preset.name!r}: no grid of {counts} steps has a schedule that is cheap "
                 f"enough. Ask for less."
             )
-        return sorted(found, key=lambda candidate: candidate.predicted)[: measured.candidates]
+        found.sort(key=lambda candidate: candidate.predicted)
+        return found[: measured.trials.candidates]

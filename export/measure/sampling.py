@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
@@ -37,6 +37,13 @@ def job_seed(job: Job) -> int:
     return 1_000_003 * seed + prompt
 
 
+@dataclass
+class Tally:
+    """How much was computed."""
+
+    evaluations: int = 0  # of the U-Net: one an image and step, whether guided or not
+
+
 @dataclass(frozen=True)
 class Sampling:
     """What a measurement runs on; computed in float32 whatever the precision of the weights."""
@@ -46,6 +53,7 @@ class Sampling:
     calibration: Calibration
     guidance_scale: float = 5.0  # as in use and in the paper; 1 or less turns it off
     precision: str = "float32"  # what the values of the weights are rounded to
+    tally: Tally = field(default_factory=Tally, compare=False)  # of all that is run by it
 
     @cached_property
     def tables(self) -> SolverTables:
@@ -71,7 +79,10 @@ class Sampling:
         """
         model = rounded(self.model, self.precision)
         with CachedUNet(model, outputs) as cached, on_gpu(model.unet):
-            yield cached
+            try:
+                yield cached
+            finally:
+                self.tally.evaluations += cached.rows // (2 if self.guidance_scale > 1 else 1)
 
     def begin(self, cached: CachedUNet, jobs: Sequence[Job]) -> tuple[Denoiser, torch.Tensor]:
         """A denoiser for the jobs' prompts, and the noise [N, C, H, W] of their seeds."""

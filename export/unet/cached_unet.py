@@ -150,6 +150,7 @@ class CachedUNet:
         self.model = model
         self.call = UNetCall(model.unet, [condition.name for condition in model.conditions])
         self.blocks: list[Cacheable] = []
+        self.rows = 0  # of all samples that it has evaluated; guidance takes two an image
         self._outputs = outputs
 
     def __enter__(self) -> CachedUNet:
@@ -195,6 +196,7 @@ class CachedUNet:
             recompute: bool [K]; default all.
             coefficients: what reused outputs are aligned with; None: they are reused as they are.
         """
+        self.rows += len(sample)
         for k, block in enumerate(self.blocks):
             block.recompute = recompute is None or bool(recompute[k])
             block.kept = kept[k] if kept else ()

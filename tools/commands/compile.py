@@ -118,6 +118,7 @@ def compile_bundle(
     candidates: Annotated[
         int, typer.Option(min=1, help="Plans of an x or ms preset to try; more find better ones.")
     ] = 8,
+    trial_images: Annotated[int, typer.Option(min=1, help="Images to try the best plans on.")] = 12,
     timings: BudgetTimings = None,
     gpu: BudgetGpu = None,
     as_json: AsJson = False,
@@ -148,6 +149,7 @@ def compile_bundle(
         ExportOptions,
         MeasurementOptions,
         ProfileOptions,
+        TrialOptions,
     )
 
     options = CompileOptions(
@@ -162,7 +164,7 @@ def compile_bundle(
                 prompts=profile_prompts, seeds=profile_seeds, images_at_once=images_at_once
             ),
             alignment=AlignmentOptions(images=align_images),
-            candidates=candidates,
+            trials=TrialOptions(candidates=candidates, images=trial_images),
         ),
     )
     beside = None if parts == "unet" else partial(load_parts_of, model, clip_skip)
@@ -250,6 +252,7 @@ def _report(made: Compiled, *, as_json: bool) -> None:
         print_bundle(bundle)
         named = [f"{word} {', '.join(names)}" for word, names in changes.items() if names]
         print("\n" + "; ".join(named))
+    print(f"measured with {made.evaluations:,} evaluations of the U-Net", file=sys.stderr)
     for name, reason in made.removed.items():
         print(f"removed preset {name}: {reason}", file=sys.stderr)
     if made.unreadable:

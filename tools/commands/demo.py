@@ -109,6 +109,7 @@ def compile_demo(
         PresetOptions,
         ProfileOptions,
         SensitivityOptions,
+        TrialOptions,
         compile_model,
     )
     from blockcache.export.choose.policies import Joint, Threshold
@@ -133,7 +134,7 @@ def compile_demo(
     measurement = MeasurementOptions(
         guidance_scale=guidance,
         converged=ConvergedOptions(images=4),
-        candidates=4,
+        trials=TrialOptions(candidates=4, images=IMAGES),
         profile=ProfileOptions(prompts=IMAGES, seeds=1),
         sensitivity=SensitivityOptions(images=2),
         alignment=AlignmentOptions(images=IMAGES),

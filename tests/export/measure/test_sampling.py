@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
-from blockcache.export.measure.sampling import Sampling  # noqa: E402
+from blockcache.export.measure.sampling import Sampling, Tally  # noqa: E402
 from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers  # noqa: E402
 
 PROMPTS = 3
@@ -95,3 +95,12 @@ def test_the_schedule_and_the_steps_are_the_solvers(sampling):
     assert sampling.uncached.recompute.shape == (4, len(sampling.model.blocks))
     assert sampling.uncached.recompute.all()
     assert sampling.tables is sampling.tables, "made once"
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_evaluations_are_counted_once_an_image_and_step(sampling, guidance_scale):
+    counted = dataclasses.replace(sampling, guidance_scale=guidance_scale, tally=Tally())
+    with counted.cached_unet() as cached:
+        denoiser, noise = counted.begin(cached, [(0, 0), (1, 0)])
+        denoiser.denoise(noise, counted.uncached)
+    assert counted.tally.evaluations == 2 * 4

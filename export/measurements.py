@@ -309,12 +309,12 @@ class Measurements:
             images: which ones, of the trials' own.
         """
         sampling, options = self._sampling(preset, self._precision, solver), self._options.trials
+        jobs = _trial_jobs(sampling, options)[images.start : images.stop]
         facts = {"schedule": _digest(schedule.recompute), "ridge": self._options.alignment.ridge}
-        stage = _Stage.of("trial", sampling, options, **facts, images=[*images])
+        stage = _Stage.of("trial", sampling, jobs=jobs, **facts)
         file = f"{RECORDS}/trial-{stage.key[:12]}.safetensors"
 
         def measure() -> dict[str, np.ndarray]:
-            jobs = [_trial_jobs(sampling, options)[image] for image in images]
             heard = qualified(self._observer, f"{preset.name}, {schedule.steps} steps")
             fit = fit_alignment(
                 sampling, schedule, preset.outputs, self._options.alignment, jobs=jobs,
@@ -331,11 +331,11 @@ class Measurements:
         steps = min(options.steps, self._options.converged.levels)
         fine = dataclasses.replace(preset, solver="dpm", grid=grids.AUTO, steps=steps, name="")
         sampling = self._sampling(fine)
-        stage = _Stage.of("yardstick", sampling, options)
+        jobs = _trial_jobs(sampling, options)
+        stage = _Stage.of("yardstick", sampling, jobs=jobs)
         file = f"{RECORDS}/yardstick-{stage.key[:12]}.safetensors"
 
         def measure() -> dict[str, np.ndarray]:
-            jobs = _trial_jobs(sampling, options)
             return {"latents": fine_latents(sampling, jobs, observer=self._observer)}
 
         return self._once(stage, file, measure)["latents"]
@@ -378,7 +378,7 @@ class _Stage:
     key: str
 
     @classmethod
-    def of(cls, kind: str, sampling: Sampling, options: Any, **more: Any) -> _Stage:
+    def of(cls, kind: str, sampling: Sampling, options: Any = None, **more: Any) -> _Stage:
         """The stage of a measurement that depends on ``sampling``, ``options`` and ``more``."""
         key = stage_key(
             kind,
@@ -388,7 +388,7 @@ class _Stage:
             solver=sampling.solver.to_json(),
             calibration=sampling.calibration.sha256,
             guidance=sampling.guidance_scale,
-            options=dataclasses.asdict(options),
+            options=options and dataclasses.asdict(options),
             **more,
         )
         return cls(f"{kind}-{key[:12]}", key)

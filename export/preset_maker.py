@@ -11,13 +11,13 @@ import numpy as np
 
 from blockcache.export.choose.joint import (
     Candidate,
+    Planner,
     grids_to_try,
-    planned,
     step_counts,
 )
 from blockcache.export.choose.policies import Chosen, Evidence, Needs
 from blockcache.export.choose.preset import MOST_STEPS, PresetOptions
-from blockcache.export.choose.trials import nearest, rounds
+from blockcache.export.choose.trials import improved, nearest, trials
 from blockcache.export.costs.costs import Costs
 from blockcache.export.graph.time_tables import time_tables
 from blockcache.export.measurements import Measurements
@@ -128,52 +128,61 @@ class PresetMaker:
     def _make_chosen(self, preset: PresetOptions, policy: Chosen) -> Preset:
         """The candidate that ends nearest to the converged run."""
         measured = self.measurements
-        candidates = self._candidates(preset, policy.spend(preset.steps, self.costs))
-        images = measured.trials.images
-        first, finalists = rounds(len(candidates), images)
-        done, total = 0, len(candidates) + (finalists if first < images else 0)
+        planner = self._planner(preset, policy)
+        candidates = self._candidates(preset, planner)
+        options = measured.trials
+        done, total = 0, trials(len(candidates), options)
 
         def distances(candidate: Candidate, images: range) -> np.ndarray:
             nonlocal done
             self.observer(f"trials of {preset.name}", done, total)
-            done += 1
+            done = min(done + 1, total)
             solver = measured.solver_on(preset, candidate.grid)
             return measured.tried(preset, solver, candidate.schedule, images)
 
+        def neighbours(candidate: Candidate) -> list[Candidate]:
+            solver = measured.solver_on(preset, candidate.grid)
+            return planner.neighbours(candidate, solver_tables(solver))
+
         try:
-            index, tried = nearest(candidates, images, distances)
+            index, means = nearest(candidates, options.images, distances)
         except ConfigError as error:
             raise ConfigError(f"Preset {preset.name!r}: {error}") from None
-        best = candidates[index]
+        best, distance = candidates[index], means[index]
+        if options.moves:
+            best, distance = improved(best, options.images, options.moves, neighbours, distances)
         schedule = self._whole(best.schedule, self._part(preset))
         provenance = Provenance(
             kind=policy.kind,
             value=policy.value,
             costs=self.costs.source,
             predicted_speedup=round(self.costs.speedup(schedule, preset.steps), 6),
-            predicted_loss=round(tried[index], 6),  # to the converged run
+            predicted_loss=round(distance, 6),  # to the converged run
             replaced_steps=preset.steps,
             tried={
-                candidate.name: round(distance, 6)
-                for candidate, distance in zip(candidates, tried, strict=True)
-                if np.isfinite(distance)
+                candidate.name: round(mean, 6)
+                for candidate, mean in zip(candidates, means, strict=True)
+                if np.isfinite(mean)
             },
         )
         solver = measured.solver_on(preset, best.grid)
         return self._preset(preset, solver, best.schedule, provenance)
 
-    def _candidates(self, preset: PresetOptions, spend: float) -> list[Candidate]:
+    def _planner(self, preset: PresetOptions, policy: Chosen) -> Planner:
+        costs = self.measurements.step_costs(preset)
+        errors = self.measurements.branch_errors(preset, costs)
+        spend = policy.spend(preset.steps, self.costs)
+        return Planner(errors, costs, self.costs.by_cut, spend)
+
+    def _candidates(self, preset: PresetOptions, planner: Planner) -> list[Candidate]:
         """The best by prediction, as many as are tried."""
-        measured, by_cut = self.measurements, self.costs.by_cut
-        costs = measured.step_costs(preset)
-        errors = measured.branch_errors(preset, costs)
-        most = min(MOST_STEPS, len(costs.sigmas) // 2)
-        counts = step_counts(spend / float(by_cut[-1]), most)
+        measured = self.measurements
+        most = min(MOST_STEPS, len(planner.costs.sigmas) // 2)
+        counts = step_counts(planner.spend / float(planner.by_cut[-1]), most)
         training = measured.training_sigmas(preset)
         found = []
-        for grid in grids_to_try(preset.grid, counts, costs, training):
-            tables = solver_tables(measured.solver_on(preset, grid))
-            candidate = planned(grid, tables, errors, costs, by_cut, spend)
+        for grid in grids_to_try(preset.grid, counts, planner.costs, training):
+            candidate = planner.best(grid, solver_tables(measured.solver_on(preset, grid)))
             found += [] if candidate is None else [candidate]
         if not found:
             raise ConfigError(

@@ -14,6 +14,7 @@ over to the others by the size of the solver's step.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,12 @@ class Candidate:
     predicted: float  # distance to the converged run
 
     @property
+    def depths(self) -> np.ndarray:
+        """The cut that each step reuses, D for none: int [S]."""
+        reused = ~self.schedule.recompute
+        return np.where(reused.any(1), reused.argmax(1), self.schedule.blocks)
+
+    @property
     def name(self) -> str:
         """For reports."""
         return f"{self.grid.name}-{self.grid.steps}"
@@ -132,32 +139,65 @@ def step_counts(affordable: float, most: int) -> list[int]:
     return sorted({min(most, max(1, math.floor(affordable * factor + 1e-9))) for factor in COUNTS})
 
 
-def planned(
-    grid: Grid,
-    tables: SolverTables,
-    errors: BranchErrors,
-    costs: StepCosts,
-    by_cut: np.ndarray,
-    spend: float,
-) -> Candidate | None:
-    """A grid with its best schedule; None where no schedule is as cheap.
+@dataclass(frozen=True)
+class Planner:
+    """Finds schedules over branches for grids."""
 
-    Args:
-        grid: the levels.
-        tables: of the solver on them.
-        errors: of the branches.
-        costs: of steps between the fine levels.
-        by_cut: float64 [D + 1], of a ``BranchProblem``.
-        spend: what all steps may cost.
-    """
-    at = costs.nearest(np.asarray(grid.sigmas))
-    if len(set(at)) < len(at):  # closer than the converged run's own levels
-        return None
-    problem = errors.problem(at, step_sizes(tables), by_cut)
-    try:
-        depths = plan_branches(problem, spend)
-    except ConfigError:
-        return None
-    lost = SUMMED * float(problem.loss(depths[None])[0])
-    schedule = Schedule(depths[:, None] != np.arange(problem.cuts)[None])
-    return Candidate(grid, schedule, math.hypot(lost, costs.predicted(at)))
+    errors: BranchErrors
+    costs: StepCosts  # of steps between the fine levels
+    by_cut: np.ndarray  # float64 [D + 1], of a ``BranchProblem``
+    spend: float  # what all steps may cost
+
+    def best(self, grid: Grid, tables: SolverTables) -> Candidate | None:
+        """A grid with its best schedule; None where no schedule is as cheap.
+
+        Args:
+            grid: the levels.
+            tables: of the solver on them.
+        """
+        at = self._at(grid)
+        if len(set(at)) < len(at):  # closer than the converged run's own levels
+            return None
+        try:
+            depths = plan_branches(self._problem(grid, tables), self.spend)
+        except ConfigError:
+            return None
+        return self._candidates(grid, tables, depths[None])[0]
+
+    def neighbours(self, candidate: Candidate, tables: SolverTables) -> list[Candidate]:
+        """As cheap ones that go to another depth at one step or two, the best predicted first."""
+        depths = candidate.depths
+        D, S = len(self.by_cut) - 1, len(depths)
+        single = [(step, depth) for step in range(1, S) for depth in range(D + 1)]
+        plans = np.repeat(depths[None], len(single) ** 2, axis=0)
+        for row, moves in enumerate(itertools.product(single, repeat=2)):
+            for step, depth in moves:
+                plans[row, step] = depth
+        plans = np.unique(plans, axis=0)
+        cheap = self.by_cut[plans].sum(1) <= self.spend * (1 + 1e-9)
+        plans = plans[cheap & (plans != depths).any(1)]
+        if not len(plans):
+            return []
+        found = self._candidates(candidate.grid, tables, plans)
+        return sorted(
+            (other for other in found if math.isfinite(other.predicted)),
+            key=lambda other: other.predicted,
+        )
+
+    def _at(self, grid: Grid) -> list[int]:
+        return self.costs.nearest(np.asarray(grid.sigmas))
+
+    def _problem(self, grid: Grid, tables: SolverTables) -> BranchProblem:
+        return self.errors.problem(self._at(grid), step_sizes(tables), self.by_cut)
+
+    def _candidates(self, grid: Grid, tables: SolverTables, plans: np.ndarray) -> list[Candidate]:
+        """Of plans int [B, S]."""
+        problem, own = self._problem(grid, tables), self.costs.predicted(self._at(grid))
+        return [
+            Candidate(
+                grid,
+                Schedule(depths[:, None] != np.arange(problem.cuts)[None]),
+                math.hypot(SUMMED * lost, own),
+            )
+            for depths, lost in zip(plans, problem.loss(plans).tolist(), strict=True)
+        ]

@@ -119,6 +119,9 @@ def compile_bundle(
         int, typer.Option(min=1, help="Plans of an x or ms preset to try; more find better ones.")
     ] = 8,
     trial_images: Annotated[int, typer.Option(min=1, help="Images to try the best plans on.")] = 12,
+    moves: Annotated[
+        int, typer.Option(min=0, help="Changes to try on the best of these plans.")
+    ] = 0,
     timings: BudgetTimings = None,
     gpu: BudgetGpu = None,
     as_json: AsJson = False,
@@ -164,7 +167,7 @@ def compile_bundle(
                 prompts=profile_prompts, seeds=profile_seeds, images_at_once=images_at_once
             ),
             alignment=AlignmentOptions(images=align_images),
-            trials=TrialOptions(candidates=candidates, images=trial_images),
+            trials=TrialOptions(candidates=candidates, images=trial_images, moves=moves),
         ),
     )
     beside = None if parts == "unet" else partial(load_parts_of, model, clip_skip)

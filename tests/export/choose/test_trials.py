@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockcache.export.choose.trials import TrialOptions, nearest, rounds
+from blockcache.export.choose.trials import TrialOptions, improved, nearest, rounds, trials
 from blockcache.runtime import ConfigError
 
 tables = st.integers(1, 9).flatmap(
@@ -50,8 +50,33 @@ def test_a_plan_that_fails_on_one_image_cannot_win():
         nearest([0], 3, lambda plan, some: table[0, some.start : some.stop])
 
 
+@given(tables, st.integers(0, 12))
+def test_moves_lead_downhill_and_are_not_tried_twice(table, moves):
+    """Plans stand on a line; a plan's neighbours are those beside it."""
+    images, tried = len(table[0]), []
+
+    def distances(plan, some):
+        tried.append((plan, some))
+        return np.array(table[plan])[some.start : some.stop]
+
+    def neighbours(plan):
+        return [other for other in (plan + 1, plan - 1) if 0 <= other < len(table)]
+
+    best, least = improved(0, images, moves, neighbours, distances)
+    assert least == pytest.approx(np.mean(table[best]))
+    assert least <= np.mean(table[0]) + 1e-12
+    assert len(set(tried)) == len(tried)
+    assert len({plan for plan, _ in tried}) <= moves + 1
+    assert len(tried) <= trials(0, TrialOptions(images=images, moves=moves)) or not moves
+    if moves > len(table):  # as far as there was something to try
+        first, _ = rounds(1, images)
+        for other in neighbours(best):
+            few = np.mean(table[other][:first]) <= np.mean(table[best][:first])
+            assert not few or np.mean(table[other]) >= least - 1e-12
+
+
 @pytest.mark.parametrize(
-    ("field", "least"), [("candidates", 1), ("images", 1), ("steps", 2), ("seed", 0)]
+    ("field", "least"), [("candidates", 1), ("images", 1), ("moves", 0), ("steps", 2), ("seed", 0)]
 )
 def test_options_have_a_least_value(field, least):
     TrialOptions(**{field: least})

@@ -67,6 +67,7 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
     assert facts["presets"]["ddim-4"]["loss"] == 0
     assert facts["presets"]["ddim-4"]["uncached_steps"] == 4
     assert facts["changes"]["added"] == ["ddim-4-d0.2", "ddim-4"]
+    assert "evaluations of the U-Net" in err
     assert f"wrote {bundle / 'presets.svg'}" in err
     more = ["--preset", "ddim:2", "--recommend", "ddim:4"]
     code, out, _ = blockcache("compile", source, bundle, *arguments, *more)

@@ -14,7 +14,7 @@ from blockcache.runtime.bundles.bundle_files import hash_files
 from blockcache.runtime.bundles.manifest import MANIFEST, FileEntry, PresetEntry
 from blockcache.runtime.errors import BundleError
 from blockcache.runtime.plan import ModelFacts, Preset, Segment
-from blockcache.runtime.solvers.solver import SolverConfig, solver_tables
+from blockcache.runtime.solvers.recorded import recorded_solver, timesteps_of
 
 _MUST_AGREE = {
     "sha256": "of other weights",
@@ -124,7 +124,7 @@ def _refitted(
     preset: Preset, folder: Path, model: ModelFacts, segments: Sequence[Segment]
 ) -> Preset:
     """The same preset for segments that were exported anew."""
-    timesteps = solver_tables(SolverConfig.from_json(preset.solver)).timesteps
+    timesteps = timesteps_of(recorded_solver(preset.solver))
     return dataclasses.replace(
         preset,
         alignment=preset.alignment.combining(model.outputs),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,11 +47,13 @@ from blockcache.export.measure.sensitivity import (
 from blockcache.export.observer import Observer, qualified
 from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import SourceModel
+from blockcache.export.unet.scheduler import recorded_scheduler, scheduler_config
 from blockcache.runtime.bundles.tensor_files import read_tensors, write_tensors
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers
 from blockcache.runtime.solvers.grid import Grid
+from blockcache.runtime.solvers.recorded import SCHEDULER, RecordedSolver
 from blockcache.runtime.solvers.solver import MULTISTEP, SolverConfig, solver_tables
 
 SENSED_STEPS, SENSED_IMAGES = 16, 2
@@ -128,7 +130,8 @@ class Measurements:
     def check(self, preset: PresetOptions) -> None:
         """Raise ConfigError where a preset's own table does not fit, or prompts are missing."""
         blocks = self.model.part(preset.policy.cuts).blocks
-        preset.policy.check_blocks(preset.steps, len(blocks))
+        steps = solver_config(self.model, preset).steps
+        preset.policy.check_blocks(steps, len(blocks))
         dtype = str(next(self.model.unet.parameters()).dtype).removeprefix("torch.")
         if preset.calibrated and dtype != "float32":
             raise ConfigError(
@@ -141,19 +144,19 @@ class Measurements:
                 f"Preset {preset.name!r} is made from measurements and needs prompts to measure "
                 f"with: give a calibration (--calibration FILE), or leave out policy and alignment."
             )
-        pairs = len(blocks) * preset.steps**3
+        pairs = len(blocks) * steps**3
         if Needs.LOSSES in preset.policy.needs and preset.reuse == HISTORY and pairs > MOST_PAIRS:
             raise ConfigError(
                 f"Preset {preset.name!r}: a budget with history looks at all pairs of earlier "
-                f"steps, {pairs:.2g} numbers for {preset.steps} steps. Take fewer steps, "
+                f"steps, {pairs:.2g} numbers for {steps} steps. Take fewer steps, "
                 f"another policy (t1.5, c1.5), or the alignment scale-shift."
             )
 
-    def solver(self, preset: PresetOptions) -> SolverConfig:
+    def solver(self, preset: PresetOptions) -> RecordedSolver:
         """The preset's solver on the model's own noise schedule; measures a grid ``auto``."""
-        own = solver_config(self.model, preset)
         if preset.grid != grids.AUTO:
-            return own
+            return solver_config(self.model, preset)
+        own = _table_config(self.model, preset)
         sigmas, _ = shortest_path(self.step_costs(preset), preset.steps)
         grid = grids.grid_of(grids.AUTO, sigmas, own.noise.sigmas())
         return on_grid(self.model, preset, grid)
@@ -164,11 +167,11 @@ class Measurements:
 
     def training_sigmas(self, preset: PresetOptions) -> np.ndarray:
         """The training's noise levels, sigma / alpha, rising: float64 [T]."""
-        return solver_config(self.model, preset).noise.sigmas()
+        return _table_config(self.model, preset).noise.sigmas()
 
     def step_costs(self, preset: PresetOptions) -> StepCosts:
         """What the steps of the preset's solver between any two levels do wrong."""
-        run, gains = self._converged(solver_config(self.model, preset))
+        run, gains = self._converged(_table_config(self.model, preset))
         order = 2 if preset.solver in MULTISTEP else 1
         return step_costs(run.sigmas, run.samples, run.data, gains, order)
 
@@ -180,7 +183,7 @@ class Measurements:
         sensed = dataclasses.replace(
             preset, solver="dpm", grid="karras", steps=SENSED_STEPS, name=""
         )
-        solver = self.solver(sensed)
+        solver = _table_config(self.model, sensed)
         run, _ = self._converged(solver)
         assert solver.grid is not None
         at = costs.nearest(np.asarray(solver.grid.sigmas))
@@ -263,7 +266,7 @@ class Measurements:
         return self._once(stage, file, measure)["residuals"]
 
     def alignment(
-        self, preset: PresetOptions, schedule: Schedule, solver: SolverConfig | None = None
+        self, preset: PresetOptions, schedule: Schedule, solver: RecordedSolver | None = None
     ) -> tuple[Alignment, str]:
         """Coefficients of a preset's reused outputs, and the report's name in the bundle.
 
@@ -355,12 +358,12 @@ class Measurements:
         self,
         preset: PresetOptions,
         precision: str = "float32",
-        solver: SolverConfig | None = None,
+        solver: RecordedSolver | None = None,
     ) -> Sampling:
         sampling = self._sampling_by(solver or self.solver(preset), precision)
         return dataclasses.replace(sampling, model=self.model.part(preset.policy.cuts))
 
-    def _sampling_by(self, solver: SolverConfig, precision: str = "float32") -> Sampling:
+    def _sampling_by(self, solver: RecordedSolver, precision: str = "float32") -> Sampling:
         assert self._calibration is not None  # ``check`` was asked first
         guidance_scale = self._options.guidance_scale
         calibration, tally = self._calibration, self.tally
@@ -394,20 +397,34 @@ class _Stage:
         return cls(f"{kind}-{key[:12]}", key)
 
 
-def solver_config(model: SourceModel, preset: PresetOptions) -> SolverConfig:
+def solver_config(model: SourceModel, preset: PresetOptions) -> RecordedSolver:
     """The preset's solver on the model's own noise schedule.
 
     A grid ``auto``, which has to be measured, is left out: the scheduler's own stands in.
     """
+    if preset.solver == SCHEDULER:
+        if preset.scheduler is None:
+            return recorded_scheduler(_scheduler_of(model), preset.steps)
+        return recorded_scheduler(scheduler_config(preset.scheduler, model.scheduler), preset.steps)
+    return _table_config(model, preset)
+
+
+def _scheduler_of(model: SourceModel) -> Mapping[str, Any]:
+    """The model's own config; ConfigError where there is none."""
     if not model.scheduler:
         raise ConfigError(
             f"Expected scheduler/scheduler_config.json beside the U-Net of {model.name!r}: the "
             f"noise schedule it was trained with is in no other place. Save the pipeline's "
             f"scheduler there."
         )
+    return model.scheduler
+
+
+def _table_config(model: SourceModel, preset: PresetOptions) -> SolverConfig:
+    """One of our solvers, with the levels that its own config or a named grid gives it."""
     spacing = preset.grid if preset.grid in grids.SPACINGS else None
     own = solver_from_diffusers(
-        model.scheduler, solver=preset.solver, steps=preset.steps, spacing=spacing
+        _scheduler_of(model), solver=preset.solver, steps=preset.steps, spacing=spacing
     )
     if preset.grid not in grids.NAMES:
         return own

@@ -74,7 +74,7 @@ from blockcache.runtime.plan import (
     Segment,
     TensorSpec,
 )
-from blockcache.runtime.solvers.solver import solver_tables
+from blockcache.runtime.solvers.recorded import SCHEDULER, timesteps_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,9 +227,9 @@ def _check(
     """Refuse what cannot work before any work; warn of what may surprise."""
     _check_recommended(options, [*earlier.preset_names, *(p.name for p in options.presets)])
     for preset in options.presets:
-        solver_tables(solver_config(model, preset))
+        timesteps_of(solver_config(model, preset))
         measurements.check(preset)
-    for solver in sorted({preset.solver for preset in options.presets}):
+    for solver in sorted({preset.solver for preset in options.presets} - {SCHEDULER}):
         told = other_kind(model.name, model.scheduler, solver)
         if told is not None:
             warnings.warn(told, stacklevel=1)  # of this file, which the command line shows

@@ -32,7 +32,8 @@ from blockcache.runtime.plan import (
     Segment,
 )
 from blockcache.runtime.provenance import Provenance
-from blockcache.runtime.solvers.solver import SolverConfig, solver_tables
+from blockcache.runtime.solvers.recorded import RecordedSolver, timesteps_of
+from blockcache.runtime.solvers.solver import solver_tables
 
 
 def _is_part(block: BlockFacts, cuts: Sequence[int]) -> bool:
@@ -61,8 +62,9 @@ class PresetMaker:
         needs, part = preset.policy.needs, self._part(preset)
         profile = self.measurements.profile(preset) if Needs.CHANGE in needs else None
         found = self.measurements.sensitivity(preset) if Needs.LOSSES in needs else None
+        solver = self.measurements.solver(preset)
         evidence = Evidence(
-            steps=preset.steps,
+            steps=solver.steps,
             paths=[self.facts.blocks[k].path for k in part],
             costs=self.costs,
             change=None if profile is None else profile.mean,
@@ -82,12 +84,12 @@ class PresetMaker:
             images=None if profile is None else profile.images,
             profile=None if profile is None else profile.file,
         )
-        return self._preset(preset, self.measurements.solver(preset), chosen, provenance)
+        return self._preset(preset, solver, chosen, provenance)
 
     def _preset(
         self,
         preset: PresetOptions,
-        solver: SolverConfig,
+        solver: RecordedSolver,
         chosen: Schedule,
         provenance: Provenance,
     ) -> Preset:
@@ -109,7 +111,7 @@ class PresetMaker:
             solver=solver.to_json(),
             schedule=schedule,
             alignment=alignment.combining(self.facts.outputs),
-            time_tables=time_tables(self.segments, self.folder, solver_tables(solver).timesteps),
+            time_tables=time_tables(self.segments, self.folder, timesteps_of(solver)),
             guidance_scale=self.measurements.guidance_scale,
             provenance=provenance,
         )

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -33,6 +34,7 @@ from blockcache.runtime.open_request import OpenRequest
 from blockcache.runtime.plan import Preset
 from blockcache.runtime.request import CLASSES
 from blockcache.runtime.session import Session
+from blockcache.runtime.solvers.recorded import DiffusersScheduler, recorded_solver
 from blockcache.runtime.solvers.solver import SolverConfig, SolverTables, solver_tables
 
 _NO_PLACE = {
@@ -89,7 +91,7 @@ def attach(
     if keep_scheduler:
         pipeline.register_modules(unet=standing_in)
     else:
-        made = PresetScheduler.of(session.preset)
+        made = _scheduler_of(session.preset)
         pipeline.register_modules(unet=standing_in, scheduler=made)
     return standing_in
 
@@ -107,6 +109,21 @@ def detach(pipeline: Any) -> None:
         )
     unet.close()
     pipeline.register_modules(**unet.replaced)
+
+
+def _scheduler_of(preset: Preset) -> SchedulerMixin:
+    """The scheduler that a preset was measured with."""
+    recorded = recorded_solver(preset.solver)
+    if not isinstance(recorded, DiffusersScheduler):
+        return PresetScheduler.of(preset)
+    kind: Any = getattr(diffusers, recorded.scheduler, None)
+    if SchedulerMixin not in getattr(kind, "__mro__", ()):
+        raise ConfigError(
+            f"Preset {preset.name!r} runs {recorded.scheduler}, which diffusers "
+            f"{diffusers.__version__} does not have. Install the version that it was compiled with."
+        )
+    made: SchedulerMixin = kind.from_config(dict(recorded.config))
+    return made
 
 
 class BundleUNet(torch.nn.Module):
@@ -185,6 +202,12 @@ class BundleUNet(torch.nn.Module):
 
     # -- steps and requests --------------------------------------------------------------------
 
+    @property
+    def _last_step(self) -> int:
+        """The last step of the open request; -1 where there is none."""
+        is_open = self._request is not None and self._request.is_open
+        return self._last[0] if is_open and self._last is not None else -1
+
     def _step(self, timestep: float) -> int:
         """Where the scheduler is. It knows it; only DDIM's and its like do not count."""
         scheduler, mine = self._pipeline.scheduler, self.session.timesteps
@@ -194,8 +217,10 @@ class BundleUNet(torch.nn.Module):
         index = getattr(scheduler, "step_index", None)
         if index is None:
             index = getattr(scheduler, "begin_index", None)
-        if index is None:  # it does not count: then its timesteps are distinct
-            index = int(np.argmin(np.abs(mine - timestep)))
+        if index is None:  # it does not count: of equal timesteps the next one that is to come
+            found = np.flatnonzero(np.abs(mine - timestep) <= 1e-3)
+            ahead = found[found > self._last_step]
+            index = int((ahead if len(ahead) else found)[0]) if len(found) else 0
         if abs(mine[int(index)] - timestep) > 1e-3:
             raise InputError(
                 f"timestep: expected {mine[int(index)]:g}, at which the pipeline's scheduler is, "

@@ -14,6 +14,7 @@ reset by construction: the first executed step recomputes every block.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -45,7 +46,12 @@ from blockcache.runtime.request import (
     checked_request,
     guidance_of,
 )
-from blockcache.runtime.solvers.solver import STOCHASTIC, SolverConfig, solver_tables
+from blockcache.runtime.solvers.recorded import (
+    DiffusersScheduler,
+    recorded_solver,
+    timesteps_of,
+)
+from blockcache.runtime.solvers.solver import SolverTables, solver_tables
 
 SHAPES = 4
 """How many shapes a session keeps memory for; the one unused for longest is let go."""
@@ -83,8 +89,8 @@ class Session:
             drift.watch(bundle, preset)
         needed = [s for s in bundle.segments if s.role in (*LOOP_ROLES, "prompt")]
         self._engines = load_engines(backend, bundle, needed)
-        solver = SolverConfig.from_json(preset.solver)
-        self._tables, self._stochastic = solver_tables(solver), solver.solver in STOCHASTIC
+        self._solver = recorded_solver(preset.solver)
+        self._timesteps = timesteps_of(self._solver)
         self._programs: dict[tuple[Sizes, int], Program] = {}
         self._lock = backend.device.session_lock()
         self._running = self._closed = False
@@ -158,11 +164,15 @@ class Session:
     @property
     def timesteps(self) -> np.ndarray:
         """What the U-Net is conditioned on at each step: float32 [S], as diffusers has them."""
-        return np.array(self._tables.timesteps)
+        return np.array(self._timesteps)
 
     @property
     def sigmas(self) -> np.ndarray:
-        """Noise levels sigma / alpha of the steps: float32 [S], without the end of the last."""
+        """Noise levels sigma / alpha of the steps: float32 [S], without the end of the last.
+
+        Raises:
+            ConfigError: the preset runs a scheduler of diffusers, which has its own.
+        """
         signal, noise = self._tables.noising.T
         return np.asarray(noise / signal)
 
@@ -170,6 +180,16 @@ class Session:
         """Raise ConfigError where the session is closed, or was opened before a fork."""
         with self._held():
             pass
+
+    @functools.cached_property
+    def _tables(self) -> SolverTables:
+        if isinstance(self._solver, DiffusersScheduler):
+            raise ConfigError(
+                f"Preset {self.preset.name!r} runs {self._solver.scheduler} of diffusers, which is "
+                f"not in the runtime: attach the bundle to a pipeline (blockcache.diffusers), or "
+                f"drive the scheduler yourself with begin, predict and end."
+            )
+        return solver_tables(self._solver)
 
     @property
     def unet_config(self) -> dict[str, object]:
@@ -263,10 +283,12 @@ class Session:
             check_finite: raise InputError for NaN or infinity in inputs or result.
 
         Raises:
+            ConfigError: the preset runs a scheduler of diffusers: see ``begin``.
             InputError: a tensor has the wrong shape, dtype or values.
             Cancelled: ``cancelled()`` was true.
             EngineError: the engine library failed.
         """
+        stochastic = bool(self._tables.coefficients[:, 7].any())
         scale = self.preset.guidance_scale if guidance_scale is None else guidance_scale
         negative = dict(negative_conditions or {})
         if negative_prompt_embeds is not None:
@@ -279,7 +301,7 @@ class Session:
             negative=negative,
             guidance=guidance_of(scale, guidance_rescale),
             seeds=seeds,
-            needs_seeds=self._stochastic,
+            needs_seeds=stochastic,
             image_latents=image_latents,
             start_step=start_step,
             check_finite=check_finite,
@@ -368,6 +390,9 @@ class Session:
             )
             for spec in model.conditions
         }
+        if isinstance(self._solver, DiffusersScheduler):
+            self._warm_up_steps(images * (2 if guided else 1), empty, height, width)
+            return
         request = checked_request(
             model,
             self.steps,
@@ -378,6 +403,23 @@ class Session:
             seeds=range(images),
         )
         self._run(request)
+
+    def _warm_up_steps(
+        self,
+        batch: int,
+        conditions: dict[str, np.ndarray],
+        height: int | None,
+        width: int | None,
+    ) -> None:
+        """The steps of a request whose solver is the caller's."""
+        prompt = conditions.pop(PROMPT)
+        sample = self.noise(range(batch), height, width)
+        size = (sample.shape[2], sample.shape[3])
+        with self.begin(
+            prompt, conditions=conditions, batch=batch, height=size[0], width=size[1]
+        ) as request:
+            for step in range(self.steps):
+                request.predict(step, sample)
 
     def close(self) -> None:
         """Free engines and memory; a closed session refuses every request. Closing twice is fine.

@@ -19,7 +19,6 @@ from blockcache.export.observer import Observer, unobserved
 from blockcache.export.unet.cached_unet import CachedUNet, Denoiser
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
-from blockcache.runtime.solvers.solver import SolverTables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,7 @@ def distil(
     """
     random = np.random.default_rng(options.seed)
     with sampling.cached_unet(start.outputs) as cached:
-        adjustment = _Adjustment(start, schedule, _timestep_embeddings(cached, sampling.tables))
+        adjustment = _Adjustment(start, schedule, _timestep_embeddings(cached, sampling.timesteps))
         optimizer = torch.optim.Adam(adjustment.parameters(), lr=options.learning_rate)
         for iteration in range(options.iterations):
             observer("distil", iteration, options.iterations)
@@ -120,10 +119,10 @@ def _accumulate_gradients(
 
 
 @torch.no_grad()
-def _timestep_embeddings(cached: CachedUNet, tables: SolverTables) -> torch.Tensor:
+def _timestep_embeddings(cached: CachedUNet, timesteps: np.ndarray) -> torch.Tensor:
     """What the U-Net makes of every step's timestep: float32 [S, E], on the CPU."""
     unet = cached.model.unet
     device = next(unet.parameters()).device
-    timesteps = torch.as_tensor(np.asarray(tables.timesteps), dtype=torch.float32, device=device)
-    embeddings: torch.Tensor = unet.time_embedding(unet.time_proj(timesteps))
+    told = torch.as_tensor(np.asarray(timesteps), dtype=torch.float32, device=device)
+    embeddings: torch.Tensor = unet.time_embedding(unet.time_proj(told))
     return embeddings.cpu()

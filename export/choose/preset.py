@@ -1,5 +1,6 @@
 """What a preset is asked to be: ``dpm:20:x2``, or its name, and what that means.
 
+In place of a solver may stand ``scheduler``: a scheduler of diffusers, which the caller then runs.
 The noise levels that it visits are the scheduler's own, or a grid named behind the solver:
 ``dpm-karras:20``, ``dpm-auto:20:branch2:history`` (see ``grids.py``).
 """
@@ -13,6 +14,7 @@ from blockcache.export.choose import grids
 from blockcache.export.choose.policies import UNCACHED, Chosen, Needs, Policy
 from blockcache.export.measure.reuse import HISTORY, PLAIN, SCALE_SHIFT
 from blockcache.runtime.errors import ConfigError
+from blockcache.runtime.solvers.recorded import SCHEDULER
 from blockcache.runtime.solvers.solver import SOLVERS, STOCHASTIC
 
 ALIGNMENTS = {"none": 1, "scale-shift": 1, "distil": 1, "history": 2, "history-distil": 2}
@@ -45,11 +47,13 @@ class PresetOptions:
     policy: Policy = UNCACHED
     alignment: str = ""  # one of ``ALIGNMENTS``; "" stands for the policy's own
     grid: str | None = None  # one of ``GRIDS``; None: where the scheduler's own config puts them
+    scheduler: str | None = None
+    """A folder or class of diffusers where the solver is ``scheduler``; None: the model's own."""
     name: str = ""
 
     def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise ConfigError(f"Expected a solver of {SOLVERS}, got {self.solver!r}.")
+        if self.solver not in (*SOLVERS, SCHEDULER):
+            raise ConfigError(f"Expected a solver of {(*SOLVERS, SCHEDULER)}, got {self.solver!r}.")
         if self.grid is not None and self.grid not in GRIDS:
             raise ConfigError(f"Expected a grid of {', '.join(GRIDS)}, got {self.grid!r}.")
         if not 1 <= self.steps <= MOST_STEPS:
@@ -62,6 +66,17 @@ class PresetOptions:
             )
         if self.alignment != "none" and self.policy == UNCACHED:
             raise ConfigError("An uncached preset reuses nothing that could be aligned.")
+        if self.scheduler is not None and self.solver != SCHEDULER:
+            raise ConfigError(
+                f"Expected the solver {SCHEDULER!r} with a scheduler of diffusers (preset "
+                f"{SCHEDULER}:{self.steps}), got {self.solver!r}."
+            )
+        if self.solver == SCHEDULER and (self.grid or isinstance(self.policy, Chosen)):
+            raise ConfigError(
+                f"A scheduler of diffusers places its own steps: expected neither a grid nor an x "
+                f"or ms policy with the solver {SCHEDULER!r}. Take another policy (branch2, "
+                f"blocks1.5), or a solver of dpm, unipc, ddim, euler."
+            )
         if self.solver in STOCHASTIC and (
             isinstance(self.policy, Chosen) or self.grid == grids.AUTO
         ):
@@ -133,7 +148,7 @@ def _parts(text: str) -> tuple[str, str, str | None, str | None]:
 
 def _solver_and_grid(sampler: str) -> tuple[str, str]:
     """``dpm-sde-karras`` is the solver dpm-sde on the grid karras; no grid is called sde."""
-    for solver in sorted(SOLVERS, key=len, reverse=True):
+    for solver in sorted((*SOLVERS, SCHEDULER), key=len, reverse=True):
         if sampler == solver or sampler.startswith(f"{solver}-"):
             return solver, sampler[len(solver) + 1 :]
     solver, _, grid = sampler.partition("-")

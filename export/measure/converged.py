@@ -66,6 +66,12 @@ def converged_solver(solver: SolverConfig, levels: int) -> SolverConfig:
     return _on_levels(solver, sigmas, timesteps)
 
 
+def _ours(sampling: Sampling) -> SolverConfig:
+    """The sampling's solver, which is one of ours: presets with another need no converged run."""
+    assert isinstance(sampling.solver, SolverConfig)
+    return sampling.solver
+
+
 def _on_levels(solver: SolverConfig, sigmas: np.ndarray, timesteps: np.ndarray) -> SolverConfig:
     """DPM-Solver++ 2M of the same model on a part of a fine grid."""
     grid = Grid("converged", tuple(sigmas.tolist()), tuple(timesteps.tolist()))
@@ -85,7 +91,8 @@ def converged_run(
         options: how fine, how many images; their prompts are spread evenly.
         observer: hears the levels done, stage "converge".
     """
-    fine = replace(sampling, solver=converged_solver(sampling.solver, options.levels))
+    solver = converged_solver(_ours(sampling), options.levels)
+    fine = replace(sampling, solver=solver)
     samples, data = [], []
     outputs: list[list[np.ndarray]] = [[] for _ in fine.model.blocks]
     with fine.cached_unet() as cached:
@@ -98,9 +105,9 @@ def converged_run(
                 own.append(sample_of(kept[0], SAMPLED).cpu().numpy())
             latents = state.latents
             observer("converge", step + 1, fine.steps)
-    assert fine.solver.grid is not None
+    assert solver.grid is not None
     return ConvergedRun(
-        np.array(fine.solver.grid.sigmas),
+        np.array(solver.grid.sigmas),
         np.stack(samples),
         np.stack([*data, latents.cpu().numpy()]),
         tuple(Moments.of(np.stack(own)) for own in outputs),
@@ -155,10 +162,11 @@ def _gain(sampling: Sampling, run: ConvergedRun, jobs: Sequence[Job], level: int
     """The gain at one level, mean over the images."""
     error = _coarse_error(run, max(level - REST, 0), level)
     rest = np.unique(np.linspace(level, len(run.sigmas) - 1, REST).astype(int))
-    training = sampling.solver.noise.sigmas()
+    own = _ours(sampling)
+    training = own.noise.sigmas()
     sigmas = run.sigmas[rest]
     timesteps = np.interp(np.log(sigmas), np.log(training), np.arange(len(training)))
-    onward = replace(sampling, solver=_on_levels(sampling.solver, sigmas, timesteps))
+    onward = replace(sampling, solver=_on_levels(own, sigmas, timesteps))
     with onward.cached_unet() as cached:
         denoiser, noise = onward.begin(cached, jobs)
         here = torch.from_numpy(run.samples[level]).to(noise.device)

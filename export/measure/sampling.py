@@ -14,18 +14,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TypeAlias
 
+import numpy as np
 import torch
 
 from blockcache.export.measure.calibration import Calibration
 from blockcache.export.unet.cached_unet import CachedUNet, Denoiser
 from blockcache.export.unet.model import SourceModel
 from blockcache.export.unet.precision import rounded
+from blockcache.export.unet.scheduler import made_scheduler
+from blockcache.export.unet.steps import SchedulerSteps, Steps, TableSteps
 from blockcache.export.unet.torch_kernels import on_gpu
 from blockcache.runtime.plan import Schedule
-from blockcache.runtime.solvers.solver import SolverConfig, SolverTables, solver_tables
+from blockcache.runtime.solvers.recorded import DiffusersScheduler, RecordedSolver, timesteps_of
+from blockcache.runtime.solvers.solver import solver_tables
 
 Job: TypeAlias = tuple[int, int]
 """One image to draw: the index of its prompt, and a seed."""
@@ -44,26 +47,34 @@ class Tally:
     evaluations: int = 0  # of the U-Net: one an image and step, whether guided or not
 
 
+def steps_of(solver: RecordedSolver, seeds: Sequence[int] = ()) -> Steps:
+    """The solver's part of the denoising loop; ``seeds``, one an image, are of noise it adds."""
+    if isinstance(solver, DiffusersScheduler):
+        config = {"_class_name": solver.scheduler, **solver.config}
+        return SchedulerSteps(made_scheduler(config, solver.inference_steps), seeds)
+    return TableSteps(solver_tables(solver), seeds)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """What a measurement runs on; computed in float32 whatever the precision of the weights."""
 
     model: SourceModel
-    solver: SolverConfig
+    solver: RecordedSolver
     calibration: Calibration
     guidance_scale: float = 5.0  # as in use and in the paper; 1 or less turns it off
     precision: str = "float32"  # what the values of the weights are rounded to
     tally: Tally = field(default_factory=Tally, compare=False)  # of all that is run by it
 
-    @cached_property
-    def tables(self) -> SolverTables:
-        """The solver's coefficients."""
-        return solver_tables(self.solver)
+    @property
+    def timesteps(self) -> np.ndarray:
+        """What the U-Net is conditioned on at each step, float32 [S]."""
+        return timesteps_of(self.solver)
 
     @property
     def steps(self) -> int:
         """S."""
-        return len(self.tables.timesteps)
+        return self.solver.steps
 
     @property
     def uncached(self) -> Schedule:
@@ -89,8 +100,8 @@ class Sampling:
         device = next(cached.model.unet.parameters()).device
         picked = self.calibration.pick([prompt for prompt, _ in jobs], self.guidance_scale > 1)
         conditions = {name: values.to(device) for name, values in picked.items()}
-        seeds = [job_seed(job) for job in jobs]
-        denoiser = Denoiser(cached, self.tables, conditions, self.guidance_scale, seeds=seeds)
+        steps = steps_of(self.solver, [job_seed(job) for job in jobs])
+        denoiser = Denoiser(cached, steps, conditions, self.guidance_scale)
         return denoiser, self.noise(jobs).to(device)
 
     def noise(self, jobs: Sequence[Job]) -> torch.Tensor:

@@ -69,7 +69,7 @@ def measure_sensitivity(
             states.append(replace(state, kept=()))  # the outputs of all steps would fill the memory
         for step in range(1, sampling.steps):
             table[step], gain = _at_step(denoiser, states, step)
-            gains[step] = gain * abs(float(sampling.tables.coefficients[step, 1]))
+            gains[step] = gain * denoiser.solver.gain(step)
             observer("sensitivity", step + 1, sampling.steps)
     gains[0] = gains[min(1, sampling.steps - 1)]
     return Sensitivity(table, gains)

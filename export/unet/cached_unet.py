@@ -17,10 +17,9 @@ import numpy as np
 import torch
 
 from blockcache.export.unet.model import BRANCH, SourceModel, UNetCall
+from blockcache.export.unet.steps import Past, Steps
 from blockcache.export.unet.torch_kernels import scale_shift_residual
 from blockcache.runtime.plan import WHOLE, Alignment, Schedule
-from blockcache.runtime.solvers.philox import standard_normal
-from blockcache.runtime.solvers.solver import SolverTables
 
 Kept: TypeAlias = tuple[tuple[torch.Tensor, ...], ...]
 """Per block, the outputs C [B, C_k, H, W] that it computed last and a reuse may combine, the
@@ -143,7 +142,8 @@ class CachedUNet:
 
     Example:
         >>> with CachedUNet(model) as cached:                                # doctest: +SKIP
-        ...     latents = Denoiser(cached, tables, conditions, 5.0).denoise(noise, schedule)
+        ...     denoiser = Denoiser(cached, TableSteps(tables), conditions, 5.0)
+        ...     latents = denoiser.denoise(noise, schedule)
     """
 
     def __init__(self, model: SourceModel, outputs: int = 1) -> None:
@@ -239,7 +239,7 @@ class State:
     """What a step hands to the next."""
 
     latents: torch.Tensor  # [N, C, H, W]
-    past: tuple[torch.Tensor, ...] = ()  # [N, C, H, W], x0 of the last two steps, the latest first
+    past: Past = ()  # what the solver remembers
     kept: Kept = ()
 
     def __add__(self, error: State) -> State:
@@ -254,32 +254,29 @@ class State:
 
 
 class Denoiser:
-    """The denoising loop in PyTorch, by the same tables as the runtime, a step at a time.
+    """The denoising loop in PyTorch, a step at a time.
 
     It holds no state: every step takes one and returns the next.
 
     Args:
         cached: the entered CachedUNet.
-        tables: the solver's coefficients.
+        solver: the solver's part.
         conditions: by name, [2N, ...] with the unconditional half first, or [N, ...] where
             ``guidance_scale`` is 1 or less.
         guidance_scale: 1 or less turns guidance off, as in diffusers.
         guidance_rescale: 0 (off) to 1, as ``Session.denoise`` has it.
-        seeds: one an image, of the noise that a solver adds at every step.
     """
 
     def __init__(
         self,
         cached: CachedUNet,
-        tables: SolverTables,
+        solver: Steps,
         conditions: Mapping[str, torch.Tensor],
         guidance_scale: float,
         guidance_rescale: float = 0.0,
-        seeds: Sequence[int] = (),
     ) -> None:
         self.cached = cached
-        self.tables = tables
-        self._seeds = np.array(seeds, np.uint64)
+        self.solver = solver
         self._conditions = [conditions[c.name] for c in cached.model.conditions]
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
 
@@ -294,10 +291,7 @@ class Denoiser:
                 ``start_step``; None: pure noise.
             start_step: the first step that will be executed.
         """
-        if image_latents is None:
-            return State(noise * self.tables.initial_scale)
-        signal, spread = (float(value) for value in self.tables.noising[start_step])
-        return State(signal * image_latents + spread * noise)
+        return State(self.solver.start(noise, image_latents, start_step))
 
     def output(
         self,
@@ -310,11 +304,11 @@ class Denoiser:
 
         ``recompute`` and ``coefficients`` as of ``CachedUNet``.
         """
-        sample = state.latents * float(self.tables.input_scale[step])
+        sample = self.solver.model_input(state.latents, state.past, step)
         guided = self._guidance_scale > 1
         output, kept = self.cached(
             torch.cat([sample, sample]) if guided else sample,
-            float(self.tables.timesteps[step]),
+            float(self.solver.timesteps[step]),
             self._conditions,
             state.kept,
             recompute,
@@ -325,16 +319,8 @@ class Denoiser:
         return output, kept
 
     def advance(self, state: State, output: torch.Tensor, kept: Kept, step: int) -> State:
-        """The solver's step: linear in latents, model output, the last two x0 and noise."""
-        tables = (self.tables.first, self.tables.second, self.tables.coefficients)
-        row = [float(value) for value in tables[len(state.past)][step]]
-        latents = row[0] * state.latents + row[1] * output
-        for coefficient, x0 in zip(row[2:4], state.past, strict=False):
-            latents = latents + coefficient * x0
-        if row[7]:
-            noise = standard_normal(self._seeds, step, latents[0].numel())
-            latents = latents + row[7] * torch.from_numpy(noise).reshape(latents.shape).to(latents)
-        return State(latents, (row[4] * state.latents + row[5] * output, *state.past[:1]), kept)
+        """The solver's step."""
+        return State(*self.solver.advance(state.latents, state.past, output, step), kept)
 
     def step(
         self,

@@ -47,6 +47,7 @@ from blockcache.runtime.plan import (
     row_specs,
 )
 from blockcache.runtime.run_table import blocks_share
+from blockcache.runtime.solvers.recorded import recorded_solver, timesteps_of
 from blockcache.runtime.solvers.solver import SolverConfig, solver_tables
 
 MOST_TENSOR_BYTES = 1 << 34
@@ -402,18 +403,20 @@ def _check_solver(preset: Preset, where: str) -> None:
     """
     try:
         with np.errstate(all="ignore"):
-            config = SolverConfig.from_json(preset.solver)
-            tables = solver_tables(config)
+            config = recorded_solver(preset.solver)
+            timesteps = timesteps_of(config)
     except (ConfigError, TypeError, ValueError, ArithmeticError) as error:
         raise BundleFormatError(f"{where}, solver: {error} Compile again.") from error
     said, meant = (json.loads(json.dumps(options)) for options in (preset.solver, config.to_json()))
     _require(said == meant, f"{where}, solver", f"every option written: {meant}", said)
-    numbers = (tables.timesteps, tables.coefficients, tables.input_scale, tables.noising)
-    finite = all(bool(np.isfinite(table).all()) for table in numbers)
-    _require(finite, f"{where}, solver", "finite coefficients", "NaN or infinity")
-    steps = len(tables.timesteps)
+    if isinstance(config, SolverConfig):
+        tables = solver_tables(config)
+        numbers = (tables.timesteps, tables.coefficients, tables.input_scale, tables.noising)
+        finite = all(bool(np.isfinite(table).all()) for table in numbers)
+        _require(finite, f"{where}, solver", "finite coefficients", "NaN or infinity")
+    steps = len(timesteps)
     _require(steps == preset.schedule.steps, f"{where}, solver",
              f"{preset.schedule.steps} steps, as the schedule has", steps)  # fmt: skip
     told = preset.time_tables.get("timestep")
-    right = told is None or bool((told.ravel() == tables.timesteps).all())
+    right = told is None or bool((told.ravel() == timesteps).all())
     _require(right, f"{where}, time.timestep", "the solver's timesteps", "others")

@@ -32,6 +32,7 @@ from blockcache.runtime.plan import (
     TensorSpec,
 )
 from blockcache.runtime.provenance import Provenance
+from blockcache.runtime.solvers.recorded import SCHEDULER
 
 FORMAT = "blockcache-bundle"
 VERSION = 2
@@ -301,8 +302,11 @@ def _preset_entry(field: Field) -> PresetEntry:
 
 def _solver(field: Field) -> Mapping[str, object]:
     """A solver's options: numbers within bounds here, everything else when the solver is made."""
-    options = field.fields(["solver", "steps", "noise"], optional=list(field.table()))
+    options = field.fields(["solver", "steps"], optional=list(field.table()))
     options["steps"].whole(1, MOST_STEPS)
+    if options["solver"].value == SCHEDULER:
+        return {name: option.value for name, option in options.items()}
+    options = field.fields(["solver", "steps", "noise"], optional=list(options))
     noise = options["noise"].fields(["train_timesteps"], optional=list(options["noise"].table()))
     noise["train_timesteps"].whole(1, MOST_TIMESTEPS)
     betas = noise.get("trained_betas")

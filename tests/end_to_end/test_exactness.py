@@ -16,6 +16,7 @@ from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.change import relative_change  # noqa: E402
 from blockcache.export.unet.cached_unet import CachedUNet, Denoiser  # noqa: E402
 from blockcache.export.unet.model import BRANCH, UNetCall  # noqa: E402
+from blockcache.export.unet.steps import TableSteps  # noqa: E402
 from blockcache.runtime import Alignment, Schedule, Session  # noqa: E402
 from blockcache.runtime.plan import Sizes  # noqa: E402
 from blockcache.runtime.run_table import run_table  # noqa: E402
@@ -131,7 +132,7 @@ def test_the_loop_equals_the_reference_under_any_schedule(
     tables = solver_tables(SolverConfig.from_json(preset.solver))
     picked = Calibration(positive, negative).pick([0, 1], guided=True)
     with CachedUNet(model, outputs) as cached:
-        denoiser = Denoiser(cached, tables, picked, 3.0, rescale)
+        denoiser = Denoiser(cached, TableSteps(tables), picked, 3.0, rescale)
         drawn = denoiser.denoise(torch.from_numpy(noise), preset.schedule, preset.alignment)
     reference = drawn.numpy()
     assert relative(ours.latents, reference) <= 1e-4
@@ -162,7 +163,7 @@ def test_solvers_with_two_x0_or_noise_equal_the_reference(compiled, conditions_o
     ).latents
     tensors = {name: torch.from_numpy(values) for name, values in conditions.items()}
     with CachedUNet(model, 2) as cached:
-        reference = Denoiser(cached, tables, tensors, 1.0, seeds=[3, 4]).denoise(
+        reference = Denoiser(cached, TableSteps(tables, [3, 4]), tensors, 1.0).denoise(
             torch.from_numpy(noise),
             preset.schedule,
             preset.alignment,
@@ -232,7 +233,7 @@ def test_image_to_image_equals_the_reference(compiled, conditions_of, preset, ou
     late = {"image_latents": image, "start_step": start}
     ours = session.denoise(**request, **late)
     with CachedUNet(model, outputs) as cached:
-        reference = Denoiser(cached, tables, conditions, 1.0).denoise(
+        reference = Denoiser(cached, TableSteps(tables), conditions, 1.0).denoise(
             torch.from_numpy(request["noise"]),
             session.preset.schedule,
             session.preset.alignment,
@@ -258,7 +259,7 @@ def test_edits_in_a_callback_equal_edits_between_the_references_steps(
 
     ours = session.denoise(**request, callback=edit).latents
     with CachedUNet(model, 1) as cached, torch.no_grad():
-        denoiser = Denoiser(cached, tables, conditions, 1.0)
+        denoiser = Denoiser(cached, TableSteps(tables), conditions, 1.0)
         state = denoiser.start(torch.from_numpy(request["noise"]))
         for step, recompute in enumerate(session.preset.schedule.recompute):
             rows = [table[step] for table in session.preset.alignment.tables]
@@ -295,7 +296,7 @@ def test_the_measured_change_is_the_profiles_own(compiled, conditions_of, kind, 
     wanted = np.full_like(listener.change, np.nan)
     tables = solver_tables(SolverConfig.from_json(preset.solver))
     with CachedUNet(model, 2) as cached:
-        denoiser = Denoiser(cached, tables, picked, 3.0)
+        denoiser = Denoiser(cached, TableSteps(tables), picked, 3.0)
         how = (torch.from_numpy(noise), preset.schedule, preset.alignment)
         for step, state in enumerate(denoiser.trajectory(*how)):
             for k, outputs in enumerate(state.kept):

@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime")
 from blockcache.export import measurements, pipeline  # noqa: E402
 from blockcache.export.align.distil import DistillationOptions  # noqa: E402
 from blockcache.export.align.fit import AlignmentOptions, fit_alignment  # noqa: E402
+from blockcache.export.choose.policies import Policy  # noqa: E402
 from blockcache.export.choose.preset import PresetOptions  # noqa: E402
 from blockcache.export.costs.costs import counted  # noqa: E402
 from blockcache.export.costs.roofline import gpu, predict  # noqa: E402
@@ -26,14 +27,17 @@ from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.change import ProfileOptions  # noqa: E402
 from blockcache.export.measure.converged import ConvergedOptions  # noqa: E402
 from blockcache.export.measure.residuals import ResidualOptions  # noqa: E402
-from blockcache.export.measure.sampling import Sampling  # noqa: E402
+from blockcache.export.measure.sampling import Sampling, steps_of  # noqa: E402
 from blockcache.export.measure.sensitivity import SensitivityOptions  # noqa: E402
 from blockcache.export.measurements import MeasurementOptions  # noqa: E402
 from blockcache.export.pipeline import CompileOptions, compile_model  # noqa: E402
 from blockcache.export.unet.cached_unet import CachedUNet, Denoiser  # noqa: E402
+from blockcache.export.unet.scheduler import made_scheduler, scheduler_config  # noqa: E402
+from blockcache.export.unet.steps import TableSteps  # noqa: E402
 from blockcache.runtime import Bundle, ConfigError, Session  # noqa: E402
 from blockcache.runtime.bundles.tensor_files import read_tensors  # noqa: E402
 from blockcache.runtime.provenance import Provenance  # noqa: E402
+from blockcache.runtime.solvers.recorded import recorded_solver  # noqa: E402
 from blockcache.runtime.solvers.solver import SolverConfig, solver_tables  # noqa: E402
 
 MEASUREMENT = MeasurementOptions(
@@ -201,13 +205,48 @@ def test_the_runtime_runs_what_was_calibrated(made, model, conditions_of):
     picked = Calibration(positive, negative).pick([0, 1], guided=True)
     tables = solver_tables(SolverConfig.from_json(preset.solver))
     with CachedUNet(model, 2) as cached:
-        denoiser = Denoiser(cached, tables, picked, 3.0)
+        denoiser = Denoiser(cached, TableSteps(tables), picked, 3.0)
         aligned, plain = (
             denoiser.denoise(torch.from_numpy(noise), preset.schedule, alignment)
             for alignment in (preset.alignment, None)
         )
     assert relative(ours.latents, aligned.numpy()) <= 1e-4
     assert relative(ours.latents, plain.numpy()) > 1e-3, "the alignment matters"
+
+
+def test_a_scheduler_of_diffusers_is_measured_evaluation_by_evaluation(
+    model, calibration, calls, tmp_path
+):
+    """The runtime's outputs, driven by the scheduler, end where the reference with it ends."""
+    preset = PresetOptions(
+        solver="scheduler", steps=3, scheduler="HeunDiscreteScheduler",
+        policy=Policy.parse("blocks1.2"), alignment="history",
+    )  # fmt: skip
+    asked = dataclasses.replace(options("dpm:4"), presets=(preset,))
+    calls.clear()
+    bundle = compile_model(model, tmp_path / "b", asked, calibration).bundle
+    assert calls == [
+        "measure_change", "measure_sensitivity", "measure_residuals", "fit_alignment",
+    ]  # fmt: skip
+    made = bundle.preset("scheduler-3-blocks1.2-history")
+    assert made.schedule.steps == 5
+    assert not made.schedule.recompute.all()
+    sampling = Sampling(model, recorded_solver(made.solver), calibration, 1.0)
+    with sampling.cached_unet(2) as cached:
+        denoiser, noise = sampling.begin(cached, [(0, 0)])
+        wanted = denoiser.denoise(noise, made.schedule, made.alignment).numpy()
+    config = scheduler_config("HeunDiscreteScheduler", model.scheduler)
+    scheduler = made_scheduler(config, 3)
+    prompt = calibration.pick([0], False)["encoder_hidden_states"].numpy()
+    sample = noise * float(scheduler.init_noise_sigma)
+    with Session.open(bundle, preset=made.name, backend="ort", threads=1) as session:
+        with session.begin(prompt) as request:
+            for step, timestep in enumerate(scheduler.timesteps):
+                scaled = scheduler.scale_model_input(sample, timestep)
+                output = torch.from_numpy(request.predict(step, scaled.numpy()))
+                sample = scheduler.step(output, timestep, sample).prev_sample
+        assert request.record.computed_fraction < 1
+    assert relative(sample.numpy(), wanted) <= 1e-4
 
 
 def test_the_same_compile_again_measures_nothing(made, model, calibration, calls, copy):
@@ -388,7 +427,7 @@ def test_grids_of_all_solvers_and_steps_come_from_one_converged_run(
     with sampling.cached_unet() as cached:
         denoiser, _ = sampling.begin(cached, [(0, 0)])
         zeros = {"encoder_hidden_states": torch.zeros(2, 7, 32)}
-        denoiser = Denoiser(cached, sampling.tables, zeros, 2.0)
+        denoiser = Denoiser(cached, steps_of(sampling.solver), zeros, 2.0)
         theirs = denoiser.denoise(torch.from_numpy(noise), sampling.uncached).numpy()
     assert relative(ours, theirs) <= 1e-4
 

@@ -22,7 +22,6 @@ ROOMS = ("unet", "parts", "measure", "align", "graph", "engines")
 
 NO_RESULT = {
     "export/graph/time_tables.py": "fills presets",
-    "export/unet/scheduler.py": "warns of a scheduler of another kind",
     "export/unet/configs.py": "reads a model's folder",
     "export/unet/hub.py": "fetches a model",
     "export/unet/load.py": "loads a model: its hash is in every key",

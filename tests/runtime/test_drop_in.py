@@ -15,11 +15,14 @@ pytest.importorskip("transformers")
 
 from blockcache.diffusers import PresetScheduler, attach, detach  # noqa: E402
 from blockcache.export import CompileOptions, PresetOptions, compile_model  # noqa: E402
-from blockcache.runtime import ConfigError, InputError, UnsupportedModelError  # noqa: E402
+from blockcache.runtime import ConfigError, InputError, Session, UnsupportedModelError  # noqa: E402
 
 STEPS = 6
 PRESETS = ("dpm:6", "ddim:6", "euler:6", "dpm-karras:6", "dpm:6:every2")
 KINDS = ("sd", "sdxl")
+NATIVE = ("unipc:6", "euler-a:6", "dpm-sde:6", "lcm:6")
+THEIRS = ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DEISMultistep",
+          "DPMSolverSinglestep", "LMSDiscrete", "PNDM", "SASolver", "TCD", "DDPM")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +33,12 @@ def bundles(compiled, tmp_path_factory):
         model, bundle = compiled(kind)
         folder = tmp_path_factory.mktemp("drop-in") / kind
         shutil.copytree(bundle.folder, folder)
-        options = CompileOptions(presets=tuple(PresetOptions.parse(text) for text in PRESETS))
-        made[kind] = compile_model(model, folder, options).bundle
+        presets = [PresetOptions.parse(text) for text in (*PRESETS, *NATIVE)]
+        presets += [
+            PresetOptions(solver="scheduler", steps=6, scheduler=f"{name}Scheduler", name=name)
+            for name in (THEIRS if kind == "sd" else ())
+        ]
+        made[kind] = compile_model(model, folder, CompileOptions(presets=tuple(presets))).bundle
     return made
 
 
@@ -105,7 +112,10 @@ def both(pipeline, bundle, preset, draw, **options):
 # -- the pipeline's own picture --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["dpm-6", "ddim-6", "euler-6", "dpm-karras-6"])
+@pytest.mark.parametrize(
+    "preset",
+    ["dpm-6", "ddim-6", "euler-6", "dpm-karras-6", "unipc-6", "euler-a-6", "dpm-sde-6", "lcm-6"],
+)
 def test_uncached_it_draws_what_the_pipelines_own_unet_draws(pipeline, bundle, preset):
     ours, theirs = both(pipeline, bundle, preset, lambda: call(pipeline))
     assert relative(ours, theirs) <= 1e-5
@@ -116,6 +126,10 @@ SCHEDULERS = {
     "ddim-6": ("DDIMScheduler", {"clip_sample": False}),
     "euler-6": ("EulerDiscreteScheduler", {}),
     "dpm-karras-6": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "unipc-6": ("UniPCMultistepScheduler", {}),
+    "euler-a-6": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm-sde-6": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "lcm-6": ("LCMScheduler", {}),
 }
 
 
@@ -255,6 +269,36 @@ def test_detach_gives_the_pipeline_its_own_back(sd, bundles):
         unet.session.begin(np.zeros((1, 7, 32), np.float32))
     with pytest.raises(ConfigError, match="with a bundle, its U-Net is a UNet2"):
         detach(sd)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_preset_may_run_a_scheduler_of_diffusers(sd, bundles, name):
+    """Evaluation by evaluation, as many as the scheduler asks for; noise is the pipeline's."""
+    ours, theirs = both(sd, bundles["sd"], name, lambda: call(sd))
+    assert type(sd.scheduler).__name__ == f"{name}Scheduler"
+    assert relative(ours, theirs) <= 1e-5
+
+
+def test_denoise_refuses_a_scheduler_of_diffusers_by_name(bundles):
+    with Session.open(bundles["sd"], preset="HeunDiscrete", backend="empty") as session:
+        assert session.steps == len(session.timesteps) == 11
+        session.warm_up()
+        prompt = np.zeros((1, 7, 32), np.float32)
+        with pytest.raises(ConfigError) as caught:
+            session.denoise(session.noise([0]), prompt, prompt)
+    assert str(caught.value) == (
+        "Preset 'HeunDiscrete' runs HeunDiscreteScheduler of diffusers, which is not in the "
+        "runtime: attach the bundle to a pipeline (blockcache.diffusers), or drive the scheduler "
+        "yourself with begin, predict and end."
+    )
+
+
+def test_a_scheduler_that_diffusers_does_not_have_is_refused(sd, bundles):
+    found = bundles["sd"].preset("HeunDiscrete")
+    solver = {**found.solver, "scheduler": "NoScheduler"}
+    other = replace(bundles["sd"], presets={"HeunDiscrete": replace(found, solver=solver)})
+    with pytest.raises(ConfigError, match=r"runs NoScheduler, which diffusers .* does not have"):
+        attach(sd, other, preset="HeunDiscrete")
 
 
 OTHERS = (

@@ -74,6 +74,14 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
     assert code == 0
     assert "added ddim-2; kept ddim-4-d0.2, ddim-4" in out
     assert "* ddim-4 " in out
+    theirs = ["--preset", "scheduler:2", "--scheduler", "HeunDiscreteScheduler", *more[2:]]
+    code, out, _ = blockcache("compile", source, bundle, *arguments, *theirs)
+    assert code == 0
+    assert "added scheduler-2; kept ddim-4-d0.2, ddim-4, ddim-2" in out
+    run = ["run", bundle, "--embeddings", calibration, "--out", tmp_path / "no.npy"]
+    code, _, err = blockcache(*run, "--preset", "scheduler:2")
+    assert code == 1
+    assert "Preset 'scheduler-2' runs HeunDiscreteScheduler of diffusers, which is not in" in err
     assert "speed-up" in (bundle / "presets.svg").read_text()
 
     drawn = ["--plot", tmp_path / "schedule.svg", "--plot-change", tmp_path / "new/change.svg"]
@@ -146,6 +154,11 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
         (["compile", "demo", "out", "--preset", "heun:9"], "error: Expected a solver of"),
         (["compile", "demo", "out", "--precision", "int8"], "error: Expected a precision of"),
         (["compile", "demo", "out", "--blocks", "attentions"], "error: Expected blocks of"),
+        (
+            ["compile", "demo", "out", "--scheduler", "PNDMScheduler", "--preset", "dpm:9"],
+            "error: --scheduler PNDMScheduler: expected a preset that runs it, such as --preset "
+            "scheduler:20:branch2, got dpm-9.",
+        ),
         (["compile", "demo", "out", "--target", "voodoo"], "error: Expected a target such as sm80"),
         (["compile", "demo", "out", "--calibration", "x"], "error: Expected a calibration file at"),
         (["compile", "demo", "out", "--prompts", "x"], "error: Expected a file of prompts at x"),

@@ -148,6 +148,7 @@ def _torch_latents(
 
     from blockcache.export import Calibration
     from blockcache.export.unet.cached_unet import CachedUNet, Denoiser
+    from blockcache.export.unet.steps import TableSteps
     from blockcache.runtime.solvers.solver import solver_tables
 
     tables = solver_tables(SolverConfig.from_json(preset.solver))
@@ -155,7 +156,7 @@ def _torch_latents(
     picked = Calibration(*conditions).pick([0], guided=scale > 1)
     source.unet.eval()
     with CachedUNet(source) as cached:
-        denoiser = Denoiser(cached, tables, picked, scale, seeds=[0])
+        denoiser = Denoiser(cached, TableSteps(tables, seeds=[0]), picked, scale)
         latents = denoiser.denoise(start, preset.schedule, preset.alignment)
     result: np.ndarray = latents.numpy()
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,7 @@ from blockcache.tools.commands.options import AsJson
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from blockcache.export import Compiled, CompileOptions, Parts, Processor
+    from blockcache.export import Compiled, CompileOptions, Parts, PresetOptions, Processor
 
 DEFAULT_PRESETS = ("dpm:20:0.5", "dpm:20")
 BLOCKS = ("transformers", "resnets")
@@ -27,7 +28,7 @@ Presets = Annotated[
     list[str] | None,
     typer.Option(
         help="SOLVER[-GRID]:STEPS[:POLICY[:ALIGNMENT]], repeatable. SOLVER: dpm, unipc, ddim, "
-        "euler; with fresh noise at every step euler-a, dpm-sde, lcm. "
+        "euler; with fresh noise at every step euler-a, dpm-sde, lcm; scheduler: see --scheduler. "
         "GRID: auto (measured: nearest to a converged run), karras, exponential, beta, lu, "
         "ays-sd15, ays-sdxl, linspace, leading, trailing; none: the scheduler's own. POLICY: "
         "x2 (twice as fast; steps, grid and reuse chosen together), ms250 (the same, in "
@@ -81,6 +82,15 @@ BudgetGpu = Annotated[
 ]
 
 
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER|CLASS",
+        help="What a preset such as scheduler:20 runs: a scheduler of diffusers, as a folder with "
+        "scheduler_config.json or a class (HeunDiscreteScheduler); default the model's own. "
+        "Measured with it; runs in a diffusers pipeline, not in 'run'.",
+    ),
+]
 Variant = Annotated[
     str | None,
     typer.Option(
@@ -99,6 +109,7 @@ def compile_bundle(
     guidance: Annotated[float, typer.Option(help="Guidance scale of later requests.")] = 5.0,
     target: EngineTarget = None,
     precision: Precision = None,
+    scheduler: Scheduler = None,
     blocks: CachedBlocks = "transformers",
     hoist: Hoist = True,
     parts: ExportedParts = "all",
@@ -138,6 +149,8 @@ def compile_bundle(
     from blockcache.tools.sources.models import load_parts_of
 
     presets = tuple(PresetOptions.parse(text) for text in preset or DEFAULT_PRESETS)
+    if scheduler is not None:
+        presets = _with_scheduler(presets, scheduler)
     recommended = None if recommend is None else PresetOptions.parse(recommend).name
     dtype = precision_for(precision, target)
     times = None if timings is None else read_timings(timings)
@@ -173,6 +186,24 @@ def compile_bundle(
     beside = None if parts == "unet" else partial(load_parts_of, model, clip_skip)
     made = _compile(model, out, options, calibration, prompts, blocks, variant, beside)
     _report(made, as_json=as_json)
+
+
+def _with_scheduler(
+    presets: tuple[PresetOptions, ...], scheduler: str
+) -> tuple[PresetOptions, ...]:
+    """The presets, those that run a scheduler of diffusers with the one that was named."""
+    from blockcache.runtime import ConfigError
+
+    if not any(preset.solver == "scheduler" for preset in presets):
+        names = ", ".join(preset.name for preset in presets)
+        raise ConfigError(
+            f"--scheduler {scheduler}: expected a preset that runs it, such as "
+            f"--preset scheduler:20:branch2, got {names}."
+        )
+    return tuple(
+        replace(preset, scheduler=scheduler) if preset.solver == "scheduler" else preset
+        for preset in presets
+    )
 
 
 def _processor(gpu: str) -> Processor:

@@ -122,7 +122,8 @@ def _plot_alignment(bundle: Bundle, preset: str, file: Path) -> None:
 def _plot_features(model: str | None, bundle: Bundle, preset: str, file: Path) -> None:
     """Outputs of the first, the middle and the last block, as the paper's Fig. 2a."""
     from blockcache.export.measure.sampling import Sampling
-    from blockcache.runtime import ConfigError, SolverConfig
+    from blockcache.runtime import ConfigError
+    from blockcache.runtime.solvers.recorded import recorded_solver
     from blockcache.tools.report import plots
     from blockcache.tools.sources.block_outputs import block_outputs
     from blockcache.tools.sources.models import DEMO, load_source
@@ -137,7 +138,7 @@ def _plot_features(model: str | None, bundle: Bundle, preset: str, file: Path) -
     shown = sorted({0, blocks // 2, blocks - 1})
     calibration = calibration_for(name, None, None)
     chosen = bundle.preset(preset)
-    solver = SolverConfig.from_json(chosen.solver)
+    solver = recorded_solver(chosen.solver)
     sampling = Sampling(load_source(name), solver, calibration, chosen.guidance_scale)
     outputs = block_outputs(sampling, [(0, 0)], shown)  # the conditional half is the last
     plots.plot_features(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from blockcache.runtime import Alignment, Bundle, ConfigError, Preset, Schedule, SolverConfig
-from blockcache.runtime.solvers.solver import solver_tables
+from blockcache.runtime import Alignment, Bundle, ConfigError, Preset, Schedule
+from blockcache.runtime.solvers.recorded import recorded_solver, timesteps_of
 
 
 def whole_bundle(bundle: Bundle) -> Bundle:
@@ -22,7 +22,7 @@ def whole_bundle(bundle: Bundle) -> Bundle:
 
 def whole_preset(preset: Preset) -> Preset:
     """The preset for ``whole_bundle``: the model reads the timestep itself."""
-    timesteps = solver_tables(SolverConfig.from_json(preset.solver)).timesteps
+    timesteps = timesteps_of(recorded_solver(preset.solver))
     return dataclasses.replace(
         preset,
         schedule=Schedule.uncached(preset.schedule.steps, 1),

@@ -113,7 +113,7 @@ def test_a_preset_that_cannot_be_read_shows_the_form(text):
 
 
 REFUSED = {
-    "heun:20": f"Expected a solver of {SOLVERS}, got 'heun'.",
+    "heun:20": f"Expected a solver of {(*SOLVERS, 'scheduler')}, got 'heun'.",
     "dpm:0": "Expected 1 to 1000 steps, got 0.",
     "dpm:1001": "Expected 1 to 1000 steps, got 1001.",
     "dpm-1000000000": "Expected 1 to 1000 steps, got 1000000000.",
@@ -238,6 +238,7 @@ def test_a_latency_needs_times_and_one_source_of_them():
         ("dpm-sde-karras:20:branch2:history", "karras", "dpm-sde-karras-20-branch2-history"),
         ("unipc-auto:8", "auto", "unipc-auto-8"),
         ("lcm:4", None, "lcm-4"),
+        ("scheduler:20:branch2", None, "scheduler-20-branch2"),
     ],
 )
 def test_a_grid_stands_behind_the_solver(text, grid, name):
@@ -252,6 +253,21 @@ def test_what_is_measured_against_a_converged_run_refuses_solvers_that_add_noise
         ConfigError, match=r"^The solver '.*' adds noise at every step, so that its"
     ):
         PresetOptions.parse(text)
+
+
+@pytest.mark.parametrize("text", ["scheduler:20:x2", "scheduler-karras:20"])
+def test_a_scheduler_of_diffusers_places_its_own_steps(text):
+    with pytest.raises(ConfigError, match=r"^A scheduler of diffusers places its own steps: "):
+        PresetOptions.parse(text)
+
+
+def test_a_scheduler_is_named_where_a_preset_runs_it():
+    with pytest.raises(ConfigError) as caught:
+        PresetOptions(solver="dpm", steps=20, scheduler="HeunDiscreteScheduler")
+    assert str(caught.value) == (
+        "Expected the solver 'scheduler' with a scheduler of diffusers (preset scheduler:20), got "
+        "'dpm'."
+    )
 
 
 def test_the_grid_auto_is_measured():

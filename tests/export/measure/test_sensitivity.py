@@ -16,6 +16,7 @@ from blockcache.export.measure.sampling import Sampling  # noqa: E402
 from blockcache.export.measure.sensitivity import SensitivityOptions, measure_sensitivity  # noqa: E402
 from blockcache.runtime import ConfigError, Schedule  # noqa: E402
 from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers  # noqa: E402
+from blockcache.runtime.solvers.solver import solver_tables  # noqa: E402
 
 STEPS, SCALE = 3, 3.0
 OPTIONS = SensitivityOptions(images=2)
@@ -116,7 +117,7 @@ def test_a_gain_says_how_an_error_of_the_model_output_moves_the_latents(sampling
     with sampling.cached_unet() as cached:
         denoiser, noise = sampling.begin(cached, [(0, OPTIONS.seed), (2, OPTIONS.seed)])
         size = denoiser.denoise(noise, sampling.uncached).double().norm()
-    expected = abs(float(sampling.tables.coefficients[-1, 1])) / float(size)
+    expected = abs(float(solver_tables(sampling.solver).coefficients[-1, 1])) / float(size)
     assert gains[-1] == pytest.approx(expected, rel=1e-3)
 
 

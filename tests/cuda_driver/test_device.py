@@ -272,6 +272,12 @@ def test_without_cuda_bindings_the_extra_is_named(anew, monkeypatch):
     assert device_count() == 0
 
 
+def test_a_free_that_fails_is_nobodys_error(device, standin):
+    """Finalizers run where nobody could take it; at exit the driver may be gone."""
+    cuda_driver.free(device.context, "cuMemFree", 12345)
+    assert standin.wrong() == "memory was freed that is not alive\n"
+
+
 # -- the stand-in itself ---------------------------------------------------------------------------
 
 

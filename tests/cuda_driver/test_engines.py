@@ -390,6 +390,29 @@ def test_onnxruntime_on_the_gpu(onnxruntime_gpu, bundle_of, name):
     assert (bundle.folder / "engines/onnxruntime-8.0").is_dir() is (name == "ort-tensorrt")
 
 
+def test_onnxruntime_on_the_gpu_names_what_it_cannot_load_or_bind(
+    onnxruntime_gpu, bundle_of, monkeypatch
+):
+    bundle, backend = bundle_of(), OrtCudaBackend(tensorrt=True)
+    (bundle.folder / "engines").write_bytes(b"no folder")  # nothing is kept then
+    segment = next(s for s in bundle.segments if s.name == "trunk_00")
+    engine = backend.load(bundle, segment)
+    tensors = {
+        spec.name: backend.device.tensor(backend.device.allocate(64), 0, (1,), "int64")
+        for spec in (*segment.inputs, *segment.outputs)
+    }
+    monkeypatch.setattr(OnGpuBinding, "bind_input", planted)
+    with pytest.raises(EngineError, match=r"cannot bind '.*' of segment 'trunk_00': planted\. Com"):
+        engine.bind(tensors)
+    monkeypatch.setattr(ort, "InferenceSession", planted)
+    with pytest.raises(EngineError, match=r"cannot load segment 'trunk_00' on the GPU: planted\. "):
+        backend.load(bundle, segment)
+
+
+def planted(*arguments, **options):
+    raise RuntimeError("planted")
+
+
 def test_onnxruntime_without_a_gpu_provider_names_the_extra(standin):
     with pytest.raises(MissingExtraError, match="onnxruntime-gpu"):
         OrtCudaBackend()

@@ -69,8 +69,10 @@ def test_guided_solver_step(torch, T, size, offset, guided, use_counter):
         **{"earlier_x0": device(torch, size, offset=offset)},
         "guidance": device(torch, (N,)) if guided else None,
         "rescale": device(torch, (N,)) if guided else None,
+        "seeds": torch.arange(N, device="cuda") - 1,  # the first one is the largest, 2^64 - 1
     }
     host = {name: on_host(tensor) for name, tensor in tensors.items()}
+    host["seeds"] = host["seeds"].view(np.uint64)
     kernels.guided_solver_step(step=2, dtype=T, **host)
     counter = torch.tensor([2], dtype=torch.int32, device="cuda")
     args = kernels.GuidedSolverStepArgs(N=N, M=M, S=4, dtype=NUMBERS[T])

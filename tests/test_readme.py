@@ -85,10 +85,33 @@ def block_commands(text):
 # -- Python ----------------------------------------------------------------------------------------
 
 
+QUICK = "presets=presets, measurement=few_images"
+
+
 def few_steps(code):
-    """The same code with presets of 4 steps."""
+    """The same code with presets of 4 steps, measured on little."""
     code = re.sub(r"(num_inference_steps=)\d+", r"\g<1>4", code)
+    code = code.replace("CompileOptions(presets=presets)", f"CompileOptions({QUICK})")
     return re.sub(r"\b((?:dpm|ddim|euler)(?:-auto)?[:-])\d+", r"\g<1>4", code)
+
+
+def few_images():
+    """Options with which a preset is measured in seconds."""
+    from blockcache.export import (
+        AlignmentOptions,
+        ConvergedOptions,
+        MeasurementOptions,
+        ProfileOptions,
+        SensitivityOptions,
+    )
+
+    return MeasurementOptions(
+        profile=ProfileOptions(prompts=2, seeds=1),
+        converged=ConvergedOptions(images=2),
+        sensitivity=SensitivityOptions(images=1),
+        alignment=AlignmentOptions(images=4),
+        candidates=1,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +130,7 @@ def readers_folder(pipeline_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(pipeline_folder("sd"), folder / "path/or/hub-id")
     presets = tuple(PresetOptions.parse(text) for text in ("dpm:4:0.5", "dpm:4:blocks1.2:history"))
-    options = CompileOptions(presets=presets)
+    options = CompileOptions(presets=presets, measurement=few_images())
     model = load_model(folder / "path/or/hub-id")
     parts = load_parts(folder / "path/or/hub-id")
     prompts = encode_prompts(folder / "path/or/hub-id")
@@ -128,6 +151,7 @@ def test_python_runs(path, readers_folder, tmp_path, monkeypatch):
     names = {
         "prompt_embeds": positive["encoder_hidden_states"],
         "negative_prompt_embeds": negative["encoder_hidden_states"],
+        "few_images": few_images(),
     }
     for block in blocks(path.read_text()):
         if block.kind == "python":

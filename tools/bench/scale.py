@@ -2,6 +2,7 @@
 
     python -m blockcache.tools.bench.scale OUT --model sdxl --precision bfloat16
     python -m blockcache.tools.bench.scale OUT --model sd15 --check
+    python -m blockcache.tools.bench.scale OUT --model sd15 --parts    # text encoders and VAE, too
 
 Neither speed nor memory depends on the weights' values, so no checkpoint is needed. ``--check``
 denoises the float32 bundle on the CPU by a made-up schedule and made-up alignment, and compares the
@@ -22,7 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from blockcache.export import ExportOptions, SourceModel
+from blockcache.export import ExportOptions, Parts, SourceModel
 from blockcache.runtime import (
     Bundle,
     ConfigError,
@@ -32,6 +33,7 @@ from blockcache.runtime import (
 )
 from blockcache.runtime.files import write_text
 from blockcache.tools.bench.made_up import MADE_UP, add_preset, made_up
+from blockcache.tools.bench.random_parts import random_parts
 from blockcache.tools.bench.random_unet import CONFIGS, random_source
 from blockcache.tools.bench.stage_meter import StageMeter, peak_bytes
 from blockcache.tools.report.errors import one_line_errors
@@ -47,6 +49,7 @@ def main(
     hoist: Annotated[
         bool, typer.Option(help="Take what does not depend on the sample out of the loop.")
     ] = True,
+    parts: Annotated[bool, typer.Option(help="The whole pipeline.")] = False,
     check: Annotated[bool, typer.Option(help="Denoise on the CPU, compare with PyTorch.")] = False,
     figures: Annotated[Path | None, typer.Option(help="Also write the figures there.")] = None,
 ) -> None:
@@ -60,14 +63,15 @@ def main(
     meter = StageMeter()
     meter.enter("weights at random")
     source = random_source(model, precision)
-    bundle = _compile(source, out, ExportOptions(precision=precision, hoist=hoist), steps, meter)
+    export = ExportOptions(precision=precision, hoist=hoist)
+    bundle = _compile(source, out, export, steps, random_parts(model) if parts else None, meter)
     del source
     gc.collect()
     found: dict[str, Any] = {
         "model": model,
         "precision": precision,
         "machine": machine_facts(),
-        "weights_bytes": bundle.weights.bytes,
+        "weights_bytes": weights_bytes(bundle),
         "stages": [dataclasses.asdict(stage) for stage in meter.stages],
         "published": published_rows(bundle),
     }
@@ -86,6 +90,7 @@ def _compile(
     out: Path,
     export: ExportOptions,
     steps: list[int] | None,
+    parts: Parts | None,
     meter: StageMeter,
 ) -> Bundle:
     """The bundle with an uncached and a made-up preset of each number of steps."""
@@ -95,11 +100,16 @@ def _compile(
         presets=tuple(PresetOptions.parse(f"ddim:{count}") for count in steps or [2]),
         export=export,
     )
-    bundle = compile_model(source, out, options, observer=meter.observe).bundle
+    bundle = compile_model(source, out, options, observer=meter.observe, parts=parts).bundle
     meter.enter("")
     for name in bundle.preset_names:
         bundle = add_preset(bundle, made_up(bundle.preset(name)))
     return bundle
+
+
+def weights_bytes(bundle: Bundle) -> int:
+    """Of the U-Net and of all parts."""
+    return bundle.weights.bytes + sum(bundle.weights_of(p).bytes for p in bundle.manifest.parts)
 
 
 def check_against_torch(bundle: Bundle, model: str, precision: str) -> dict[str, float]:

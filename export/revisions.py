@@ -56,7 +56,7 @@ REVISIONS: Mapping[str, Revision] = {
     ),
     "parts": Revision(
         1,
-        "5875208cfa254181",
+        "a665e7bf9affd816",
         (
             "export/unet/weights.py",
             "export/graph/passes/canonical.py",

@@ -102,8 +102,8 @@ def _text_encoder(
         raise ConfigError(f"Expected a clip_skip of 1 to {layers - 1} for {name}.")
     said = f"{kind} {skip} {large} {pooled}"
 
-    def load() -> torch.nn.Module:
-        model = load_part(getattr(transformers, str(kind)), folder / name, spare=True)
+    def load(dtype: torch.dtype) -> torch.nn.Module:
+        model = load_part(getattr(transformers, str(kind)), folder / name, dtype, spare=True)
         return ClipStates(model, skip=skip, pooled=pooled, normed=not large)
 
     outputs: dict[str, tuple[str | int, ...]] = {"states": ("batch", tokens, width)}
@@ -138,7 +138,7 @@ def _autoencoder(folder: Path, kind: str | None) -> list[Part]:
         )
     sha256 = hash_part(folder)
     return autoencoder_parts(
-        lambda: load_part(getattr(diffusers, str(kind)), folder),
+        lambda dtype: load_part(getattr(diffusers, str(kind)), folder, dtype),
         sha256=sha256,
         channels=channels,
         factor=2 ** (len(sides) - 1),
@@ -147,12 +147,17 @@ def _autoencoder(folder: Path, kind: str | None) -> list[Part]:
 
 
 def autoencoder_parts(
-    load: Callable[[], Any], *, sha256: str, channels: int, factor: int, single: bool = False
+    load: Callable[[torch.dtype], Any],
+    *,
+    sha256: str,
+    channels: int,
+    factor: int,
+    single: bool = False,
 ) -> list[Part]:
     """Decoder and encoder of an autoencoder.
 
     Args:
-        load: gives the autoencoder; its ``encode`` and ``decode`` are as diffusers' have them.
+        load: gives the autoencoder with weights of a dtype; its ``encode`` and ``decode`` are as diffusers' have them.
         sha256: of its config and weights.
         channels: C of the latents.
         factor: pixels a latent, along a side.
@@ -164,7 +169,7 @@ def autoencoder_parts(
         name="decoder",
         role="decoder",
         sha256=_hash(sha256, "decoder"),
-        load=lambda: Decoder(load()),
+        load=lambda dtype: Decoder(load(dtype)),
         inputs={"latents": latents},
         outputs={"image": image},
         single=single,
@@ -173,7 +178,7 @@ def autoencoder_parts(
         name="encoder",
         role="encoder",
         sha256=_hash(sha256, "encoder"),
-        load=lambda: Encoder(load()),
+        load=lambda dtype: Encoder(load(dtype)),
         inputs={"image": image},
         outputs={"latents": latents},
         single=single,

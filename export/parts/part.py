@@ -20,7 +20,7 @@ class Part:
     name: str  # unique in the pipeline: text_encoder, text_encoder_2, decoder, encoder
     role: Role
     sha256: str  # of everything that its graph depends on
-    load: Callable[[], torch.nn.Module]  # in float32; its ``forward`` is the graph
+    load: Callable[[torch.dtype], torch.nn.Module]  # weights of a dtype; ``forward`` is the graph
     inputs: Mapping[str, tuple[str | int, ...]]
     outputs: Mapping[str, tuple[str | int, ...]]
     tokenizer: str = ""  # of a text encoder: the content of tokenizer.json

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from blockcache.export.graph.passes.canonical import canonical
 from blockcache.export.graph.to_onnx import OPSET, quiet
 from blockcache.export.parts.part import Part
+from blockcache.export.unet.model import TORCH_DTYPES
 from blockcache.runtime.errors import ExportError
 from blockcache.runtime.plan import Dim, Segment, Sizes, TensorSpec
 
 _TRACED = Sizes(batch=2, height=16, width=24, tokens=77)
-_TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def export_part(part: Part, folder: Path, precision: str, sizes: Sizes) -> Segment:
@@ -37,7 +37,7 @@ def export_part(part: Part, folder: Path, precision: str, sizes: Sizes) -> Segme
         ExportError: torch cannot trace it.
     """
     precision = "float32" if part.single and precision == "float16" else precision
-    module = part.load().to(_TORCH[precision]).eval().requires_grad_(False)
+    module = part.load(TORCH_DTYPES[precision]).eval().requires_grad_(False)
     inputs = tuple(_spec(name, part.inputs[name]) for name in part.inputs)
     flops = _flops(module, inputs, sizes)
     program = _trace(part, module, inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,12 +59,11 @@ def _text_encoder(name: str, kind: str, config: dict[str, Any], *, penultimate: 
     if pooled:
         outputs["pooled"] = ("batch", config["projection_dim"])
 
-    def load() -> Any:
-        import torch
+    def load(dtype: Any) -> Any:
         import transformers
 
-        torch.manual_seed(0)
-        made = getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
+        with _made_in(dtype):
+            made = getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
         return ClipStates(made, skip=0 if penultimate else None, pooled=pooled)
 
     return Part(
@@ -76,12 +77,25 @@ def _text_encoder(name: str, kind: str, config: dict[str, Any], *, penultimate: 
     )
 
 
-def _vae() -> Any:
-    import torch
+def _vae(dtype: Any) -> Any:
     from diffusers import AutoencoderKL
 
+    with _made_in(dtype):
+        return AutoencoderKL(**VAE)
+
+
+@contextlib.contextmanager
+def _made_in(dtype: Any) -> Iterator[None]:
+    """Weights are made in a dtype from the start: float32 would double the memory."""
+    import torch
+
     torch.manual_seed(0)
-    return AutoencoderKL(**VAE)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _tokenizer() -> str:

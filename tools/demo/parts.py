@@ -30,7 +30,9 @@ def demo_parts() -> Parts:
     except MissingExtraError as error:
         refused["text_encoder"] = str(error)
     sha256 = hash_part(weights_dir() / "vae")
-    parts += autoencoder_parts(_Autoencoder, sha256=sha256, channels=4, factor=FACTOR)
+    parts += autoencoder_parts(
+        lambda dtype: _Autoencoder().to(dtype), sha256=sha256, channels=4, factor=FACTOR
+    )
     return Parts(parts=tuple(parts), refused=refused)
 
 
@@ -43,7 +45,7 @@ def _text_encoder() -> Part:
         name="text_encoder",
         role="text_encoder",
         sha256=hashlib.sha256(said.encode()).hexdigest(),
-        load=lambda: MaskedStates(text.load_model(), text.CONTEXT_SCALE),
+        load=lambda dtype: MaskedStates(text.load_model().to(dtype), text.CONTEXT_SCALE),
         inputs={"input_ids": ("batch", TOKENS), "attention_mask": ("batch", TOKENS)},
         outputs={"states": ("batch", TOKENS, 384)},
         tokenizer=tokenizer,

@@ -157,7 +157,8 @@ def autoencoder_parts(
     """Decoder and encoder of an autoencoder.
 
     Args:
-        load: gives the autoencoder with weights of a dtype; its ``encode`` and ``decode`` are as diffusers' have them.
+        load: gives the autoencoder with weights of a dtype; its ``encode`` and ``decode`` are as
+            diffusers' have them.
         sha256: of its config and weights.
         channels: C of the latents.
         factor: pixels a latent, along a side.

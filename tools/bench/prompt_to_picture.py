@@ -82,13 +82,11 @@ def _ours(pipeline: Pipeline) -> Callable[[list[str]], tuple[float, float, float
 
 def _theirs() -> Callable[[list[str]], tuple[float, float, float]]:
     """Milliseconds of the parts of a request in PyTorch."""
-    from blockcache.tools.demo import text
-
     unet, scheduler = demo.load_unet(), demo.load_scheduler()
 
     def draw(prompts: list[str]) -> tuple[float, float, float]:
         begin = time.perf_counter()
-        states = torch.from_numpy(text.encode([*[""] * len(prompts), *prompts]))
+        states = torch.from_numpy(demo.prompt_embeddings([*[""] * len(prompts), *prompts]))
         middle = time.perf_counter()
         latents = _denoise(unet, scheduler, states, len(prompts))
         late = time.perf_counter()

@@ -270,7 +270,7 @@ TOOLS_MAY_USE = {
     "demo": ("report",),
     "sources": ("demo",),
     "check": (),
-    "bench": ("sources", "report", "check"),
+    "bench": ("sources", "demo", "report", "check"),
     "evaluation": ("sources", "demo", "report"),
     "research": ("evaluation", "bench", "sources", "demo", "report"),
     "commands": ("evaluation", "bench", "check", "sources", "demo", "report"),

@@ -103,6 +103,7 @@ def few_images():
         MeasurementOptions,
         ProfileOptions,
         SensitivityOptions,
+        TrialOptions,
     )
 
     return MeasurementOptions(
@@ -110,7 +111,7 @@ def few_images():
         converged=ConvergedOptions(images=2),
         sensitivity=SensitivityOptions(images=1),
         alignment=AlignmentOptions(images=4),
-        candidates=1,
+        trials=TrialOptions(candidates=1, images=2, steps=8),
     )
 
 

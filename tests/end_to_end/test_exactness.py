@@ -108,7 +108,7 @@ def random_preset(preset, seed, outputs):
         ("two-layers", 2, (1, 3)),
     ],
 )
-@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32 - 1), rescale=st.sampled_from([0.0, 0.7]))
 def test_the_loop_equals_the_reference_under_any_schedule(
     compiled, conditions_of, kind, outputs, cuts, seed, rescale

@@ -92,7 +92,9 @@ def test_every_segment_builds(built, kind, outputs):
     assert (engines.library, engines.capabilities) == ("tensorrt_rtx", ("8.0",))
     assert (engines.precision, bundle.model.precision) == ("bfloat16", "bfloat16")
     assert str(engines.profiles[0]).startswith("batch 1..8, height 16, width 16, tokens")
-    wanted = [s for s in bundle.segments if s.role in ("prompt", "condition", "trunk", "block")]
+    built_roles = ("prompt", "condition", "trunk", "block")
+    wanted = [s for s in bundle.segments if s.role in built_roles] + [*bundle.manifest.parts]
+    assert [s.role for s in wanted[-3:]] == ["text_encoder", "decoder", "encoder"] or kind != "demo"
     assert [s.name for s in report.segments] == [s.name for s in wanted]
     assert set(engines.engines) == {s.name for s in wanted}
     for segment in wanted:

@@ -56,7 +56,7 @@ REVISIONS: Mapping[str, Revision] = {
     ),
     "parts": Revision(
         1,
-        "a665e7bf9affd816",
+        "95d69fec12bd957d",
         (
             "export/unet/weights.py",
             "export/graph/passes/canonical.py",

@@ -14,7 +14,7 @@ from blockcache.runtime.plan import Role
 class Part:
     """A text encoder, a decoder or an encoder; ``PipelineFacts`` says what each reads and writes.
 
-    Shapes are written as ``Dim`` reads them. "model" as a dtype is the bundle's precision.
+    Shapes are written as ``Dim`` reads them.
     """
 
     name: str  # unique in the pipeline: text_encoder, text_encoder_2, decoder, encoder

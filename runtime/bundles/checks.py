@@ -304,6 +304,7 @@ def _check_encoders(model: ModelFacts, pipeline: PipelineFacts) -> None:
              f"one for each of {names}", sorted(pipeline.tokenizers))  # fmt: skip
     if not encoders:
         return
+    _require(names == sorted(names), "pipeline.parts", "text encoders in their order", names)
     tokens, width = encoders[0].inputs[0].dims[-1], Fraction(0)
     for part in encoders:
         where, outputs = f"Part {part.name!r}", {spec.name: spec for spec in part.outputs}

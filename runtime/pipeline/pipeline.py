@@ -25,7 +25,6 @@ import numpy as np
 
 from blockcache.runtime.arguments import finite_number, whole_number
 from blockcache.runtime.bundles.bundle import Bundle
-from blockcache.runtime.engines.engine import Backend
 from blockcache.runtime.engines.loading import load_engines
 from blockcache.runtime.errors import Cancelled, ConfigError, InputError
 from blockcache.runtime.loop import Progress
@@ -77,7 +76,7 @@ class Pipeline:
         encoders = [bound[part.name] for part in pipeline.of_role("text_encoder")]
         self.session = session
         self._parts = tuple(bound.values())
-        self._encode = PromptEncoder(bundle.model, encoders, bundle.tokenizers)
+        self._prompt_encoder = PromptEncoder(bundle.model, encoders, bundle.tokenizers)
         (decoder,) = pipeline.of_role("decoder")
         self._decoder = PictureDecoder(bundle.model, bound[decoder.name])
         self._encoder = next(
@@ -94,13 +93,16 @@ class Pipeline:
         bundle: Bundle | str | Path,
         *,
         preset: str | None = None,
-        backend: str | Backend = "auto",
-        threads: int | None = None,
-        stream: Any = None,
-        graphs: str | None = None,
         verify: bool = True,
+        **options: Any,
     ) -> Pipeline:
-        """Open a bundle with its text encoders and autoencoder; arguments as ``Session.open``.
+        """Open a bundle with its text encoders and autoencoder.
+
+        Args:
+            bundle: A folder that ``blockcache compile`` wrote, or an opened Bundle.
+            preset: One of the bundle's presets; default the recommended one.
+            verify: Check the sha256 of every file first.
+            options: Whatever else ``Session.open`` takes: backend, threads, device, ...
 
         Raises:
             ConfigError: the bundle holds the U-Net alone, or one that takes more than a prompt.
@@ -109,15 +111,7 @@ class Pipeline:
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
         _require_served(opened)  # before engines are loaded
-        session = Session.open(
-            opened,
-            preset=preset,
-            backend=backend,
-            threads=threads,
-            stream=stream,
-            graphs=graphs,
-            verify=verify,
-        )
+        session = Session.open(opened, preset=preset, verify=verify, **options)
         try:
             return cls(session)
         except BaseException:
@@ -266,7 +260,7 @@ class Pipeline:
         high, wide = self._latent_size(None, height, width)
         with self._lock:
             self.session.check_open()
-            self._encode([""])
+            self._prompt_encoder([""])
             self.session.warm_up(images, high, wide, guided=guided)
             channels = self.session.bundle.model.channels
             self._decode(np.zeros((1, channels, high, wide), np.float32), None, None)
@@ -349,8 +343,8 @@ class Pipeline:
     ) -> tuple[Encoded, Encoded]:
         """Both halves of guidance's batch, of as many tokens."""
         other = negatives or [""]
-        chunks = self._encode.chunks([*texts, *other]) if long_prompts else 1
-        positive = self._encode(texts, chunks=chunks)
+        chunks = self._prompt_encoder.chunks([*texts, *other]) if long_prompts else 1
+        positive = self._prompt_encoder(texts, chunks=chunks)
         for text in filter(None, positive.late):
             warnings.warn(
                 f"The end of a prompt was cut off, the text encoder does not take it: {text!r}. "
@@ -359,7 +353,7 @@ class Pipeline:
             )
         if negatives is None and self._zeros:
             return positive, positive.zeros()
-        return positive, self._encode(other, chunks=chunks)
+        return positive, self._prompt_encoder(other, chunks=chunks)
 
     def _conditions(self, text: Encoded, sizes: list[int], score: float) -> dict[str, np.ndarray]:
         """What SDXL takes besides the prompt; nothing for others."""

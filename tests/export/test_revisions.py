@@ -26,7 +26,6 @@ NO_RESULT = {
     "export/unet/hub.py": "fetches a model",
     "export/unet/load.py": "loads a model: its hash is in every key",
     "export/unet/text.py": "makes conditions: their hash is in every key",
-    "export/unet/vae.py": "decodes pictures, which no stage keeps",
     "export/engines/cache.py": "keeps engines",
     "export/engines/log.py": "hears the builder",
     "export/engines/reference.py": "widens graphs to check engines with",

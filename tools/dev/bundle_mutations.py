@@ -269,7 +269,8 @@ def _files(folder: Path, suffix: str = "") -> list[Path]:
 
 
 def _change_bytes(folder: Path, rng: random.Random) -> Mutation:
-    path = rng.choice(_files(folder, rng.choice([".onnx", ".safetensors", ".bin"])))
+    kinds = sorted({path.suffix for path in _files(folder)})
+    path = rng.choice(_files(folder, rng.choice(kinds)))
     content = path.read_bytes()
     how = rng.choice(["a bit flipped", "a bit flipped", "bytes at random", "cut", "longer"])
     place = rng.randrange(len(content))

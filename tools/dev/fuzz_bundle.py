@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blockcache.runtime import BlockCacheError, Bundle, Session
+from blockcache.runtime import BlockCacheError, Bundle, Pipeline, Session
 from blockcache.runtime.bundles.manifest import MANIFEST
 from blockcache.tools.dev.bundle_mutations import Mutation, flip_bit, mutate
 
@@ -100,13 +100,13 @@ def _work(bundle: Path, *, bits: bool) -> None:
         opened = Bundle.open(work)
         inputs = _inputs(opened)
         # Held open: what a mutation leaves alone is shared with it, not loaded again.
-        held = [Session.open(opened, preset=name) for name in opened.preset_names]
+        held = _open(opened, opened.preset_names, whole=opened.pipeline is not None)
         picture = _draw(held, inputs)
         for line in sys.stdin:
             shutil.rmtree(work)
             shutil.copytree(base, work, copy_function=os.link)
             signal.alarm(PATIENCE_S)
-            outcome = _outcome(work, int(line), opened.preset_names, inputs, picture, bits)
+            outcome = _outcome(work, int(line), opened, inputs, picture, bits)
             signal.alarm(0)
             print(json.dumps(asdict(outcome)), file=report, flush=True)
 
@@ -114,7 +114,7 @@ def _work(bundle: Path, *, bits: bool) -> None:
 def _outcome(
     work: Path,
     seed: int,
-    presets: Sequence[str],
+    base: Bundle,
     inputs: Mapping[str, np.ndarray],
     picture: Sequence[np.ndarray],
     bits: bool,
@@ -127,13 +127,13 @@ def _outcome(
 
     try:
         bundle = Bundle.open(work)
-        sessions = [Session.open(bundle, preset=name) for name in presets]
+        opened = _open(bundle, base.preset_names, whole=base.pipeline is not None)
     except BlockCacheError as error:
         return ended(REFUSED, error)
     except Exception as error:  # what this looks for
         return ended(FOREIGN, error)
     try:
-        drawn = _draw(sessions, inputs)
+        drawn = _draw(opened, inputs)
     except BlockCacheError as error:
         return ended(LATE, error)
     except Exception as error:
@@ -163,7 +163,29 @@ def _inputs(bundle: Bundle) -> dict[str, np.ndarray]:
     return made
 
 
-def _draw(sessions: Sequence[Session], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+@dataclass(frozen=True)
+class _Opened:
+    sessions: Sequence[Session]
+    pipeline: Pipeline | None  # of the first preset
+
+
+def _open(bundle: Bundle, presets: Sequence[str], *, whole: bool) -> _Opened:
+    """Every preset, and where the bundle is of a whole pipeline that, too."""
+    sessions = [Session.open(bundle, preset=name) for name in presets]
+    return _Opened(sessions, Pipeline.open(bundle, preset=presets[0]) if whole else None)
+
+
+def _draw(opened: _Opened, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The latents of the same request by every session, and a prompt's and a picture's picture."""
+    latents = _denoise(opened.sessions, inputs)
+    if opened.pipeline is None:
+        return latents
+    prompted = opened.pipeline("abc", "x", seeds=[0])
+    again = opened.pipeline("abc", seeds=[1], image=prompted.images, strength=0.5)
+    return [*latents, prompted.images, again.images]
+
+
+def _denoise(sessions: Sequence[Session], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """The latents of the same request by every session."""
     conditions = {name: values for name, values in inputs.items() if name != "noise"}
     prompt = conditions.pop("encoder_hidden_states")

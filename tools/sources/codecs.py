@@ -64,7 +64,7 @@ class DiffusersCodec:
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """The pipeline's VAE."""
-        from blockcache.export.unet.vae import decode_latents
+        from blockcache.export.parts.decode import decode_latents
 
         return decode_latents(self._source, latents)
 

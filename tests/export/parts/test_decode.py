@@ -12,7 +12,7 @@ from blockcache.runtime import ConfigError
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-from blockcache.export.unet.vae import decode_latents  # noqa: E402
+from blockcache.export.parts.decode import decode_latents  # noqa: E402
 
 
 def latents():

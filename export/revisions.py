@@ -55,8 +55,8 @@ REVISIONS: Mapping[str, Revision] = {
         ),
     ),
     "parts": Revision(
-        1,
-        "95d69fec12bd957d",
+        2,
+        "01fc774f00c0b1b4",
         (
             "export/unet/weights.py",
             "export/graph/passes/canonical.py",

@@ -18,11 +18,11 @@ class Decoder(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
-        self.factor, self.shift = _scaling(vae)
+        self.spread, self.factor, self.shift = _scaling(vae)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Unscale, decode, and bring -1..1 to 0..1."""
-        raw = latents / self.factor + self.shift
+        raw = latents * self.spread / self.factor + self.shift
         image = self.vae.decode(raw.to(_dtype(self.vae)), return_dict=False)[0]
         pixels: Tensor = (image.float() * 0.5 + 0.5).clamp(0, 1)
         return pixels
@@ -38,13 +38,13 @@ class Encoder(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
-        self.factor, self.shift = _scaling(vae)
+        self.spread, self.factor, self.shift = _scaling(vae)
 
     def forward(self, image: Tensor) -> Tensor:
         """Encode, and scale."""
         found = self.vae.encode(image.to(_dtype(self.vae)), return_dict=False)[0]
         raw = (found if isinstance(found, Tensor) else found.mode()).float()
-        latents: Tensor = (raw - self.shift) * self.factor
+        latents: Tensor = (raw - self.shift) * self.factor / self.spread
         return latents
 
 
@@ -52,13 +52,16 @@ def _dtype(vae: Any) -> torch.dtype:
     return next(vae.parameters()).dtype  # type: ignore[no-any-return]
 
 
-def _scaling(vae: Any) -> tuple[Any, Any]:
-    """What latents are divided by, and what is added then; in some models for each channel."""
+def _scaling(vae: Any) -> tuple[Any, float, Any]:
+    """What latents are multiplied by, divided by, and what is added then, to be decoded.
+
+    The first and the last are numbers, or in some models rows with one for each channel.
+    """
     config = vae.config
     factor = float(config.get("scaling_factor") or 1.0)
     shift = float(config.get("shift_factor") or 0.0)
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
-        return factor, shift
+        return 1.0, factor, shift
     rows = [torch.tensor(row, dtype=torch.float32)[None, :, None, None] for row in (std, mean)]
-    return factor / rows[0], rows[1]
+    return rows[0], factor, rows[1]

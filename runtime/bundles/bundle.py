@@ -239,6 +239,15 @@ def _require_listed(names: Iterable[str], files: Mapping[str, FileEntry]) -> Non
         )
 
 
+def _require_own(name: str, file: str, entry: FileEntry) -> None:
+    """A preset's file is named by preset and content: tables of another one contradict that."""
+    own = f"{name}-{entry.sha256[:12]}.safetensors"
+    if PurePosixPath(file).name != own:
+        raise BundleFormatError(
+            f"Preset {name!r}: expected its tables in {own}, got {file}. Compile the model again."
+        )
+
+
 def _graph(segment: Segment, name: str, opened: Mapping[str, OpenedFile]) -> OnnxSignature:
     """A segment's graph, which agrees with the manifest."""
     graph = read_signature(opened[name].content or b"", name)
@@ -257,4 +266,5 @@ def _preset(manifest: Manifest, name: str, file: OpenedFile) -> Preset:
     entry = manifest.presets[name]
     preset = parse_preset(file.content or b"", name, entry)
     check_preset(manifest.model, manifest.segments, preset, entry)
+    _require_own(name, entry.file, manifest.files[entry.file])
     return preset

@@ -74,6 +74,23 @@ def test_a_bare_u_net_has_no_parts(folder):
     assert load_parts(folder) == Parts(parts=())
 
 
+def test_a_tiny_autoencoder_is_exported_exactly(folder, tmp_path):
+    diffusers, ort = pytest.importorskip("diffusers"), pytest.importorskip("onnxruntime")
+    sides = {f"{half}_block_out_channels": (8, 8, 8) for half in ("encoder", "decoder")}
+    blocks = {f"num_{half}_blocks": (1, 1, 1) for half in ("encoder", "decoder")}
+    vae = diffusers.AutoencoderTiny(**sides, **blocks)
+    shutil.rmtree(folder / "vae")
+    vae.save_pretrained(folder / "vae")
+    edit(folder / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
+    _, decoder, _ = load_parts(folder).parts
+    made = export_part(decoder, tmp_path, "float32", SIZES)
+    latents = torch.randn(made.inputs[0].shape(replace(SIZES, batch=3, height=12, width=6)))
+    (image,) = ort.InferenceSession(tmp_path / made.file).run(None, {"latents": latents.numpy()})
+    with torch.no_grad():
+        wanted = (vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(torch.from_numpy(image), wanted, atol=1e-6, rtol=0)
+
+
 def test_clip_skip_of_more_layers_than_there_are_is_refused_by_name(folder):
     assert (
         "Expected a clip_skip of 1 to 1" in load_parts(folder, clip_skip=5).refused["text_encoder"]

@@ -573,6 +573,18 @@ def test_tables_that_do_not_fit_together_are_refused(bundle_copy, change, reason
     assert text.endswith("Compile again.")
 
 
+def test_tables_in_the_file_of_other_ones_are_refused(bundle_copy):
+    """Two presets of as many steps may have tables that fit in each other's place."""
+
+    def nudge(tensors):
+        tensors["time.time_row_0"][1, 0] += 1
+
+    file = found(bundle_copy, "presets/ddim-4-*.safetensors")
+    text = refusal(BundleFormatError, rewrite_preset(bundle_copy, nudge))
+    assert text.startswith("Preset 'ddim-4': expected its tables in ddim-4-")
+    assert text.endswith(f".safetensors, got {file}. Compile the model again.")
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\x04 pickled", b"\xff" * 100])
 def test_a_preset_that_is_no_safetensors_file_is_refused(bundle_copy, content):
     file = found(bundle_copy, "presets/ddim-4-*.safetensors")

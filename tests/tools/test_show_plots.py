@@ -12,10 +12,11 @@ pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 pytest.importorskip("diffusers")
 
+from blockcache.export.bundle_writer import write_preset
 from blockcache.runtime import Bundle
 from blockcache.runtime.bundles.bundle_files import hash_files
-from blockcache.runtime.bundles.tensor_files import preset_bytes, write_tensors
-from blockcache.runtime.files import write_bytes, write_text
+from blockcache.runtime.bundles.tensor_files import write_tensors
+from blockcache.runtime.files import write_text
 from blockcache.runtime.provenance import Provenance
 from blockcache.tools import cli
 
@@ -36,14 +37,16 @@ def align(bundle_copy):
     preset = dataclasses.replace(
         preset, schedule=dataclasses.replace(preset.schedule, recompute=recompute)
     )
-    write_bytes(bundle_copy / entry.file, preset_bytes(preset))
+    file = write_preset(bundle_copy, preset)
     before = np.where(recompute, 0, 0.5).astype(np.float32)
     report = "profiles/a.safetensors"
     write_tensors(bundle_copy / report, {"before": before, "after": before / 5})
     made = Provenance(kind="threshold", alignment="history", alignment_report=report)
     flops = [segment.flops for segment in bundle.segments if segment.role == "block"]
     computed = preset.schedule.computed_fraction(np.array(flops, np.float64))
-    entry = dataclasses.replace(entry, provenance=made, computed_fraction=round(computed, 6))
+    entry = dataclasses.replace(
+        entry, file=file, provenance=made, computed_fraction=round(computed, 6)
+    )
     manifest = dataclasses.replace(
         bundle.manifest,
         presets={**bundle.manifest.presets, "ddim-4": entry},

@@ -6,4 +6,6 @@ setup cpu,export,tensorrt-rtx,demo,evaluation,dev
 .venv/bin/ruff format --check .
 .venv/bin/python tools/dev/link_types.py
 .venv/bin/mypy -p blockcache
-.venv/bin/python -m pytest -q --durations=15 "$@"
+# One worker a core, one thread a worker; a file's tests share their fixtures, so they stay together.
+export OMP_NUM_THREADS=1
+.venv/bin/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --durations=15 "$@"

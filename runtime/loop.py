@@ -157,13 +157,13 @@ def _reporter(
 
 def _set_latents(device: Device, program: Program, request: Request, tables: SolverTables) -> None:
     """Put the sample and the model input of the first step in place."""
-    start = _start(request, tables)
+    start = start_latents(request, tables)
     device.upload(program.tensors["latents"], start)
     halves = [start * tables.input_scale[request.first]] * (1 if request.guidance is None else 2)
     device.upload(program.tensors["sample"], np.concatenate(halves))
 
 
-def _start(request: Request, tables: SolverTables) -> np.ndarray:
+def start_latents(request: Request, tables: SolverTables) -> np.ndarray:
     """The sample that the first executed step sees, in the solver's own space."""
     if request.image_latents is None:
         scaled: np.ndarray = request.noise * np.float32(tables.initial_scale)

@@ -83,7 +83,7 @@ class Program:
         self._measured, self._images = measured, images
         self._measurable = np.array([block.cut is None for block in model.blocks])
         prompts = [segment for segment in segments if segment.role == "prompt"]
-        groups = _group(model, self.loop, prompts, self._buffers)
+        groups = grouped(model, self.loop, prompts, self._buffers)
         self._rows = groups.rows
         self.tensors: dict[str, Tensor] = {}
         arena_bytes = self._place_boundary(groups.boundary, sizes)
@@ -240,7 +240,7 @@ class Program:
 
 
 @dataclass(frozen=True)
-class _Groups:
+class TensorGroups:
     """Where each tensor of a bundle belongs."""
 
     boundary: tuple[TensorSpec, ...]  # trunk to other segments, within a step
@@ -249,10 +249,17 @@ class _Groups:
     requests: tuple[TensorSpec, ...]  # sample, model output, conditions, prompt tensors
 
 
-def _group(
+def grouped(
     model: ModelFacts, loop: Sequence[Segment], prompts: Sequence[Segment], buffers: int
-) -> _Groups:
-    """Sort all tensors of the loop, and what feeds it, by place."""
+) -> TensorGroups:
+    """Sort all tensors of the loop, and what feeds it, by place.
+
+    Args:
+        model: its blocks and conditions.
+        loop: segments of the loop, in the order in which they run.
+        prompts: segments that run once a request.
+        buffers: how many computed outputs of a block are kept, 1 or 2.
+    """
     outputs = {t.name: t for segment in loop for t in segment.outputs}
     inputs = {t.name: t for segment in loop for t in segment.inputs}
     requests = {t.name: t for t in model.conditions}
@@ -265,7 +272,7 @@ def _group(
             before = previous_output_name(k)
             blocks[before] = replace(outputs[name], name=before)
     apart = requests.keys() | blocks.keys()
-    return _Groups(
+    return TensorGroups(
         boundary=tuple(t for name, t in outputs.items() if name not in apart),
         blocks=tuple(blocks.values()),
         rows=row_specs(model, (*loop, *prompts)),

@@ -158,6 +158,32 @@ def checked_conditions(
     return sizes, checked
 
 
+def starting_noise(
+    model: ModelFacts, seeds: Any, height: int | None = None, width: int | None = None
+) -> np.ndarray:
+    """Standard normal noise float32 [N, C, H, W], one generator a seed.
+
+    Raises:
+        InputError: no seeds, or a number that is not whole or too small.
+    """
+    if isinstance(seeds, str) or not isinstance(seeds, Iterable):
+        raise InputError(f"seeds: expected a list of whole numbers, got {seeds!r}.")
+    shape = (
+        model.channels,
+        model.sizes.height if height is None else whole_number("height", height, 1, MOST_SIZE),
+        model.sizes.width if width is None else whole_number("width", width, 1, MOST_SIZE),
+    )
+    images = [
+        np.random.Generator(np.random.PCG64(whole_number("seeds", seed, 0))).standard_normal(
+            shape, np.float32
+        )
+        for seed in seeds
+    ]
+    if not images:
+        raise InputError("seeds: expected one for each image, got an empty list.")
+    return np.stack(images)
+
+
 def guidance_of(scale: object, rescale: object) -> Guidance | None:
     """Classifier-free guidance, or None where it is off: at a scale of 1 or less, as in diffusers.
 

@@ -17,7 +17,7 @@ import contextlib
 import functools
 import os
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,12 +32,12 @@ from blockcache.runtime.drift import DriftMonitor
 from blockcache.runtime.engines.choice import make_backend, refuse_options, require_members
 from blockcache.runtime.engines.engine import Backend, Launch
 from blockcache.runtime.engines.loading import load_engines
-from blockcache.runtime.errors import BundleFormatError, ConfigError, InputError
+from blockcache.runtime.errors import BundleFormatError, ConfigError
 from blockcache.runtime.evaluation import take_conditions
 from blockcache.runtime.fork import keep_in_children
 from blockcache.runtime.loop import Denoised, Progress, denoise
 from blockcache.runtime.open_request import OpenRequest
-from blockcache.runtime.plan import LOOP_ROLES, MOST_SIZE, Preset, Sizes
+from blockcache.runtime.plan import LOOP_ROLES, Preset, Sizes
 from blockcache.runtime.program import MemoryReport, Program
 from blockcache.runtime.request import (
     PROMPT,
@@ -45,6 +45,7 @@ from blockcache.runtime.request import (
     checked_conditions,
     checked_request,
     guidance_of,
+    starting_noise,
 )
 from blockcache.runtime.solvers.recorded import (
     DiffusersScheduler,
@@ -206,23 +207,7 @@ class Session:
         Raises:
             InputError: no seeds, or a number that is not whole or too small.
         """
-        if isinstance(seeds, str) or not isinstance(seeds, Iterable):
-            raise InputError(f"seeds: expected a list of whole numbers, got {seeds!r}.")
-        sizes = self.bundle.model.sizes
-        shape = (
-            self.bundle.model.channels,
-            sizes.height if height is None else whole_number("height", height, 1, MOST_SIZE),
-            sizes.width if width is None else whole_number("width", width, 1, MOST_SIZE),
-        )
-        images = [
-            np.random.Generator(np.random.PCG64(whole_number("seeds", seed, 0))).standard_normal(
-                shape, np.float32
-            )
-            for seed in seeds
-        ]
-        if not images:
-            raise InputError("seeds: expected one for each image, got an empty list.")
-        return np.stack(images)
+        return starting_noise(self.bundle.model, seeds, height, width)
 
     def memory(self, images: int = 1, guided: bool = True) -> MemoryReport:
         """Bytes held for the model's default sizes and ``images`` images."""

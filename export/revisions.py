@@ -45,8 +45,8 @@ class Revision:
 
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
-        4,
-        "1fa22eece9bcdc87",
+        5,
+        "519604df1b222019",
         (
             *_MODEL,
             "export/graph/passes/*.py",

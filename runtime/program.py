@@ -161,9 +161,8 @@ class Program:
             for place, name in enumerate(coefficient_names(k, self._outputs)):
                 values[name] = coefficients[:, place]
         for spec, offset in zip(self._rows, self._row_offsets, strict=True):
-            count = math.prod(self.tensors[spec.name].shape)
-            numbers = np.broadcast_to(values[spec.name].reshape(steps, -1), (steps, count))
-            content = encode(numbers, spec.dtype)
+            one = encode(values[spec.name].reshape(steps, -1), spec.dtype)  # of one image
+            content = np.tile(one, (1, self.tensors[spec.name].bytes // one.shape[1]))
             table[:, offset : offset + content.shape[1]] = content
         memory = self._device.allocate(table.nbytes)
         target = self._device.tensor(memory, 0, table.shape, "uint8")

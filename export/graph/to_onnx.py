@@ -20,7 +20,7 @@ import torch
 
 from blockcache.export.graph.passes.align import align, align_cuts
 from blockcache.export.graph.passes.canonical import canonical
-from blockcache.export.graph.passes.hoist import BOUNDARY_PREFIX, classify
+from blockcache.export.graph.passes.hoist import classify
 from blockcache.export.graph.passes.simplify import simplify
 from blockcache.export.graph.passes.split import Piece, split
 from blockcache.export.graph.passes.symbolic import SizeCode, generalize
@@ -197,9 +197,7 @@ def _write(piece: Piece, folder: Path, code: SizeCode, ir_version: int, sizes: S
     """Generalise a piece, save it beside the weights, and describe it."""
     graph = piece.graph
     flops = graph_flops(graph, code).at(sizes)
-    names = [value.name or "" for value in graph.inputs]
-    rows = [name for name in names if name.startswith(BOUNDARY_PREFIX["time"])]
-    generalize(graph, code, rows)
+    generalize(graph, code)
     canonical(graph)
     graph.name = piece.name
     path = folder / f"{piece.name}.onnx"

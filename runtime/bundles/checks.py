@@ -219,10 +219,9 @@ class _Known:
             _require(spec == wanted, where, f"the output {_shown(wanted)}", _shown(spec))
         elif segment.role == "whole":
             _require(False, where, "the output model_output alone", _shown(spec))
-        if segment.role == "time":  # all steps at once offline, one row in the loop
+        if segment.role == "time":  # all steps at once offline, one row an image in the loop
             batched = len(spec.dims) > 1 and spec.dims[0] == _BATCH
             _require(batched, where, "rows [batch, ...]", _shown(spec))
-            spec = replace(spec, dims=(_ONE, *spec.dims[1:]))
         self._add(spec, _WRITES[segment.role], where)
 
     def _add_kept(self, segment: Segment, k: int, where: str) -> None:
@@ -235,7 +234,7 @@ class _Known:
         right = len(output.dims) == 4 and output.dims[:2] == (_BATCH, Dim.parse(channels))
         _require(right, where, f"an output [batch, {channels}, ...]", _shown(output))
         self._add(output, "sample", where)
-        row = (_ONE, Dim.parse(channels), _ONE, _ONE)
+        row = (_BATCH, Dim.parse(channels), _ONE, _ONE)
         for name in coefficient_names(k, self._model.outputs):
             self._add(TensorSpec(name, "float32", row), "row", where)
         if self._model.outputs == 2:
@@ -388,7 +387,7 @@ def _check_rows(model: ModelFacts, segments: Sequence[Segment], preset: Preset, 
         for name in coefficient_names(k, model.outputs)
     }
     widths |= {name: int(table[0].size) for name, table in preset.time_tables.items()}
-    wanted = {  # the batch broadcasts
+    wanted = {  # of one image
         spec.name: int(math.prod(d.coefficient for d in spec.dims))
         for spec in row_specs(model, segments)
     }

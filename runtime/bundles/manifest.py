@@ -35,7 +35,7 @@ from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.solvers.recorded import SCHEDULER
 
 FORMAT = "blockcache-bundle"
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
 

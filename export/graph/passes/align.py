@@ -6,9 +6,10 @@ is aligned behind its last convolution.
 
 On a diffusers U-Net each spatial transformer's module path owns exactly one top-level Add, whose
 inputs are (C_i, x). So does each ResBlock's, x being what its ``conv_shortcut`` gives, if any.
-``scale`` and ``shift`` become graph inputs, float32 [1, C_k, 1, 1], so that the step's row of the
-alignment table is all that changes between steps. With two outputs (history) a third input brings
-the output computed before the last one: ``y = x + scale * C_last + before * C_before + shift``.
+``scale`` and ``shift`` become graph inputs, float32 [batch, C_k, 1, 1], so that the step's row of
+the alignment table is all that changes between steps, and that images at different steps share a
+launch. With two outputs (history) a third input brings the output computed before the last one:
+``y = x + scale * C_last + before * C_before + shift``.
 
 In half-precision graphs the sum is formed in float32 and rounded once: engines fuse it into one
 kernel either way, and a scale of 1.003 survives.
@@ -201,7 +202,7 @@ class _Emitter:
 
     def combined(self, output: ir.Value, outputs: int) -> ir.Value:
         """``scale * C_last (+ before * C_before) + shift``, with the coefficients as inputs."""
-        shape = (1, self._shape.numpy()[1], 1, 1)
+        shape = (*self._shape.numpy()[:2], 1, 1)
         coefficients = [
             _add_input(self._graph, name, shape, ir.DataType.FLOAT)
             for name in coefficient_names(self._k, outputs)

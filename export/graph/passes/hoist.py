@@ -23,8 +23,6 @@ from typing import Literal, TypeAlias
 
 import onnx_ir as ir
 
-from blockcache.runtime.errors import ExportError
-
 Class: TypeAlias = Literal["constant", "time", "prompt", "condition", "loop"]
 HOISTED: tuple[Class, ...] = ("time", "prompt", "condition")
 
@@ -33,11 +31,11 @@ BOUNDARY_PREFIX: dict[Class, str] = {
     "prompt": "prompt",
     "condition": "condition_row",
 }
-"""How boundary tensors of each class are named: ``time_row_0`` is one row a step, the same for the
-whole batch; ``condition_row_0`` one row a step and batch entry."""
+"""How boundary tensors of each class are named; all have the batch as their first axis.
+
+``time_row_0`` depends on an image's step alone, ``condition_row_0`` also on its conditions."""
 
 _LAYOUT = {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Split", "Slice", "Cast"}
-_BROADCASTING = {"Add", "Mul", "Sub", "Div", *_LAYOUT}
 
 
 def classify(graph: ir.Graph, conditions: Iterable[str]) -> dict[ir.Node, Class]:
@@ -56,7 +54,6 @@ def classify(graph: ir.Graph, conditions: Iterable[str]) -> dict[ir.Node, Class]
         classes[node] = joined
         of_value.update(dict.fromkeys(node.outputs, joined))
     _keep_trailing_layout(graph, classes)
-    _check_rows_broadcast(graph, classes)
     return classes
 
 
@@ -91,18 +88,3 @@ def _scales_by_scalar(node: ir.Node) -> bool:
         value is not None and value.const_value is not None and value.const_value.size == 1
         for value in node.inputs
     )
-
-
-def _check_rows_broadcast(graph: ir.Graph, classes: dict[ir.Node, Class]) -> None:
-    """A time row is one for the whole batch: its consumers must broadcast it."""
-    for node in graph:
-        for value in node.inputs:
-            producer = value.producer() if value is not None else None
-            if producer is None or classes[producer] != "time" or classes[node] != "loop":
-                continue
-            if node.op_type not in _BROADCASTING:
-                raise ExportError(
-                    f"{node.op_type} {node.outputs[0].name!r} uses a time embedding in a way that "
-                    f"cannot be hoisted; expected one of {sorted(_BROADCASTING)}. Export with "
-                    f"hoist=False."
-                )

@@ -21,7 +21,7 @@ join along a coded axis is an ExportError: its sum would read as a number of its
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -101,12 +101,9 @@ class SizeCode:
         return tuple(self.dim(size) for size in shape)
 
 
-def generalize(graph: ir.Graph, code: SizeCode, rows: Collection[str] = ()) -> None:
-    """Make a prime-coded graph valid for every batch, height, width and prompt length.
-
-    ``rows`` names the inputs that hold one row for the whole batch: their first axis becomes 1.
-    """
-    builder = _ShapeBuilder(graph, code, rows)
+def generalize(graph: ir.Graph, code: SizeCode) -> None:
+    """Make a prime-coded graph valid for every batch, height, width and prompt length."""
+    builder = _ShapeBuilder(graph, code)
     for node in list(graph):
         if node.op_type == "Reshape":
             builder.generalize_reshape(node)
@@ -121,7 +118,7 @@ def generalize(graph: ir.Graph, code: SizeCode, rows: Collection[str] = ()) -> N
             _refuse_coded_constants(node, code)
             _refuse_unread_sums(node, code)
     _drop_unused_initializers(graph)
-    _write_symbolic_shapes(graph, code, rows)
+    _write_symbolic_shapes(graph, code)
 
 
 @dataclass(frozen=True)
@@ -136,11 +133,11 @@ class _Anchor:
 class _ShapeBuilder:
     """Rewrites Reshape targets of one graph; shares the constants it makes."""
 
-    def __init__(self, graph: ir.Graph, code: SizeCode, rows: Collection[str]) -> None:
+    def __init__(self, graph: ir.Graph, code: SizeCode) -> None:
         self.graph = graph
         self.code = code
         self.anchors: dict[str, _Anchor] = {}
-        for value in (value for value in graph.inputs if value.name not in rows):
+        for value in graph.inputs:
             for place, dim in enumerate(code.dims(_static(value))):
                 if len(dim.axes) == 1:
                     self.anchors.setdefault(dim.axes[0], _Anchor(value, place, dim.coefficient))
@@ -275,7 +272,7 @@ def _drop_unused_initializers(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def _write_symbolic_shapes(graph: ir.Graph, code: SizeCode, rows: Collection[str]) -> None:
+def _write_symbolic_shapes(graph: ir.Graph, code: SizeCode) -> None:
     """Symbolic shapes on inputs and outputs; none inside, where every engine infers its own."""
     for node in graph:
         for value in node.outputs:
@@ -283,6 +280,4 @@ def _write_symbolic_shapes(graph: ir.Graph, code: SizeCode, rows: Collection[str
                 value.shape = None
     for value in (*graph.inputs, *graph.outputs):
         dims = code.dims(_static(value))
-        if value.name in rows:
-            dims = (Dim(Fraction(1)), *dims[1:])
         value.shape = ir.Shape([str(dim) if dim.axes else int(dim.coefficient) for dim in dims])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from blockcache.runtime import ExportError
-from blockcache.runtime.plan import block_output_name, coefficient_names
+from blockcache.runtime.plan import block_output_name, coefficient_names, row_specs
 
 ir = pytest.importorskip("onnx_ir")
 from blockcache.export.graph.passes.align import align  # noqa: E402
@@ -110,20 +110,6 @@ def test_layout_between_hoisted_operations_is_hoisted_with_them():
         .graph("out")
     )
     assert classes_of(graph)["flipped"] == "prompt"
-
-
-def test_a_time_row_that_cannot_broadcast_is_refused_by_the_node():
-    graph = (
-        small()
-        .add("embedding", "Sin", "timestep")
-        .add("joined", "Concat", "sample", "embedding")
-        .graph("joined")
-    )
-    with pytest.raises(ExportError) as caught:
-        classify(graph, [])
-    text = str(caught.value)
-    assert text.startswith("Concat 'joined' uses a time embedding in a way that cannot be hoisted;")
-    assert text.endswith("Export with hoist=False.")
 
 
 # -- align and split -------------------------------------------------------------------------------
@@ -357,8 +343,14 @@ def test_a_tensor_is_described_alike_by_writer_and_readers(tiny):
     for segment in segments:
         for tensor in segment.inputs:
             producer = written.get(tensor.name, tensor)
-            if not tensor.name.startswith("time_row"):  # one row for the whole batch
-                assert tensor == producer
+            assert tensor == producer
+
+
+def test_what_a_step_hands_to_segments_has_the_batch_as_its_first_axis(compiled):
+    _, bundle = compiled("sdxl", outputs=2, cuts=(0,))
+    rows = row_specs(bundle.model, bundle.segments)
+    assert {spec.name.split("_")[0] for spec in rows} == {"time", "scale", "before", "shift"}
+    assert {str(spec.dims[0]) for spec in rows} == {"batch"}
 
 
 def test_alignment_inputs_are_read_by_exactly_one_trunk(tiny):

@@ -240,12 +240,6 @@ def test_inputs_and_outputs_get_symbolic_shapes():
     assert [str(size) for size in graph.outputs[0].shape] == ["batch", "8", "height*width"]
 
 
-def test_a_row_stands_for_the_whole_batch():
-    graph = graph_of("Reshape", [value("time_row_0", B, 8)], value("y", B, 8, 1), [B, 8, 1])
-    generalize(graph, CODE, rows=["time_row_0"])
-    assert [str(size) for size in graph.inputs[0].shape] == ["1", "8"]
-
-
 def test_a_value_without_a_static_shape_is_refused_by_name():
     graph = graph_of("Reshape", [ir.Value(name="x")], value("y", B, 8), [B, 8])
     with pytest.raises(ExportError, match=r"Expected a static shape on every .* 'x' has none"):

@@ -66,7 +66,7 @@ def small_manifest():
         Segment("trunk_01", "trunk", f"{CONTENT}/trunk_01.onnx",
                 (spec("trunk_0_0", "batch", 8, "height/2", "width/2"),
                  spec("block_0", "batch", 8, "height/2", "width/2"),
-                 spec("scale_0", 1, 8, 1, 1), spec("shift_0", 1, 8, 1, 1)),
+                 spec("scale_0", "batch", 8, 1, 1), spec("shift_0", "batch", 8, 1, 1)),
                 (spec("model_output", *x),)),
     )  # fmt: skip
     model = ModelFacts(
@@ -207,11 +207,11 @@ def test_another_format_is_refused_by_name(tmp_path, text):
     )
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
+@pytest.mark.parametrize("version", [0, 2, 4, "3", None])
 def test_another_version_is_refused_with_both_versions(tmp_path, version):
     folder = small_bundle(tmp_path, lambda content: content.update(version=version))
     text = refusal(BundleFormatError, folder)
-    assert "Expected bundle format version 2" in text
+    assert "Expected bundle format version 3" in text
     assert f"has version {version}." in text
     assert "Compile the model again with this blockcache, or install the version" in text
 

@@ -119,8 +119,7 @@ CONTRADICTIONS = {
     "a prompt segment for each step": (
         role("prompt", "condition"), "role 'condition' to read a tensor of kind row or both"),
     "a time segment for each step": (
-        role("time", "condition"), "Segment 'trunk_00', input 'time_row_0': expected time_row_0 "
-        "float32 [batch, 32], got time_row_0 float32 [1, 32]."),
+        role("time", "condition"), "Preset 'ddim-4': expected tables for ['scale_0', "),
     "two whole models": (
         role("trunk_00", "whole"), "segments: expected at most one of role 'whole', got 2."),
     "a segment in another folder": (

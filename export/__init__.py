@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from blockcache.export.pipeline import CompileOptions as CompileOptions
     from blockcache.export.pipeline import compile_model as compile_model
     from blockcache.export.unet.load import load_model as load_model
+    from blockcache.export.unet.lora import Lora as Lora
     from blockcache.export.unet.model import SourceModel as SourceModel
     from blockcache.export.unet.text import encode_text as encode_text
 
@@ -55,6 +56,7 @@ _HOMES = {
     "BuildOptions": "engines.build",
     "BuildReport": "engines.report",
     "Calibration": "measure.calibration",
+    "Lora": "unet.lora",
     "MeasurementOptions": "measurements",
     "CompileOptions": "pipeline",
     "Compiled": "pipeline",

@@ -12,7 +12,8 @@ from blockcache.export.graph.time_tables import time_tables
 from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.bundles.bundle_files import hash_files
 from blockcache.runtime.bundles.manifest import MANIFEST, FileEntry, PresetEntry
-from blockcache.runtime.errors import BundleError
+from blockcache.runtime.errors import BundleError, ConfigError
+from blockcache.runtime.files import write_bytes
 from blockcache.runtime.plan import ModelFacts, Preset, Segment
 from blockcache.runtime.solvers.recorded import recorded_solver, timesteps_of
 
@@ -110,6 +111,39 @@ def keep_presets(
         entries[name] = entry
         files |= hash_files(folder, _files_of(entry))
     return KeptPresets(entries, files, removed)
+
+
+def check_like(like: Bundle, model: ModelFacts) -> None:
+    """Raise ConfigError where a bundle differs from a new one in more than weights."""
+    for fact in ("precision", "blocks", "outputs"):
+        theirs, own = getattr(like.model, fact), getattr(model, fact)
+        if theirs != own:
+            raise ConfigError(
+                f"Expected a bundle of the same U-Net with other weights, {like.folder} has other "
+                f"{fact} ({theirs}) than {model.name!r} ({own}). Compile with presets of its own."
+            )
+
+
+def take_presets(
+    like: Bundle, folder: Path, model: ModelFacts, segments: Sequence[Segment]
+) -> KeptPresets:
+    """Write the presets of a bundle of other weights: schedules and alignments as they are.
+
+    Args:
+        like: whose presets they are; ``check_like`` has passed.
+        folder: of the new bundle.
+        model: of the new bundle.
+        segments: of the new bundle.
+    """
+    entries: dict[str, PresetEntry] = {}
+    files: dict[str, FileEntry] = {}
+    for name, entry in like.manifest.presets.items():
+        written = write_preset(folder, _refitted(like.preset(name), folder, model, segments))
+        entries[name] = dataclasses.replace(entry, file=written)
+        for report in _files_of(entry)[1:]:
+            write_bytes(folder / report, like.path(report).read_bytes())
+        files |= hash_files(folder, _files_of(entries[name]))
+    return KeptPresets(entries, files)
 
 
 def _misfit(old: Bundle, model: ModelFacts) -> str:

@@ -32,7 +32,13 @@ from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.costs.costs import Costs, counted
 from blockcache.export.costs.roofline import Processor, predict
 from blockcache.export.costs.timings import Timings
-from blockcache.export.earlier import Earlier, KeptPresets, keep_presets
+from blockcache.export.earlier import (
+    Earlier,
+    KeptPresets,
+    check_like,
+    keep_presets,
+    take_presets,
+)
 from blockcache.export.graph.to_onnx import (
     EXPORT_PARTS,
     ExportOptions,
@@ -87,6 +93,7 @@ class CompileOptions:
     timings: Timings | None = None  # what budgets count with; default FLOPs
     processor: Processor | None = None  # in their place: predicted times of one image
     recommended: str | None = None  # a preset's name; default the first given that caches
+    like: Bundle | None = None  # of the same U-Net: its presets are taken as they are
 
     def __post_init__(self) -> None:
         if self.timings is not None and self.processor is not None:
@@ -95,7 +102,7 @@ class CompileOptions:
                 "both."
             )
         names = [preset.name for preset in self.presets]
-        if not names or len(set(names)) != len(names):
+        if not (names or self.like) or len(set(names)) != len(names):
             raise ConfigError(f"Expected presets with different names, got {names}.")
         timed = any(Needs.MILLISECONDS in preset.policy.needs for preset in self.presets)
         if timed and not (self.timings or self.processor):
@@ -191,16 +198,20 @@ def _compile(
         model, export.precision, calibration, options.measurement, store, observer
     )
     _check(model, options, measurements, earlier)
+    facts = _model_facts(model, export)
+    if options.like is not None:
+        check_like(options.like, facts)
     segments = _export_stage(model, store, export, observer)
-    facts = _model_facts(model, export, segments)
     pipeline = _parts_stage(parts, facts, store, earlier, observer)
     costs = _costs(segments, folder, options, facts)
     for preset in options.presets:  # what cannot be as fast is refused before any measurement
         preset.policy.check_costs(preset.steps, costs)
     maker = PresetMaker(measurements, costs, facts, segments, folder, observer)
     made = _preset_stage(maker, options.presets, observer)
-    kept = keep_presets(earlier, folder, facts, segments, made)
-    presets = _in_order(earlier, {**kept.entries, **made})
+    like = options.like
+    taken = KeptPresets() if like is None else take_presets(like, folder, facts, segments)
+    kept = keep_presets(earlier, folder, facts, segments, {**taken.entries, **made})
+    presets = _in_order(earlier, {**kept.entries, **taken.entries, **made})
     manifest = Manifest(
         model=facts,
         segments=segments,
@@ -208,12 +219,14 @@ def _compile(
         presets=presets,
         files={
             **kept.files,
+            **taken.files,
             **store.files,
             **(earlier.part_files if parts is None else {}),
             **hash_files(folder, _tables(made)),
         },
         unet_config=model.config,
         pipeline=pipeline,
+        loras=model.loras,
     )
     bundle = Bundle.of(folder, manifest, verify=False)  # what does not open replaces nothing
     switch(folder, manifest)
@@ -225,7 +238,9 @@ def _check(
     model: SourceModel, options: CompileOptions, measurements: Measurements, earlier: Earlier
 ) -> None:
     """Refuse what cannot work before any work; warn of what may surprise."""
-    _check_recommended(options, [*earlier.preset_names, *(p.name for p in options.presets)])
+    theirs = () if options.like is None else options.like.preset_names
+    names = [*earlier.preset_names, *theirs, *(preset.name for preset in options.presets)]
+    _check_recommended(options, names)
     for preset in options.presets:
         timesteps_of(solver_config(model, preset))
         measurements.check(preset)
@@ -364,9 +379,14 @@ def _check_recommended(options: CompileOptions, known: Collection[str]) -> None:
 def _export_options(options: CompileOptions, earlier: Earlier, model: SourceModel) -> ExportOptions:
     """With as many outputs and cuts as any preset needs, whether it is made now or stays."""
     needed = [preset.outputs for preset in options.presets]
+    if options.like is not None:
+        needed.append(options.like.model.outputs)
     outputs = max(options.export.outputs, earlier.outputs(model.sha256), *needed)
+    theirs = () if options.like is None else options.like.model.blocks
     cuts = earlier.cuts(model.sha256).union(
-        options.export.cuts, *(preset.policy.cuts for preset in options.presets)
+        options.export.cuts,
+        (block.cut for block in theirs if block.cut is not None),
+        *(preset.policy.cuts for preset in options.presets),
     )
     return dataclasses.replace(options.export, outputs=outputs, cuts=tuple(sorted(cuts)))
 
@@ -385,7 +405,7 @@ def _recommended(
     _check_recommended(options, presets)  # one of the earlier bundle's may not have stayed
     if options.recommended is not None:
         return options.recommended
-    before = [] if earlier.bundle is None else [earlier.bundle.recommended]
+    before = [each.recommended for each in (earlier.bundle, options.like) if each is not None]
     given = [preset.name for preset in options.presets]
     names = [name for name in (*before, *given, *presets) if name in presets]
     return next((name for name in names if presets[name].computed_fraction < 1), names[0])
@@ -417,9 +437,7 @@ def _takes_classes(model: SourceModel) -> bool:
     return any(c.name == "class_labels" and c.dtype == "int64" for c in model.conditions)
 
 
-def _model_facts(
-    model: SourceModel, options: ExportOptions, segments: Sequence[Segment]
-) -> ModelFacts:
+def _model_facts(model: SourceModel, options: ExportOptions) -> ModelFacts:
     dtypes = {"model": options.precision, "int64": "int64"}
     return ModelFacts(
         name=model.name,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_MODEL = ("export/unet/model.py", "export/unet/precision.py")
+_MODEL = ("export/unet/lora.py", "export/unet/model.py", "export/unet/precision.py")
 _SAMPLING = (
     *_MODEL,
     "export/measure/calibration.py",
@@ -46,7 +46,7 @@ class Revision:
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
         5,
-        "519604df1b222019",
+        "54bc72a18fbda559",
         (
             *_MODEL,
             "export/graph/passes/*.py",
@@ -56,30 +56,31 @@ REVISIONS: Mapping[str, Revision] = {
     ),
     "parts": Revision(
         2,
-        "01fc774f00c0b1b4",
+        "148a8a8819179a13",
         (
+            "export/unet/lora.py",
             "export/unet/weights.py",
             "export/graph/passes/canonical.py",
             "export/parts/*.py",
         ),
     ),
-    "profile": Revision(2, "182e4170b252a2c3", (*_SAMPLING, "export/measure/change.py")),
+    "profile": Revision(2, "79a66723d3c5300a", (*_SAMPLING, "export/measure/change.py")),
     "converged": Revision(
         5,
-        "d707ffcc55fa1242",
+        "6e4a8b1187c90ce8",
         (*_SAMPLING, "export/measure/converged.py", "export/measure/residuals.py"),
     ),
-    "sensitivity": Revision(2, "ee04bde5251be8bd", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "sensitivity": Revision(2, "9635b67ecb908f77", (*_SAMPLING, "export/measure/sensitivity.py")),
     "residuals": Revision(
         2,
-        "f13132b95601959b",
+        "b7d281ffd5f26fab",
         (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
     ),
-    "alignment": Revision(2, "e4f9c43437f5e7ca", (*_SAMPLING, "export/align/*.py")),
-    "trial": Revision(3, "e4f9c43437f5e7ca", (*_SAMPLING, "export/align/*.py")),
+    "alignment": Revision(2, "1ee59a1a56968c51", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(3, "1ee59a1a56968c51", (*_SAMPLING, "export/align/*.py")),
     "yardstick": Revision(
         1,
-        "d707ffcc55fa1242",
+        "6e4a8b1187c90ce8",
         (*_SAMPLING, "export/measure/converged.py", "export/measure/residuals.py"),
     ),
     "engine": Revision(

@@ -235,6 +235,15 @@ class PipelineFacts:
         return tuple(part for part in self.parts if part.role == role)
 
 
+@dataclass(frozen=True)
+class LoraFacts:
+    """A LoRA that was merged into a bundle's weights."""
+
+    name: str  # of its file
+    sha256: str  # of its file
+    scale: float
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Schedule:
     """Which block is recomputed at which step: ``recompute[S, K]``, see eq. 7.

@@ -488,7 +488,10 @@ DOORS = {
     "rich": ("tools/", "export/engines/report.py"),
     "matplotlib": ("tools/",),
     "PIL": ("tools/",),
-    "safetensors": ("runtime/bundles/tensor_files.py", "export/unet/weights.py", "tools/"),
+    "safetensors": (
+        "runtime/bundles/tensor_files.py", "export/unet/weights.py", "export/unet/lora.py",
+        "tools/",
+    ),
 }  # fmt: skip
 
 

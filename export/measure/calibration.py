@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from blockcache.export.measure.encoded_prompts import NEGATIVE, read_encoded_prompts
+from blockcache.export.unet.lora import Lora
 from blockcache.export.unet.model import Condition, SourceModel
 from blockcache.export.unet.text import encode_text
 from blockcache.runtime.errors import ConfigError
@@ -173,6 +174,11 @@ def read_calibration(path: Path) -> Calibration:
     return Calibration(*read_encoded_prompts(path))
 
 
-def encode_prompts(source: str | Path, prompts: Sequence[str] = PROMPTS) -> Calibration:
-    """What the source's own diffusers pipeline makes of prompts, at the model's own size."""
-    return Calibration(*encode_text(source, prompts))
+def encode_prompts(
+    source: str | Path, prompts: Sequence[str] = PROMPTS, loras: Sequence[Lora] = ()
+) -> Calibration:
+    """What the source's own diffusers pipeline makes of prompts, at the model's own size.
+
+    ``loras`` are merged into its text encoders.
+    """
+    return Calibration(*encode_text(source, prompts, loras=loras))

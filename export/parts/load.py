@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from blockcache.export.parts.text_encoders import ClipStates
 from blockcache.export.parts.tokenizer import tokenizer_file
 from blockcache.export.unet.configs import read_json
 from blockcache.export.unet.hub import local_folder
+from blockcache.export.unet.lora import Lora, adapters_of, merged_sha256
 from blockcache.export.unet.weights import hash_part, load_part
 from blockcache.runtime.errors import ConfigError, MissingExtraError
 
@@ -24,18 +25,21 @@ AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 """Classes of transformers and of diffusers that have been exported and compared."""
 
 
-def load_parts(source: str | Path, *, clip_skip: int | None = None) -> Parts:
+def load_parts(
+    source: str | Path, *, clip_skip: int | None = None, loras: Sequence[Lora] = ()
+) -> Parts:
     """What stands beside the U-Net of a pipeline; its weights are read when they are exported.
 
     Args:
         source: a folder, or a hub id such as "owner/model".
         clip_skip: so many of CLIP's last layers are left out, as diffusers' pipelines have it.
+        loras: merged into the text encoders, where they hold anything for them.
 
     Returns:
         What can be exported, and by name why the rest cannot. A bare U-Net has no parts.
 
     Raises:
-        ConfigError: no such folder.
+        ConfigError: no such folder, or a LoRA that is none.
         MissingExtraError: diffusers or transformers is not installed.
     """
     try:
@@ -53,7 +57,7 @@ def load_parts(source: str | Path, *, clip_skip: int | None = None) -> Parts:
     else:
         skip = clip_skip if large or clip_skip is None else clip_skip - 1
     makers: dict[str, Callable[[], list[Part]]] = {
-        name: partial(_text_encoder, folder, name, _class(index, name), skip, large)
+        name: partial(_text_encoder, folder, name, _class(index, name), skip, large, loras)
         for name in ("text_encoder", "text_encoder_2", "text_encoder_3")
         if _class(index, name) is not None
     }
@@ -85,7 +89,12 @@ def _without_lone_encoders(parts: list[Part], refused: Mapping[str, str]) -> lis
 
 
 def _text_encoder(
-    folder: Path, name: str, kind: str | None, skip: int | None, large: bool
+    folder: Path,
+    name: str,
+    kind: str | None,
+    skip: int | None,
+    large: bool,
+    loras: Sequence[Lora],
 ) -> list[Part]:
     """A CLIP text encoder with its tokenizer."""
     import transformers
@@ -101,9 +110,11 @@ def _text_encoder(
     if skip is not None and not 0 <= skip < layers:
         raise ConfigError(f"Expected a clip_skip of 1 to {layers - 1} for {name}.")
     said = f"{kind} {skip} {large} {pooled}"
+    adapters = adapters_of(loras, name, read_json(folder / "unet" / "config.json"))
 
     def load(dtype: torch.dtype) -> torch.nn.Module:
-        model = load_part(getattr(transformers, str(kind)), folder / name, dtype, spare=True)
+        encoder = getattr(transformers, str(kind))
+        model = load_part(encoder, folder / name, dtype, spare=True, adapters=adapters)
         return ClipStates(model, skip=skip, pooled=pooled, normed=not large)
 
     outputs: dict[str, tuple[str | int, ...]] = {"states": ("batch", tokens, width)}
@@ -113,7 +124,7 @@ def _text_encoder(
         Part(
             name=name,
             role="text_encoder",
-            sha256=_hash(hash_part(folder / name), said, tokenizer),
+            sha256=_hash(merged_sha256(hash_part(folder / name), adapters), said, tokenizer),
             load=load,
             inputs={"input_ids": ("batch", tokens)},
             outputs=outputs,

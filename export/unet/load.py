@@ -5,10 +5,17 @@ The folder holds ``unet/`` and, optionally, ``scheduler/`` and ``tokenizer/``; o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from blockcache.export.unet.configs import read_json
 from blockcache.export.unet.hub import local_folder, model_name, single_file
+from blockcache.export.unet.lora import (
+    Lora,
+    adapters_of,
+    merged_sha256,
+    require_parts,
+)
 from blockcache.export.unet.model import (
     DEFAULT_TOKENS,
     TORCH_DTYPES,
@@ -27,6 +34,7 @@ def load_model(
     name: str | None = None,
     cached: str = "transformers",
     variant: str | None = None,
+    loras: Sequence[Lora] = (),
 ) -> SourceModel:
     """Load the U-Net of a diffusers folder or hub id in ``dtype``, ready for inference.
 
@@ -36,9 +44,11 @@ def load_model(
         name: what the bundle calls the model; default the folder's name.
         cached: what the blocks are, a key of ``BLOCK_CLASSES``.
         variant: of the weights, such as "ema"; default the plain ones, else fp16 or bf16.
+        loras: merged into the weights, in this order.
 
     Raises:
-        ConfigError: no such folder, one without a U-Net, or weights that are not whole.
+        ConfigError: no such folder, one without a U-Net, weights that are not whole, or a LoRA that
+            does not fit.
         UnsupportedModelError: the U-Net has a feature that the exporter refuses.
         MissingExtraError: diffusers is not installed.
     """
@@ -56,16 +66,23 @@ def load_model(
             f"Expected a diffusers folder with unet/config.json at {folder}; it has none. "
             f"Give the folder that save_pretrained wrote."
         )
-    check_supported(read_json(unet_folder / "config.json"))
-    unet = load_part(UNet2DConditionModel, unet_folder, TORCH_DTYPES[dtype], variant)
+    config = read_json(unet_folder / "config.json")
+    check_supported(config)
+    if (folder / "model_index.json").is_file():
+        require_parts(loras, folder, config)
+    adapters = adapters_of(loras, "unet", config)
+    unet = load_part(
+        UNet2DConditionModel, unet_folder, TORCH_DTYPES[dtype], variant, adapters=adapters
+    )
     return describe(
         unet,
         name=name or model_name(folder),
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
         tokens=_tokens(folder),
-        sha256=hash_part(unet_folder, variant),
+        sha256=merged_sha256(hash_part(unet_folder, variant), adapters),
         cached=cached,
         pooled=read_json(folder / "text_encoder_2" / "config.json").get("projection_dim"),
+        loras=loras,
     )
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from blockcache.export.unet.lora import Lora
 from blockcache.runtime.errors import ConfigError, UnsupportedModelError
-from blockcache.runtime.plan import WHOLE
+from blockcache.runtime.plan import WHOLE, LoraFacts
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -74,6 +75,7 @@ class SourceModel:
     conditions: tuple[Condition, ...]
     tokens: int
     sha256: str  # of the config and the weights: the key of every later stage
+    loras: tuple[LoraFacts, ...] = ()  # merged into the weights
 
     def cut_at(self, depths: Sequence[int]) -> SourceModel:
         """The same model with branches behind its blocks, the shallowest first.
@@ -169,10 +171,12 @@ def describe(
     sha256: str | None = None,
     cached: str = "transformers",
     pooled: int | None = None,
+    loras: Sequence[Lora] = (),
 ) -> SourceModel:
     """Wrap a U-Net that is in memory already; refuses unsupported features by name.
 
-    ``pooled`` is the width of ``text_embeds`` where the model takes them and it is known.
+    ``pooled`` is the width of ``text_embeds`` where the model takes them and it is known; ``loras``
+    have been merged into the weights.
     """
     if cached not in BLOCK_CLASSES:
         raise ConfigError(f"Expected blocks of {tuple(BLOCK_CLASSES)}, got {cached!r}.")
@@ -196,6 +200,7 @@ def describe(
         conditions=_conditions(config, pooled),
         tokens=tokens,
         sha256=digest,
+        loras=tuple(LoraFacts(lora.path.name, lora.sha256, lora.scale) for lora in loras),
     )
 
 

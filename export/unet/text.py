@@ -18,6 +18,7 @@ import torch
 
 from blockcache.export.unet.configs import read_json
 from blockcache.export.unet.hub import local_folder
+from blockcache.export.unet.lora import Lora, adapters_of
 from blockcache.export.unet.weights import load_part
 from blockcache.runtime.errors import ConfigError, MissingExtraError
 
@@ -37,7 +38,10 @@ class _Called(Exception):  # noqa: N818 (an event, not a fault)
 
 
 def encode_text(
-    source: str | Path, prompts: Sequence[str], size: tuple[int, int] | None = None
+    source: str | Path,
+    prompts: Sequence[str],
+    size: tuple[int, int] | None = None,
+    loras: Sequence[Lora] = (),
 ) -> tuple[Conditions, Conditions]:
     """Conditions of prompts, and of guidance's unconditional half, by the source's pipeline.
 
@@ -45,6 +49,7 @@ def encode_text(
         source: a pipeline's folder or hub id.
         prompts: P of them.
         size: latent (height, width) of the pictures; default the U-Net's own.
+        loras: merged into the text encoders.
 
     Returns:
         Float32 arrays by name: [P, ...] for the prompts, [1, ...] for the unconditional half.
@@ -59,7 +64,7 @@ def encode_text(
             f"Expected text_encoder/ in {folder}: the profile needs prompts. Give a pipeline "
             f"folder, or --calibration FILE with encoded prompts."
         )
-    pipeline = _pipeline(folder)
+    pipeline = _pipeline(folder, loras)
     try:
         pipeline(**_request(pipeline, prompts, size))
     except _Called as call:
@@ -99,7 +104,7 @@ def _request(
     return request
 
 
-def _pipeline(folder: Path) -> Any:
+def _pipeline(folder: Path, loras: Sequence[Lora]) -> Any:
     """The folder's pipeline, with text encoders but without other weights."""
     try:
         import diffusers
@@ -122,7 +127,8 @@ def _pipeline(folder: Path) -> Any:
             _refuse_no_tokenizer(folder / name)
         elif name.startswith("text_encoder") and library == "transformers":
             part = _class_in(transformers, class_name, folder)
-            parts[name] = load_part(part, folder / name, spare=True)
+            adapters = adapters_of(loras, name, read_json(folder / "unet" / "config.json"))
+            parts[name] = load_part(part, folder / name, spare=True, adapters=adapters)
     if "requires_safety_checker" in inspect.signature(kind.__init__).parameters:
         parts["requires_safety_checker"] = False
     try:

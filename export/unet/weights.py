@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from blockcache.export.unet.configs import pointer_or, read_json
+from blockcache.export.unet.lora import Adapter, merge
 from blockcache.runtime.errors import ConfigError
 
 PREFERRED = ("", "fp16", "bf16", "fp32")
@@ -131,6 +132,7 @@ def load_part(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
     spare: bool = False,
+    adapters: Sequence[Adapter] = (),
 ) -> Any:
     """A part in ``dtype``, with every weight from its files.
 
@@ -140,17 +142,18 @@ def load_part(
         dtype: of the weights in memory.
         variant: as of ``choose``.
         spare: whether the files may hold tensors that the part does not have.
+        adapters: of LoRA files, merged into the weights in float32.
 
     Raises:
         ConfigError: as ``check_weights``; also tensors that are missing, unknown or of another
-            shape, and a config that the class does not take.
+            shape, a config that the class does not take, and a LoRA that does not fit.
     """
     chosen = check_weights(folder, variant)
     try:
         part, found = kind.from_pretrained(
             folder,
             variant=chosen.variant,
-            torch_dtype=dtype,
+            torch_dtype=torch.float32 if adapters else dtype,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported with the others, below
@@ -161,7 +164,8 @@ def load_part(
             f"({type(error).__name__}: {error}). Check its config.json."
         ) from error
     _refuse_incomplete(kind, folder, found, spare)
-    return part
+    merge(part, adapters)
+    return torch.nn.Module.to(part, dtype) if adapters else part
 
 
 def hash_part(folder: Path, variant: str | None = None) -> str:
@@ -222,8 +226,9 @@ def _refuse_adapters(tensors: Collection[str], path: Path) -> None:
     if adapters:
         raise ConfigError(
             f"Expected plain weights in {path}, got those of a LoRA that is not merged (such as "
-            f"{adapters[0]!r}). Merge it and save again: pipeline.fuse_lora(); "
-            f"pipeline.unload_lora_weights(); pipeline.save_pretrained(FOLDER)."
+            f"{adapters[0]!r}). Give the plain model and the LoRA's own file (--lora FILE), or "
+            f"merge it and save again: pipeline.fuse_lora(); pipeline.unload_lora_weights(); "
+            f"pipeline.save_pretrained(FOLDER)."
         )
 
 

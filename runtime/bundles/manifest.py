@@ -24,6 +24,7 @@ from blockcache.runtime.plan import (
     ROLES,
     BlockFacts,
     Dim,
+    LoraFacts,
     ModelFacts,
     PipelineFacts,
     Role,
@@ -43,6 +44,8 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 MOST_STEPS = 10_000
 MOST_TIMESTEPS = 100_000
 """Of the training; diffusers' models have 1,000."""
+MOST_SCALE = 1e6
+"""Of a LoRA."""
 MOST_BYTES = 1 << 50
 """Of a file."""
 
@@ -98,6 +101,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     unet_config: Mapping[str, object]  # of the model, as diffusers names it; for other programs
     pipeline: PipelineFacts | None = None  # text encoders and autoencoder, where the bundle has any
+    loras: tuple[LoraFacts, ...] = ()  # merged into the weights
 
     @property
     def parts(self) -> tuple[Segment, ...]:
@@ -114,6 +118,7 @@ class Manifest:
                 "unet_config": dict(sorted(self.unet_config.items())),
                 "segments": [to_plain(segment) for segment in self.segments],
                 **({} if self.pipeline is None else {"pipeline": to_plain(self.pipeline)}),
+                **({"loras": to_plain(self.loras)} if self.loras else {}),
                 "recommended": self.recommended,
                 "presets": {name: to_plain(entry) for name, entry in self.presets.items()},
                 "files": {name: to_plain(entry) for name, entry in sorted(self.files.items())},
@@ -141,8 +146,9 @@ class Manifest:
                 f"{str(root.value.get('version'))[:40]}. Compile the model again with this "
                 f"blockcache, or install the version that wrote it."
             )
-        needed = [name for name in _names(cls) if name != "pipeline"]
-        found = root.fields(["format", "version", "checksum", *needed], optional=["pipeline"])
+        optional = ["pipeline", "loras"]
+        needed = [name for name in _names(cls) if name not in optional]
+        found = root.fields(["format", "version", "checksum", *needed], optional=optional)
         if signed(root.value).encode() != content:
             raise BundleFormatError(
                 f"The content of {where} does not match its own checksum: it was altered. Copy "
@@ -158,6 +164,7 @@ class Manifest:
             files=_table(found["files"], _PATH, _file_entry),
             unet_config=_unet_config(found["unet_config"], model),
             pipeline=pipeline_from_plain(found["pipeline"]) if "pipeline" in found else None,
+            loras=tuple(_lora(lora) for lora in found["loras"].items()) if "loras" in found else (),
         )
 
 
@@ -182,7 +189,7 @@ def to_plain(value: Any) -> Any:
         return {key: to_plain(getattr(value, key)) for key in value.__dataclass_fields__}
     if isinstance(value, TensorSpec):
         return {"name": value.name, "dtype": value.dtype, "dims": [_plain(d) for d in value.dims]}
-    if isinstance(value, BlockFacts | Sizes):
+    if isinstance(value, BlockFacts | Sizes | LoraFacts):
         return asdict(value)
     if isinstance(value, Provenance):
         return value.to_json()
@@ -256,6 +263,12 @@ def _unet_config(field: Field, model: ModelFacts) -> Mapping[str, object]:
         channels = field.fields([name], optional=list(found))[name].whole(1, 1 << 16)
         found[name].require(channels == model.channels, f"{model.channels}, as model.channels")
     return {name: option.value for name, option in found.items()}
+
+
+def _lora(field: Field) -> LoraFacts:
+    found = field.fields(_names(LoraFacts))
+    scale = found["scale"].number(-MOST_SCALE, MOST_SCALE)
+    return LoraFacts(found["name"].text(), found["sha256"].sha256(), scale)
 
 
 def _sizes(field: Field) -> Sizes:

@@ -16,7 +16,14 @@ from blockcache.tools.commands.options import AsJson
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from blockcache.export import Compiled, CompileOptions, Parts, PresetOptions, Processor
+    from blockcache.export import (
+        Compiled,
+        CompileOptions,
+        Lora,
+        Parts,
+        PresetOptions,
+        Processor,
+    )
 
 DEFAULT_PRESETS = ("dpm:20:0.5", "dpm:20")
 BLOCKS = ("transformers", "resnets")
@@ -91,6 +98,22 @@ Scheduler = Annotated[
         "Measured with it; runs in a diffusers pipeline, not in 'run'.",
     ),
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[:SCALE]",
+        help="A LoRA (.safetensors, as diffusers or kohya's scripts save it), merged into the "
+        "weights; repeatable. The graphs stay those of the plain model.",
+    ),
+]
+Like = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="BUNDLE",
+        help="Take the presets of this bundle of the same U-Net as they are, measuring nothing: "
+        "a session that has opened it can then swap its weights for the new ones.",
+    ),
+]
 Variant = Annotated[
     str | None,
     typer.Option(
@@ -105,6 +128,8 @@ def compile_bundle(
     out: Annotated[Path, typer.Argument(help="The bundle's folder; resumed if it is there.")],
     preset: Presets = None,
     variant: Variant = None,
+    lora: Loras = None,
+    like: Like = None,
     recommend: Recommended = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale of later requests.")] = 5.0,
     target: EngineTarget = None,
@@ -145,13 +170,18 @@ def compile_bundle(
     Example: blockcache compile stabilityai/stable-diffusion-2-1 sd21 --preset dpm:20:x2
     """
     from blockcache.export import PresetOptions, read_timings
+    from blockcache.runtime import Bundle
     from blockcache.tools.commands.names import precision_for, warn_of_float32
     from blockcache.tools.sources.models import load_parts_of
 
-    presets = tuple(PresetOptions.parse(text) for text in preset or DEFAULT_PRESETS)
+    theirs = None if like is None else Bundle.open(like)
+    wanted = preset or (() if theirs is not None else DEFAULT_PRESETS)
+    presets = tuple(PresetOptions.parse(text) for text in wanted)
     if scheduler is not None:
         presets = _with_scheduler(presets, scheduler)
     recommended = None if recommend is None else PresetOptions.parse(recommend).name
+    if theirs is not None and precision is None and target is None:
+        precision = theirs.model.precision
     dtype = precision_for(precision, target)
     times = None if timings is None else read_timings(timings)
     processor = None if gpu is None else _processor(gpu)
@@ -163,14 +193,18 @@ def compile_bundle(
         AlignmentOptions,
         CompileOptions,
         ExportOptions,
+        Lora,
         MeasurementOptions,
         ProfileOptions,
         TrialOptions,
     )
 
+    loras = tuple(Lora.parse(text) for text in lora or ())
+
     options = CompileOptions(
         presets=presets,
         recommended=recommended,
+        like=theirs,
         processor=processor,
         timings=times,
         export=ExportOptions(precision=dtype, hoist=hoist),
@@ -183,8 +217,8 @@ def compile_bundle(
             trials=TrialOptions(candidates=candidates, images=trial_images, moves=moves),
         ),
     )
-    beside = None if parts == "unet" else partial(load_parts_of, model, clip_skip)
-    made = _compile(model, out, options, calibration, prompts, blocks, variant, beside)
+    beside = None if parts == "unet" else partial(load_parts_of, model, clip_skip, loras)
+    made = _compile(model, out, options, calibration, prompts, blocks, variant, loras, beside)
     _report(made, as_json=as_json)
 
 
@@ -248,6 +282,7 @@ def _compile(
     prompts: Path | None,
     blocks: str,
     variant: str | None,
+    loras: tuple[Lora, ...],
     beside: Callable[[], Parts] | None,
 ) -> Compiled:
     """Load, encode and compile under a progress bar."""
@@ -261,8 +296,8 @@ def _compile(
         measured = any(made.calibrated for made in options.presets)
         # Profiles are measured in float32; the export converts the weights afterwards.
         dtype = "float32" if measured else options.export.precision
-        source = load_source(model, dtype, blocks, variant)
-        encoded = calibration_for(model, calibration, prompts) if measured else None
+        source = load_source(model, dtype, blocks, variant, loras)
+        encoded = calibration_for(model, calibration, prompts, loras) if measured else None
         parts = Parts(parts=()) if beside is None else beside()
         progress("load", 1, 1)
         return compile_model(source, out, options, encoded, progress, parts)

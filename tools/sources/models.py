@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from blockcache.export import Parts, SourceModel
+    from collections.abc import Sequence
+
+    from blockcache.export import Lora, Parts, SourceModel
 
 DEMO = "demo"
 """The name under which the shipped demo model is known."""
@@ -40,6 +42,7 @@ def load_source(
     dtype: str = "float32",
     cached: str = "transformers",
     variant: str | None = None,
+    loras: Sequence[Lora] = (),
 ) -> SourceModel:
     """The source model of ``demo``, a diffusers folder or a hub id.
 
@@ -48,22 +51,24 @@ def load_source(
         dtype: of the weights in memory.
         cached: what its blocks are: "transformers" or "resnets".
         variant: of a folder's or hub id's weights, as ``load_model`` has it.
+        loras: merged into its weights.
     """
     from blockcache.export import load_model
 
     if model == DEMO:
         from blockcache.tools.demo.model import weights_dir
 
-        return load_model(weights_dir(), dtype=dtype, name=DEMO, cached=cached)
-    return load_model(model, dtype=dtype, cached=cached, variant=variant)
+        return load_model(weights_dir(), dtype=dtype, name=DEMO, cached=cached, loras=loras)
+    return load_model(model, dtype=dtype, cached=cached, variant=variant, loras=loras)
 
 
-def load_parts_of(model: str, clip_skip: int | None = None) -> Parts:
+def load_parts_of(model: str, clip_skip: int | None = None, loras: Sequence[Lora] = ()) -> Parts:
     """What stands beside the U-Net of ``demo``, a diffusers folder or a hub id.
 
     Args:
         model: which.
         clip_skip: so many of CLIP's last layers are left out.
+        loras: merged into the text encoders.
     """
     from blockcache.export import load_parts
 
@@ -71,4 +76,4 @@ def load_parts_of(model: str, clip_skip: int | None = None) -> Parts:
         from blockcache.tools.demo.parts import demo_parts
 
         return demo_parts()
-    return load_parts(model, clip_skip=clip_skip)
+    return load_parts(model, clip_skip=clip_skip, loras=loras)

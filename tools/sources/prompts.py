@@ -10,10 +10,14 @@ from blockcache.tools.sources.codecs import DemoCodec
 from blockcache.tools.sources.models import DEMO
 
 if TYPE_CHECKING:
-    from blockcache.export import Calibration
+    from collections.abc import Sequence
+
+    from blockcache.export import Calibration, Lora
 
 
-def calibration_for(model: str, file: Path | None, prompts: Path | None) -> Calibration:
+def calibration_for(
+    model: str, file: Path | None, prompts: Path | None, loras: Sequence[Lora] = ()
+) -> Calibration:
     """Encoded prompts from a file, from the demo model, or from the model's text encoders."""
     from blockcache.export.measure import calibration
 
@@ -25,7 +29,7 @@ def calibration_for(model: str, file: Path | None, prompts: Path | None) -> Cali
 
         codec = DemoCodec()
         return calibration.Calibration(*codec.encode(texts or default_prompts()))
-    return calibration.encode_prompts(model, texts or calibration.PROMPTS)
+    return calibration.encode_prompts(model, texts or calibration.PROMPTS, loras)
 
 
 def read_prompts(file: Path) -> list[str]:

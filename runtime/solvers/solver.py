@@ -151,6 +151,7 @@ class SolverTables:
     input_scale: Float32  # [S], model input = input_scale * sample
     noising: Float32  # [S, 2], sample of the step = noising[:, 0] * x0 + noising[:, 1] * noise
     initial_scale: float  # sample at step 0 = initial_scale * standard normal noise
+    final_sigma: float  # noise over signal that the last step ends at; mostly 0
 
     def rows_from(self, first: int) -> Float32:
         """The rows of a run whose first executed step is ``first``: float32 [S, 8]."""
@@ -196,6 +197,7 @@ def solver_tables(config: SolverConfig) -> SolverTables:
         input_scale=scale.astype(np.float32),
         noising=np.stack([alpha / scale, sigma / scale], axis=1).astype(np.float32),
         initial_scale=float(initial) if config.solver in SCALED else 1.0,
+        final_sigma=float(sigma_to[-1] / alpha_to[-1]),
     )
 
 

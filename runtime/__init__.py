@@ -3,6 +3,9 @@
 It never imports torch, diffusers or onnx, so that a service can embed it.
 """
 
+from blockcache.runtime.batching.batch import ContinuousBatch
+from blockcache.runtime.batching.counters import BatchCounters
+from blockcache.runtime.batching.outcome import BatchedResult, BatchFuture
 from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.bundles.manifest import Manifest
 from blockcache.runtime.drift import DriftMonitor, DriftReport, Excess
@@ -16,12 +19,14 @@ from blockcache.runtime.errors import (
     BundlePathError,
     Cancelled,
     ConfigError,
+    DeadlineError,
     EngineError,
     EnginesMissingError,
     EnginesStaleError,
     ExportError,
     InputError,
     MissingExtraError,
+    QueueFullError,
     UnknownPresetError,
     UnsupportedModelError,
     WrongGpuError,
@@ -40,6 +45,9 @@ from blockcache.runtime.solvers.solver import SolverConfig
 __all__ = [
     "Alignment",
     "Backend",
+    "BatchCounters",
+    "BatchFuture",
+    "BatchedResult",
     "BlockCacheError",
     "Bundle",
     "BundleError",
@@ -48,6 +56,8 @@ __all__ = [
     "BundlePathError",
     "Cancelled",
     "ConfigError",
+    "ContinuousBatch",
+    "DeadlineError",
     "Denoised",
     "Drawn",
     "DriftMonitor",
@@ -68,6 +78,7 @@ __all__ = [
     "Preset",
     "Progress",
     "Provenance",
+    "QueueFullError",
     "RunRecord",
     "Schedule",
     "Segment",

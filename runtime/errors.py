@@ -18,6 +18,8 @@
     ├── InputError              an argument of a request has the wrong type, shape, dtype or values
     ├── EngineError             the engine library failed; carries its message and the segment
     ├── ExportError             a graph the passes do not understand; names the node
+    ├── QueueFullError          a continuous batch has as many requests waiting as it may
+    ├── DeadlineError           a request of a continuous batch did not finish in time
     └── Cancelled               the caller cancelled a running denoise
 
 Every message says what was expected, what came, and what to do, in that order.
@@ -100,6 +102,14 @@ class EngineError(BlockCacheError):
 
 class ExportError(BlockCacheError):
     """A graph that the export passes do not understand; the message names the node."""
+
+
+class QueueFullError(BlockCacheError):
+    """A continuous batch has as many requests waiting as it may: try again later."""
+
+
+class DeadlineError(BlockCacheError, TimeoutError):
+    """A request of a continuous batch did not finish before its deadline."""
 
 
 class Cancelled(BlockCacheError):  # noqa: N818 (an event, not a fault)

@@ -1,0 +1,1 @@
+"""Requests at different steps of their schedules in one batch, with caching."""

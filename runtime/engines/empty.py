@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from blockcache.runtime.bundles.bundle import Bundle
+from blockcache.runtime.devices.device import Device
 from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.engine import Engine, Launch
@@ -19,7 +20,7 @@ class EmptyBackend:
     graphs: str | None = None
 
     def __init__(self) -> None:
-        self.device = HostDevice()
+        self.device: Device = HostDevice()
 
     def load(self, bundle: Bundle, segment: Segment) -> Engine:
         """An engine without a library."""

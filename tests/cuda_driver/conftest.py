@@ -98,14 +98,22 @@ class StandIn:
 
 @pytest.fixture(scope="session")
 def _loaded():
-    if not LIBRARY:
-        pytest.skip("runs in a process of its own: tests/runtime/test_gpu_path.py")
-    return StandIn()
+    return StandIn() if LIBRARY else None
 
 
 @pytest.fixture(autouse=True)
 def standin(_loaded, request):
-    """The driver; after each test nothing may be alive, and nothing may have gone wrong."""
+    """The driver; after each test nothing may be alive, and nothing may have gone wrong.
+
+    Without it a test that is marked ``gpu`` as well runs on a real one, and this is None.
+    """
+    if _loaded is None:
+        from blockcache.runtime.devices.cuda_driver import device_count
+
+        if request.node.get_closest_marker("gpu") is None or not device_count():
+            pytest.skip("runs in a process of its own: tests/runtime/test_gpu_path.py")
+        yield None
+        return
     yield _loaded
     request.node.funcargs.clear()  # pytest keeps what fixtures have made
     gc.collect()
@@ -153,6 +161,8 @@ def cuda_kernels(standin, monkeypatch):
     """Stands in for the CUDA library."""
     from blockcache import kernels
 
+    if standin is None:
+        return kernels.cuda_library()
     library = Kernels(standin, kernels.host_library())
     monkeypatch.setattr(kernels, "cuda_library", lambda: library)
     return library
@@ -419,13 +429,49 @@ def tensorrt(standin, tensorrt_module_of, monkeypatch):
     load_library.cache_clear()
 
 
+# -- PyTorch ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place_of(standin):
+    """``place_of(stream=None)``: where PyTorch works, the stand-in's host or a real GPU."""
+    torch = pytest.importorskip("torch")
+    from blockcache.runtime.devices.cuda import CudaDevice
+    from blockcache.runtime.devices.tensor import NUMPY_DTYPES
+    from blockcache.tools.bench.torch_backend import CudaPlace, from_bits
+
+    if standin is None:
+        return CudaPlace
+
+    class StandInPlace:
+        """PyTorch on the CPU, at the addresses of the stand-in and late, as its stream is."""
+
+        def __init__(self, stream=None):
+            self.device, self.torch_device = CudaDevice(stream), torch.device("cpu")
+
+        def view(self, tensor):
+            values = seen(tensor.pointer, NUMPY_DTYPES[tensor.dtype], tensor.shape)
+            return from_bits(torch.from_numpy(values), tensor.dtype)
+
+        def run(self, work):
+            codes = standin.put(self.device.stream, work), standin.delay(self.device.stream, 1.0)
+            if any(codes):
+                raise RuntimeError(f"the stand-in refused a launch: {codes}")
+
+    return StandInPlace
+
+
 # -- bundles ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def bundles():
+def bundles(request):
     """Folders of compiled bundles by how many outputs an alignment combines."""
-    return json.loads(os.environ["BLOCKCACHE_TEST_BUNDLES"])
+    given = os.environ.get("BLOCKCACHE_TEST_BUNDLES")
+    if given:
+        return json.loads(given)
+    compiled = request.getfixturevalue("compiled")
+    return {str(outputs): str(compiled("sd", outputs)[1].folder) for outputs in (1, 2)}
 
 
 @pytest.fixture

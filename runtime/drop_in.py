@@ -14,6 +14,7 @@ pipeline's scheduler, never found by the timestep's value, which may occur twice
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ from blockcache.runtime.open_request import OpenRequest
 from blockcache.runtime.plan import Preset
 from blockcache.runtime.request import CLASSES
 from blockcache.runtime.session import Session
+from blockcache.runtime.solvers.diffusers_config import solver_of
 from blockcache.runtime.solvers.recorded import DiffusersScheduler, recorded_solver
 from blockcache.runtime.solvers.solver import SolverConfig, SolverTables, solver_tables
 
@@ -92,6 +94,7 @@ def attach(
         pipeline.register_modules(unet=standing_in)
     else:
         made = _scheduler_of(session.preset)
+        _tell_of_replacing(pipeline.scheduler, session.preset)
         pipeline.register_modules(unet=standing_in, scheduler=made)
     return standing_in
 
@@ -124,6 +127,19 @@ def _scheduler_of(preset: Preset) -> SchedulerMixin:
         )
     made: SchedulerMixin = kind.from_config(dict(recorded.config))
     return made
+
+
+def _tell_of_replacing(own: Any, preset: Preset) -> None:
+    """Say what runs in place of a scheduler that no solver of ours is, such as SD1.5's PNDM."""
+    kind, recorded = type(own).__name__, recorded_solver(preset.solver)
+    runs = recorded.scheduler if isinstance(recorded, DiffusersScheduler) else recorded.solver
+    ours = bool(solver_of({"_class_name": kind})) and kind != "PNDMScheduler"
+    if not ours and runs != kind:
+        logging.getLogger("blockcache").warning(
+            "attach: %s of preset %r runs in place of the pipeline's %s until detach. To run %s "
+            "itself, compile --preset %s:%d and attach that.",
+            runs, preset.name, kind, kind, kind, preset.replaced_steps,
+        )  # fmt: skip
 
 
 class BundleUNet(torch.nn.Module):
@@ -422,8 +438,8 @@ def _other_timesteps(preset: Preset, mine: np.ndarray, theirs: np.ndarray, sched
     return (
         f"timesteps: expected the {len(mine)} of preset {preset.name!r} ({_few(mine)}), the "
         f"pipeline's {kind} runs {len(theirs)} ({_few(theirs)}). Attach without keep_scheduler, "
-        f"give the pipeline a scheduler with these timesteps, or compile a preset of "
-        f"{len(theirs)} steps for it."
+        f"give the pipeline a scheduler with these timesteps, or compile a preset that runs this "
+        f"one (--preset {kind}:STEPS) and attach that."
     )
 
 

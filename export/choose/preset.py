@@ -1,6 +1,7 @@
 """What a preset is asked to be: ``dpm:20:x2``, or its name, and what that means.
 
-In place of a solver may stand ``scheduler``: a scheduler of diffusers, which the caller then runs.
+In place of a solver may stand ``scheduler``, the model's own scheduler of diffusers, or a class of
+diffusers (``HeunDiscreteScheduler:20``): the caller then runs it.
 The noise levels that it visits are the scheduler's own, or a grid named behind the solver:
 ``dpm-karras:20``, ``dpm-auto:20:branch2:history`` (see ``grids.py``).
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from blockcache.export.choose import grids
 from blockcache.export.choose.policies import UNCACHED, Chosen, Needs, Policy
@@ -22,6 +24,9 @@ ALIGNMENTS = {"none": 1, "scale-shift": 1, "distil": 1, "history": 2, "history-d
 
 GRIDS = (grids.AUTO, *grids.SPACINGS, *grids.NAMES)
 """Names of grids that may stand behind a solver."""
+
+_THEIRS = "[A-Za-z0-9]+Scheduler"
+"""Classes of diffusers' schedulers."""
 
 MOST_STEPS = 1000
 """A model is trained on this many timesteps; no solver here visits more."""
@@ -83,7 +88,7 @@ class PresetOptions:
             raise ConfigError(
                 f"The solver {self.solver!r} adds noise at every step, so that its runs end at no "
                 f"converged one, by which x and ms policies and the grid auto are measured. Take "
-                f"another policy (branch2, blocks1.5), or a solver of dpm, unipc, ddim, euler."
+                f"{self._with_the_same_noise}, or a solver of dpm, unipc, ddim, euler."
             )
         if isinstance(self.policy, Chosen) and self.outputs != 2:
             raise ConfigError(
@@ -92,7 +97,7 @@ class PresetOptions:
             )
         if not self.name:
             ending = "" if self.alignment == self.policy.alignment else self.alignment
-            parts = (self.solver, self.grid, str(self.steps), self.policy.text, ending)
+            parts = (self._runs, self.grid, str(self.steps), self.policy.text, ending)
             object.__setattr__(self, "name", "-".join(part for part in parts if part))
 
     @classmethod
@@ -100,6 +105,9 @@ class PresetOptions:
         """Read ``SOLVER[-GRID]:STEPS[:POLICY[:ALIGNMENT]]``, or the same with dashes: a name."""
         sampler, steps, policy, alignment = _parts(text)
         solver, grid = _solver_and_grid(sampler)
+        scheduler = None
+        if re.fullmatch(_THEIRS, solver):
+            solver, scheduler = SCHEDULER, solver
         if not re.fullmatch("[0-9]{1,10}", steps):
             raise _unreadable(text)
         return cls(
@@ -108,6 +116,7 @@ class PresetOptions:
             policy=UNCACHED if policy is None else Policy.parse(policy),
             alignment=alignment or "",
             grid=grid or None,
+            scheduler=scheduler,
         )
 
     @property
@@ -131,7 +140,28 @@ class PresetOptions:
     @property
     def sampler(self) -> str:
         """Solver, grid and steps, as titles name them: "dpm-karras-20"."""
-        return "-".join(part for part in (self.solver, self.grid, str(self.steps)) if part)
+        return "-".join(part for part in (self._runs, self.grid, str(self.steps)) if part)
+
+    @property
+    def _runs(self) -> str:
+        """The solver, or which scheduler: its class, or the folder that its config lies in."""
+        if self.scheduler is None:
+            return self.solver
+        if re.fullmatch(_THEIRS, self.scheduler):
+            return self.scheduler
+        folder = Path(self.scheduler).resolve()
+        named = folder.parent if folder.name == SCHEDULER else folder  # a pipeline's scheduler/
+        return f"{SCHEDULER}." + re.sub("[^A-Za-z0-9.]", "_", named.name)
+
+    @property
+    def _with_the_same_noise(self) -> str:
+        """The nearest preset that is measured step by step, each run with the same noise."""
+        grid = "karras" if self.grid == grids.AUTO else self.grid
+        sampler = "-".join(part for part in (self.solver, grid) if part)
+        if not isinstance(self.policy, Chosen):
+            return f"{sampler}:{self.steps}"
+        policy = self.policy.text.replace("x", "branch", 1).replace("ms", "blocksms", 1)
+        return f"{sampler}:{self.steps}:{policy}:history (the same steps and noise, with reuse)"
 
 
 def _parts(text: str) -> tuple[str, str, str | None, str | None]:
@@ -158,7 +188,7 @@ def _solver_and_grid(sampler: str) -> tuple[str, str]:
 def _dashed(text: str) -> tuple[str, str, str | None, str | None]:
     """The parts of a name; the longest alignment that ends it is one, the rest is the policy."""
     grid = "|".join(re.escape(name) for name in GRIDS)
-    solver = "|".join((*(re.escape(name) for name in SOLVERS if "-" in name), "[a-z]*"))
+    solver = "|".join((*(re.escape(name) for name in SOLVERS if "-" in name), _THEIRS, "[a-z]*"))
     match = re.fullmatch(rf"((?:{solver})(?:-(?:{grid}))?)-([^-]*)(?:-(.*))?", text, re.DOTALL)
     if match is None:
         raise _unreadable(text)

@@ -18,7 +18,8 @@ from blockcache.export import CompileOptions, PresetOptions, compile_model  # no
 from blockcache.runtime import ConfigError, InputError, Session, UnsupportedModelError  # noqa: E402
 
 STEPS = 6
-PRESETS = ("dpm:6", "ddim:6", "euler:6", "dpm-karras:6", "dpm:6:every2")
+PRESETS = ("dpm:6", "ddim:6", "euler:6", "dpm-karras:6", "dpm:6:every2", "unipc:6:every2",
+           "euler:6:every2")  # fmt: skip
 KINDS = ("sd", "sdxl")
 NATIVE = ("unipc:6", "euler-a:6", "dpm-sde:6", "lcm:6")
 THEIRS = ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DEISMultistep",
@@ -36,7 +37,7 @@ def bundles(compiled, tmp_path_factory):
         presets = [PresetOptions.parse(text) for text in (*PRESETS, *NATIVE)]
         presets += [
             PresetOptions(solver="scheduler", steps=6, scheduler=f"{name}Scheduler", name=name)
-            for name in (THEIRS if kind == "sd" else ())
+            for name in THEIRS
         ]
         made[kind] = compile_model(model, folder, CompileOptions(presets=tuple(presets))).bundle
     return made
@@ -146,13 +147,21 @@ def test_the_presets_scheduler_is_that_of_diffusers(sd, compiled, bundles, prese
     assert relative(call(sd), ours) <= 1e-5
 
 
-def test_a_cached_preset_draws_what_denoise_draws(sd, bundles):
-    unet = attach(sd, bundles["sd"], preset="dpm-6-every2")
-    ours = call(sd)
+@pytest.mark.parametrize("preset", ["dpm-6-every2", "unipc-6-every2", "euler-6-every2"])
+def test_a_cached_preset_draws_what_denoise_draws(kind, pipeline, bundle, preset):
+    unet = attach(pipeline, bundle, preset=preset)
+    ours = call(pipeline)
+    given = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
     with torch.no_grad():
-        positive, negative = sd.encode_prompt("a red apple", "cpu", 1, True)
+        prompt, negative, *pooled = pipeline.encode_prompt("a red apple", **given)
+    both = {}
+    if kind == "sdxl":
+        size = SIZE * pipeline.vae_scale_factor
+        ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)
+        halves = [{"text_embeds": embeds, "time_ids": ids} for embeds in pooled]
+        both = dict(zip(("conditions", "negative_conditions"), halves, strict=True))
     noise = torch.randn((1, 4, SIZE, SIZE), generator=torch.Generator().manual_seed(3)).numpy()
-    wanted = unet.session.denoise(noise, positive, negative, guidance_scale=4.0)
+    wanted = unet.session.denoise(noise, prompt, negative, guidance_scale=4.0, **both)
     assert relative(ours, wanted.latents) <= 1e-5
     assert wanted.record.computed_fraction < 1
 
@@ -272,10 +281,10 @@ def test_detach_gives_the_pipeline_its_own_back(sd, bundles):
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_a_preset_may_run_a_scheduler_of_diffusers(sd, bundles, name):
+def test_a_preset_may_run_a_scheduler_of_diffusers(pipeline, bundle, name):
     """Evaluation by evaluation, as many as the scheduler asks for; noise is the pipeline's."""
-    ours, theirs = both(sd, bundles["sd"], name, lambda: call(sd))
-    assert type(sd.scheduler).__name__ == f"{name}Scheduler"
+    ours, theirs = both(pipeline, bundle, name, lambda: call(pipeline))
+    assert type(pipeline.scheduler).__name__ == f"{name}Scheduler"
     assert relative(ours, theirs) <= 1e-5
 
 
@@ -318,6 +327,26 @@ def test_other_schedulers_of_the_same_timesteps_run(sd, compiled, bundles, name)
     assert relative(ours, theirs) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "preset", "told"),
+    [
+        ("PNDMScheduler", "dpm-6", "attach: dpm of preset 'dpm-6' runs in place of the "
+         "pipeline's PNDMScheduler until detach. To run PNDMScheduler itself, compile --preset "
+         "PNDMScheduler:6 and attach that."),
+        ("LMSDiscreteScheduler", "PNDM", "attach: PNDMScheduler of preset 'PNDM' runs in place of"),
+        ("PNDMScheduler", "PNDM", ""),
+        ("DDIMScheduler", "dpm-6", ""),
+    ],
+)  # fmt: skip
+def test_what_stands_for_another_scheduler_is_said(sd, bundles, caplog, scheduler, preset, told):
+    """PNDM is what SD1.5 ships."""
+    sd.register_modules(scheduler=getattr(diffusers, scheduler).from_config(sd.scheduler.config))
+    attach(sd, bundles["sd"], preset=preset)
+    said = [record.message for record in caplog.records if record.name == "blockcache"]
+    assert len(said) == bool(told)
+    assert all(message.startswith(told) for message in said)
+
+
 def test_a_preset_that_chose_its_steps_takes_those_that_it_replaces(sd, bundles):
     """``dpm:20:x2`` may run 21 steps; whoever asks the pipeline for 20 means this preset."""
     bundle = bundles["sd"]
@@ -347,7 +376,10 @@ def test_another_number_of_steps_is_refused(sd, bundles):
 def test_other_timesteps_are_refused(sd, bundles, scheduler):
     sd.register_modules(scheduler=getattr(diffusers, scheduler).from_config(sd.scheduler.config))
     attach(sd, bundles["sd"], preset="dpm-6", keep_scheduler=True)
-    with pytest.raises(InputError, match=f"^timesteps: expected the 6 of .*{scheduler} runs"):
+    with pytest.raises(
+        InputError,
+        match=f"^timesteps: expected the 6 of .*{scheduler} runs .*--preset {scheduler}:STEPS",
+    ):
         call(sd)
 
 

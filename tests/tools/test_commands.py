@@ -77,11 +77,11 @@ def test_compile_show_run_and_bench_are_one_way(blockcache, source, tmp_path):
     theirs = ["--preset", "scheduler:2", "--scheduler", "HeunDiscreteScheduler", *more[2:]]
     code, out, _ = blockcache("compile", source, bundle, *arguments, *theirs)
     assert code == 0
-    assert "added scheduler-2; kept ddim-4-d0.2, ddim-4, ddim-2" in out
+    assert "added HeunDiscreteScheduler-2; kept ddim-4-d0.2, ddim-4, ddim-2" in out
     run = ["run", bundle, "--embeddings", calibration, "--out", tmp_path / "no.npy"]
-    code, _, err = blockcache(*run, "--preset", "scheduler:2")
+    code, _, err = blockcache(*run, "--preset", "HeunDiscreteScheduler:2")
     assert code == 1
-    assert "Preset 'scheduler-2' runs HeunDiscreteScheduler of diffusers, which is not in" in err
+    assert "Preset 'HeunDiscreteScheduler-2' runs HeunDiscreteScheduler of diffusers, which" in err
     assert "speed-up" in (bundle / "presets.svg").read_text()
 
     drawn = ["--plot", tmp_path / "schedule.svg", "--plot-change", tmp_path / "new/change.svg"]

@@ -95,6 +95,7 @@ Scheduler = Annotated[
         metavar="FOLDER|CLASS",
         help="What a preset such as scheduler:20 runs: a scheduler of diffusers, as a folder with "
         "scheduler_config.json or a class (HeunDiscreteScheduler); default the model's own. "
+        "The preset is named for it, and may name a class itself: HeunDiscreteScheduler:20. "
         "Measured with it; runs in a diffusers pipeline, not in 'run'.",
     ),
 ]
@@ -228,14 +229,17 @@ def _with_scheduler(
     """The presets, those that run a scheduler of diffusers with the one that was named."""
     from blockcache.runtime import ConfigError
 
-    if not any(preset.solver == "scheduler" for preset in presets):
+    def own(preset: PresetOptions) -> bool:
+        return preset.solver == "scheduler" and preset.scheduler is None
+
+    if not any(own(preset) for preset in presets):
         names = ", ".join(preset.name for preset in presets)
         raise ConfigError(
             f"--scheduler {scheduler}: expected a preset that runs it, such as "
             f"--preset scheduler:20:branch2, got {names}."
         )
     return tuple(
-        replace(preset, scheduler=scheduler) if preset.solver == "scheduler" else preset
+        replace(preset, scheduler=scheduler, name="") if own(preset) else preset
         for preset in presets
     )
 

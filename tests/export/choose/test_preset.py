@@ -239,6 +239,11 @@ def test_a_latency_needs_times_and_one_source_of_them():
         ("unipc-auto:8", "auto", "unipc-auto-8"),
         ("lcm:4", None, "lcm-4"),
         ("scheduler:20:branch2", None, "scheduler-20-branch2"),
+        (
+            "HeunDiscreteScheduler:20:branch2:history",
+            None,
+            "HeunDiscreteScheduler-20-branch2-history",
+        ),
     ],
 )
 def test_a_grid_stands_behind_the_solver(text, grid, name):
@@ -247,12 +252,34 @@ def test_a_grid_stands_behind_the_solver(text, grid, name):
     assert PresetOptions.parse(preset.name) == preset
 
 
-@pytest.mark.parametrize("text", ["euler-a:20:x2", "lcm:4:ms250", "dpm-sde-auto:20"])
-def test_what_is_measured_against_a_converged_run_refuses_solvers_that_add_noise(text):
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    [
+        ("euler-a:20:x2", "euler-a:20:branch2:history"),
+        ("dpm-sde-karras:20:x1.43", "dpm-sde-karras:20:branch1.43:history"),
+        ("lcm:4:ms250", "lcm:4:blocksms250:history"),
+        ("dpm-sde-auto:20", "dpm-sde-karras:20"),
+        ("dpm-sde-auto:20:x2", "dpm-sde-karras:20:branch2:history"),
+    ],
+)
+def test_what_is_measured_against_a_converged_run_refuses_solvers_that_add_noise(text, instead):
+    """And names the nearest preset that can be measured with the same noise."""
     with pytest.raises(
-        ConfigError, match=r"^The solver '.*' adds noise at every step, so that its"
+        ConfigError, match=rf"^The solver '.*' adds noise at every step, .*Take {instead}( \(|, or)"
     ):
         PresetOptions.parse(text)
+    PresetOptions.parse(instead)  # can be made
+
+
+def test_a_preset_is_named_for_its_scheduler(tmp_path):
+    """So that two of as many steps stand beside each other."""
+    names = ["HeunDiscreteScheduler", str(tmp_path / "my-heun"), str(tmp_path / "sdxl/scheduler")]
+    made = [PresetOptions(solver="scheduler", steps=20, scheduler=name) for name in names]
+    assert [preset.name for preset in made] == [
+        "HeunDiscreteScheduler-20", "scheduler.my_heun-20", "scheduler.sdxl-20",
+    ]  # fmt: skip
+    assert PresetOptions.parse("scheduler:20").name == "scheduler-20"
+    assert made[1].sampler == "scheduler.my_heun-20"
 
 
 @pytest.mark.parametrize("text", ["scheduler:20:x2", "scheduler-karras:20"])

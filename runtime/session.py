@@ -30,14 +30,14 @@ from blockcache.runtime.devices.device import modes_of
 from blockcache.runtime.devices.graphs import GraphPlayer, LoopGraphs
 from blockcache.runtime.drift import DriftMonitor
 from blockcache.runtime.engines.choice import make_backend, refuse_options, require_members
-from blockcache.runtime.engines.engine import Backend, Launch
+from blockcache.runtime.engines.engine import Backend, Engine, Launch
 from blockcache.runtime.engines.loading import load_engines
 from blockcache.runtime.errors import BundleFormatError, ConfigError
 from blockcache.runtime.evaluation import take_conditions
 from blockcache.runtime.fork import keep_in_children
 from blockcache.runtime.loop import Denoised, Progress, denoise
 from blockcache.runtime.open_request import OpenRequest
-from blockcache.runtime.plan import LOOP_ROLES, Preset, Sizes
+from blockcache.runtime.plan import LOOP_ROLES, Preset, Segment, Sizes
 from blockcache.runtime.program import MemoryReport, Program
 from blockcache.runtime.request import (
     PROMPT,
@@ -53,6 +53,7 @@ from blockcache.runtime.solvers.recorded import (
     timesteps_of,
 )
 from blockcache.runtime.solvers.solver import SolverTables, solver_tables
+from blockcache.runtime.weights import BASE, WeightSet, preset_like, to_keep
 
 SHAPES = 4
 """How many shapes a session keeps memory for; the one unused for longest is let go."""
@@ -82,14 +83,13 @@ class Session:
                 f"Preset {preset.name!r} combines {preset.alignment.outputs} outputs of a block, "
                 f"the bundle's segments {bundle.model.outputs}. Compile the preset again."
             )
-        self.bundle = bundle
-        self.preset = preset
         self.backend = backend
         self.drift = drift
         if drift is not None:
             drift.watch(bundle, preset)
-        needed = [s for s in bundle.segments if s.role in (*LOOP_ROLES, "prompt")]
-        self._engines = load_engines(backend, bundle, needed)
+        base = WeightSet(BASE, bundle, preset, load_engines(backend, bundle, _needed(bundle)))
+        self._weights, self._sets = base, {BASE: base}
+        self._base = replace(base, engines={})  # to load it again
         self._solver = recorded_solver(preset.solver)
         self._timesteps = timesteps_of(self._solver)
         self._programs: dict[tuple[Sizes, int], Program] = {}
@@ -98,11 +98,7 @@ class Session:
         self._open: Callable[[], OpenRequest | None] = lambda: None  # a weak reference
         self._process = os.getpid()
         keep_in_children(self)
-        self._graphs = (
-            None
-            if backend.graphs is None
-            else GraphPlayer(backend.device, backend.graphs, backend.settled)
-        )
+        self._graphs = self._graph_player()
 
     @classmethod
     def open(
@@ -156,6 +152,20 @@ class Session:
                 verify=verify,
             )
         return cls(opened, chosen, backend, drift)
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle whose weights requests run on."""
+        return self._weights.bundle
+
+    @property
+    def preset(self) -> Preset:
+        """The preset, with that bundle's time tables."""
+        return self._weights.preset
+
+    @property
+    def _engines(self) -> Mapping[str, Engine]:
+        return self._weights.engines
 
     @property
     def steps(self) -> int:
@@ -337,7 +347,7 @@ class Session:
                 program,
                 self.steps,
                 self._held,
-                lambda first: self._graphs_of(program, (sizes, sizes.batch, first, "predict")),
+                functools.partial(self._step_graphs, self._graphs, program, sizes),
             )
             before = program.conditions
             if before is None or any(
@@ -406,6 +416,129 @@ class Session:
             for step in range(self.steps):
                 request.predict(step, sample)
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the sets of weights that are loaded, the last used at the end."""
+        return tuple(self._sets)
+
+    def bundle_of(self, name: str | None) -> Bundle:
+        """The bundle of a set of weights that is loaded, or of "base".
+
+        Raises:
+            ConfigError: no such set.
+        """
+        if name == BASE:
+            return self._base.bundle
+        loaded = self._sets.get(name or "")
+        if loaded is None:
+            raise ConfigError(
+                f"Expected a bundle, or a name of {[*self._sets]}, got {name!r}. A set that was "
+                f"let go is loaded again by its bundle."
+            )
+        return loaded.bundle
+
+    def load_weights(
+        self, bundle: Bundle | str | Path, name: str | None = None, *, verify: bool = True
+    ) -> str:
+        """Load the weights of another bundle beside those that requests run on.
+
+        The session draws meanwhile. The bundle is one of the same graphs and the same preset, as
+        ``blockcache compile --lora FILE --like BUNDLE`` makes it. All segments are loaded, or none.
+        TensorRT engines of the bundle that the session opened are refitted.
+
+        Args:
+            bundle: a folder, or an opened Bundle.
+            name: what ``swap_weights`` calls the set; default the name of the bundle's folder.
+            verify: check the sha256 of every file first.
+
+        Returns:
+            The set's name.
+
+        Raises:
+            ConfigError: graphs, schedule or model differ; engines that cannot be refitted; the
+                name "base", which is that of the weights that the session opened with.
+            BundleError: see ``Bundle.open``.
+            EngineError: the engine library refuses a segment.
+        """
+        self.check_open()
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
+        chosen = opened.folder.name if name is None else name
+        if chosen == BASE:
+            raise ConfigError(
+                f"Expected another name than {BASE!r}, which are the weights that the session "
+                f"opened with. Give one: name=..."
+            )
+        base = self._base
+        self._keep(
+            WeightSet(
+                chosen,
+                opened,
+                preset_like(base.bundle, base.preset, opened),
+                load_engines(self.backend, opened, _needed(opened), plans=base.bundle),
+            )
+        )
+        return chosen
+
+    def swap_weights(
+        self,
+        bundle: Bundle | str | Path | None = None,
+        name: str | None = None,
+        *,
+        keep_bytes: int = 0,
+        verify: bool = True,
+    ) -> str:
+        """Let all requests to come run on other weights; those in flight finish on the old ones.
+
+        It waits for the request that is running. Where loading fails nothing changes.
+
+        Args:
+            bundle: whose weights; loaded first, as by ``load_weights``.
+            name: without a bundle, a set that is loaded, or "base": those that the session opened
+                with. With one, what to call it.
+            keep_bytes: weights that stay loaded beside the new ones, so that a swap back is quick:
+                the last used, by the bytes of their files. "base" always comes back: it is loaded
+                again where it was let go.
+            verify: as of ``load_weights``.
+
+        Returns:
+            The set's name.
+
+        Raises:
+            ConfigError: as ``load_weights``; neither a bundle nor a name; a name that is not
+                loaded; called from a callback of the same session.
+            BundleError, EngineError: as ``load_weights``.
+        """
+        keep = whole_number("keep_bytes", keep_bytes, 0, error=ConfigError)
+        chosen = name if bundle is None else self.load_weights(bundle, name, verify=verify)
+        if chosen == BASE and BASE not in self._sets:
+            bundle = self._base.bundle
+            engines = load_engines(self.backend, bundle, _needed(bundle))
+            self._keep(replace(self._base, engines=engines))
+        with self._held():
+            if self._running:
+                raise ConfigError(
+                    "swap_weights was called from a callback of the same session. Swap after "
+                    "denoise has returned, or in another thread."
+                )
+            self.bundle_of(chosen)
+            self._switch(str(chosen), keep)
+        return str(chosen)
+
+    def _switch(self, name: str, keep_bytes: int) -> None:
+        """Take a loaded set; programs and graphs are bound to engines, so they go."""
+        self._weights = self._sets.pop(name)
+        self._sets[name] = self._weights
+        self._programs.clear()
+        self._graphs = self._graph_player()
+        kept = to_keep(self._sets, name, keep_bytes)
+        self._sets = {key: loaded for key, loaded in self._sets.items() if key in kept}
+
+    def _keep(self, loaded: WeightSet) -> None:
+        """A set that ``_switch`` can take; it is the first to be let go until it has been."""
+        with self._held():
+            others = {name: kept for name, kept in self._sets.items() if name != loaded.name}
+            self._sets = {loaded.name: loaded, **others}
+
     def close(self) -> None:
         """Free engines and memory; a closed session refuses every request. Closing twice is fine.
 
@@ -424,7 +557,8 @@ class Session:
                 )
             self._closed = True
             self._programs.clear()
-            self._engines.clear()
+            self._sets.clear()
+            self._weights = replace(self._weights, engines={})
             self._graphs = None
 
     def __enter__(self) -> Session:
@@ -490,6 +624,22 @@ class Session:
             device, tables = self.backend.device, self._tables
             return denoise(device, program, request, tables, graphs, callback, cancelled)
 
+    def _graph_player(self) -> GraphPlayer | None:
+        """Graphs of one set of weights; None where launches stay single."""
+        mode = self.backend.graphs
+        if mode is None:
+            return None
+        return GraphPlayer(self.backend.device, mode, self.backend.settled)
+
+    @staticmethod
+    def _step_graphs(
+        player: GraphPlayer | None, program: Program, sizes: Sizes, first: int
+    ) -> LoopGraphs | None:
+        """Graphs of an open request's steps: of the weights that it began with."""
+        if player is None:
+            return None
+        return LoopGraphs(player, (sizes, sizes.batch, first, "predict"), program.tensors)
+
     def _graphs_of(self, program: Program, shape: tuple[Hashable, ...]) -> LoopGraphs | None:
         """CUDA graphs of a request's shape and first step; None where launches stay single."""
         return None if self._graphs is None else LoopGraphs(self._graphs, shape, program.tensors)
@@ -514,3 +664,8 @@ class Session:
             measured=self.drift is not None,
         )
         return self._programs[key]
+
+
+def _needed(bundle: Bundle) -> list[Segment]:
+    """The segments that a session runs."""
+    return [segment for segment in bundle.segments if segment.role in (*LOOP_ROLES, "prompt")]

@@ -317,6 +317,33 @@ def copied_segments() -> Any:
     return copy
 
 
+@pytest.fixture(scope="session")
+def reweighted() -> Any:
+    """``reweighted(bundle, folder, factor)``: a copy without engines, all its weights scaled."""
+    import dataclasses
+    import shutil
+
+    from blockcache.runtime.bundles.bundle import Bundle
+    from blockcache.runtime.bundles.bundle_files import hash_files
+    from blockcache.runtime.bundles.manifest import MANIFEST
+
+    def make(bundle: Any, folder: Path, factor: float) -> Any:
+        shutil.copytree(bundle.folder, folder, ignore=shutil.ignore_patterns("engines"))
+        segments = (*bundle.segments, *bundle.manifest.parts)
+        named = {name for segment in segments for name in bundle.segment_files(segment)[1:]}
+        for name in named:
+            weights = np.fromfile(folder / name, np.float32)
+            plain = np.isfinite(weights) & (np.abs(weights) > 1e-6)  # whole numbers look smaller
+            weights[plain] *= np.float32(factor)
+            weights.tofile(folder / name)
+        files = {**bundle.manifest.files, **hash_files(folder, named)}
+        manifest = dataclasses.replace(bundle.manifest, files=files)
+        (folder / MANIFEST).write_text(manifest.to_json())
+        return Bundle.open(folder)
+
+    return make
+
+
 @pytest.fixture
 def bundle_copy(compiled: Any, tmp_path: Path) -> Path:
     """A private copy of the tiny SD-like bundle, free to be damaged."""

@@ -26,6 +26,10 @@ class EmptyBackend:
         """An engine without a library."""
         return EmptyEngine()
 
+    def load_refitted(self, plans: Bundle, bundle: Bundle, segment: Segment) -> Engine:
+        """Nothing is built that could be refitted: the segment is loaded from its own bundle."""
+        return self.load(bundle, segment)
+
     def settled(self) -> None:
         """Nothing was compiled."""
 

@@ -51,5 +51,12 @@ class Backend(Protocol):
     def load(self, bundle: Bundle, segment: Segment) -> Engine:
         """Load a segment's engine; EngineError where the library refuses it."""
 
+    def load_refitted(self, plans: Bundle, bundle: Bundle, segment: Segment) -> Engine:
+        """Load a segment with the weights of ``bundle``, whose graphs are those of ``plans``.
+
+        A library that builds engines refits those of ``plans``, and leaves them as they are;
+        EngineError where it refuses the weights.
+        """
+
     def settled(self) -> None:
         """Called after the first run of a shape: keep what the library compiled during it."""

@@ -24,10 +24,13 @@ _serial_lock = threading.Lock()
 
 
 def load_engines(
-    backend: Backend, bundle: Bundle, segments: Sequence[Segment]
+    backend: Backend, bundle: Bundle, segments: Sequence[Segment], plans: Bundle | None = None
 ) -> dict[str, Engine]:
-    """The engines of ``segments`` by name, in that order; where several fail, the first's error."""
-    load = functools.partial(load_shared, backend, bundle)
+    """The engines of ``segments`` by name, in that order; where several fail, the first's error.
+
+    Where ``plans`` is given, its engines are refitted with the weights of ``bundle``.
+    """
+    load = functools.partial(load_shared, backend, bundle, plans=plans)
     workers = backend.loads_at_once
     if workers < 2:  # without a pool: a GPU's context belongs to the caller's thread
         return {segment.name: load(segment) for segment in segments}
@@ -41,7 +44,9 @@ def load_engines(
             loads.clear()  # an error that is kept must not keep the other engines
 
 
-def load_shared(backend: Backend, bundle: Bundle, segment: Segment) -> Engine:
+def load_shared(
+    backend: Backend, bundle: Bundle, segment: Segment, plans: Bundle | None = None
+) -> Engine:
     """The engine of a segment, loaded once a process and freed with its last session.
 
     Raises:
@@ -55,7 +60,11 @@ def load_shared(backend: Backend, bundle: Bundle, segment: Segment) -> Engine:
     with _key_lock(key) if backend.loads_at_once > 1 else _serial_lock:
         engine = _shared.get(key)
         if engine is None:
-            engine = backend.load(bundle, segment)
+            engine = (
+                backend.load(bundle, segment)
+                if plans is None
+                else backend.load_refitted(plans, bundle, segment)
+            )
             bundle.require_unchanged(segment)  # the library opened the files by their paths
             _shared[key] = engine
         return engine

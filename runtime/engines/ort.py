@@ -60,6 +60,10 @@ class OrtBackend:
             )
         return self.open_model(segment, str(bundle.segment_path(segment)))
 
+    def load_refitted(self, plans: Bundle, bundle: Bundle, segment: Segment) -> OrtEngine:
+        """Nothing is built that could be refitted: the segment is loaded from its own bundle."""
+        return self.load(bundle, segment)
+
     def settled(self) -> None:
         """Nothing is compiled at the first run."""
 

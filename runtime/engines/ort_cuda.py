@@ -73,6 +73,10 @@ class OrtCudaBackend:
         require_providers(session, [name for name, _ in given])
         return OrtCudaEngine(segment, session, "cuda", self.device.index)
 
+    def load_refitted(self, plans: Bundle, bundle: Bundle, segment: Segment) -> OrtCudaEngine:
+        """Nothing is built that could be refitted: the segment is loaded from its own bundle."""
+        return self.load(bundle, segment)
+
     def settled(self) -> None:
         """The TensorRT provider keeps what it builds by itself."""
 

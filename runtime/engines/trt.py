@@ -28,7 +28,7 @@ from blockcache.runtime.engines.files import (
     read_plan,
 )
 from blockcache.runtime.engines.tensorrt_library import TensorRT, load_library
-from blockcache.runtime.errors import EngineError, EnginesMissingError
+from blockcache.runtime.errors import ConfigError, EngineError, EnginesMissingError
 from blockcache.runtime.files import write_bytes
 from blockcache.runtime.plan import Segment
 
@@ -109,9 +109,30 @@ class TrtBackend:
             BundleError: engines that are missing, altered, stale, or for another GPU or library.
             EngineError: TensorRT refuses the plan.
         """
-        engines = self._engines(bundle)
-        plan = read_plan(bundle, engines, segment, verify=self._verify)
-        folder = engines_folder(bundle, engines.target)
+        return self._load(bundle, bundle, segment)
+
+    def load_refitted(self, plans: Bundle, bundle: Bundle, segment: Segment) -> TrtEngine:
+        """Open a segment's engine of ``plans`` anew, and give it the weights of ``bundle``.
+
+        Raises:
+            ConfigError: the engines were built with their weights for good.
+            BundleError, EngineError: as ``load``.
+        """
+        engines = self._engines(plans)
+        if engines.weights == "included":
+            raise ConfigError(
+                f"Expected engines that take other weights, those for {engines.target!r} in "
+                f"{plans.folder} were built with theirs for good. Build again: blockcache build "
+                f"{plans.folder} --target {engines.target} --weights refittable"
+            )
+        return self._load(plans, bundle, segment)
+
+    def _load(self, plans: Bundle, bundle: Bundle, segment: Segment) -> TrtEngine:
+        """The engine of ``plans`` with the weights of ``bundle``."""
+        engines = self._engines(plans)
+        own = next(s for s in (*plans.segments, *plans.manifest.parts) if s.name == segment.name)
+        plan = read_plan(plans, engines, own, verify=self._verify)
+        folder = engines_folder(plans, engines.target)
         with self.device.context, capture_lock, self.library.log() as log:
             runtime = self.library.module.Runtime(self.library.logger)
             engine = runtime.deserialize_cuda_engine(plan)

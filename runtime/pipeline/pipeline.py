@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,9 +31,10 @@ from blockcache.runtime.loop import Progress
 from blockcache.runtime.pipeline.bound_part import BoundPart
 from blockcache.runtime.pipeline.pictures import PictureDecoder, PictureEncoder, as_pictures
 from blockcache.runtime.pipeline.prompts import Encoded, PromptEncoder
-from blockcache.runtime.plan import MOST_SIZE
+from blockcache.runtime.plan import MOST_SIZE, Segment
 from blockcache.runtime.record import RunRecord
 from blockcache.runtime.session import Session
+from blockcache.runtime.weights import BASE, changed_parts
 
 _SERVED = {"encoder_hidden_states", "text_embeds", "time_ids"}
 """Conditions that follow from a prompt and a size."""
@@ -71,17 +72,8 @@ class Pipeline:
         _require_served(bundle)
         pipeline = bundle.pipeline
         assert pipeline is not None
-        engines = load_engines(session.backend, bundle, pipeline.parts)
-        bound = {p.name: BoundPart(p, engines[p.name], session.backend) for p in pipeline.parts}
-        encoders = [bound[part.name] for part in pipeline.of_role("text_encoder")]
         self.session = session
-        self._parts = tuple(bound.values())
-        self._prompt_encoder = PromptEncoder(bundle.model, encoders, bundle.tokenizers)
-        (decoder,) = pipeline.of_role("decoder")
-        self._decoder = PictureDecoder(bundle.model, bound[decoder.name])
-        self._encoder = next(
-            (PictureEncoder(bundle.model, bound[p.name]) for p in pipeline.of_role("encoder")), None
-        )
+        self._take_parts(_bound_parts(session, bundle, pipeline.parts))
         self._zeros = pipeline.zeros_without_negative
         widths = [c.dims[-1] for c in bundle.model.conditions if c.name == "time_ids"]
         self._time_ids = int(widths[0].coefficient) if widths else 0
@@ -265,6 +257,41 @@ class Pipeline:
             channels = self.session.bundle.model.channels
             self._decode(np.zeros((1, channels, high, wide), np.float32), None, None)
 
+    def swap_weights(
+        self,
+        bundle: Bundle | str | Path | None = None,
+        name: str | None = None,
+        *,
+        keep_bytes: int = 0,
+        verify: bool = True,
+    ) -> str:
+        """Draw all pictures to come with other weights, those of text encoders and decoder too.
+
+        Pictures in the making are finished on the old ones. Arguments, result and errors are those
+        of ``Session.swap_weights``; ``keep_bytes`` counts the U-Net's alone. Parts are loaded
+        anew at each swap, but for those that are the same in both bundles.
+
+        Raises:
+            ConfigError: also where the parts differ in more than weights.
+        """
+        session = self.session
+        chosen = name if bundle is None else session.load_weights(bundle, name, verify=verify)
+        goal = session.bundle_of(chosen)
+        before = session.bundle
+        changed = changed_parts(before, goal)
+        fresh = _bound_parts(session, goal, changed, plans=session.bundle_of(BASE))
+        with self._lock:
+            if session.bundle is not before:
+                raise ConfigError(
+                    "swap_weights was called by two threads of one pipeline. Call it again."
+                )
+            chosen = session.swap_weights(name=chosen, keep_bytes=keep_bytes, verify=verify)
+            old = {part.part.name: part for part in self._parts}
+            self._take_parts({**old, **fresh})
+            for name in fresh:
+                old[name].release()
+        return chosen
+
     def close(self) -> None:
         """Free engines and memory; closing twice is fine."""
         with self._lock:
@@ -338,6 +365,20 @@ class Pipeline:
 
     # -- the parts ---------------------------------------------------------------------------------
 
+    def _take_parts(self, bound: Mapping[str, BoundPart]) -> None:
+        """Use these parts, by name; texts that were encoded before are forgotten."""
+        bundle = self.session.bundle
+        pipeline = bundle.pipeline
+        assert pipeline is not None
+        encoders = [bound[part.name] for part in pipeline.of_role("text_encoder")]
+        (decoder,) = pipeline.of_role("decoder")
+        self._parts = tuple(bound.values())
+        self._prompt_encoder = PromptEncoder(bundle.model, encoders, bundle.tokenizers)
+        self._decoder = PictureDecoder(bundle.model, bound[decoder.name])
+        self._encoder = next(
+            (PictureEncoder(bundle.model, bound[p.name]) for p in pipeline.of_role("encoder")), None
+        )
+
     def _prompts(
         self, texts: list[str], negatives: list[str] | None, long_prompts: bool
     ) -> tuple[Encoded, Encoded]:
@@ -382,6 +423,15 @@ class Pipeline:
                 raise Cancelled("The request was cancelled while its pictures were decoded.")
             pictures.append(self._decoder.image(np.ascontiguousarray(image), tile))
         return np.stack(pictures)
+
+
+def _bound_parts(
+    session: Session, bundle: Bundle, parts: Sequence[Segment], plans: Bundle | None = None
+) -> dict[str, BoundPart]:
+    """Parts of a bundle, loaded, by name; where ``plans`` is given, its engines are refitted."""
+    other = plans if plans is not bundle else None
+    engines = load_engines(session.backend, bundle, parts, other)
+    return {part.name: BoundPart(part, engines[part.name], session.backend) for part in parts}
 
 
 def _require_served(bundle: Bundle) -> None:

@@ -125,6 +125,10 @@ class TorchBackend:
             graph = TorchGraph(bundle.segment_path(segment), self.place.torch_device)
         return TorchEngine(segment, graph, self.place)
 
+    def load_refitted(self, plans: Bundle, bundle: Bundle, segment: Segment) -> TorchEngine:
+        """Nothing is built that could be refitted: the segment is loaded from its own bundle."""
+        return self.load(bundle, segment)
+
     def settled(self) -> None:
         """Nothing is compiled at the first run."""
 

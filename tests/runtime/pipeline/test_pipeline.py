@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -167,3 +168,29 @@ def test_a_bundle_of_the_u_net_alone_is_refused(compiled):
     _, bundle = compiled("sd")
     with pytest.raises(ConfigError, match="has no text_encoder and no decoder"):
         Pipeline.open(bundle)
+
+
+def test_all_parts_take_other_weights_and_go_back(pipeline_bundle, reweighted, tmp_path):
+    plain = pipeline_bundle("sd")
+    other = reweighted(plain, tmp_path / "warm", 1.01)
+    with Pipeline.open(other) as opened:
+        wanted = opened("abc", seeds=[0])
+    with Pipeline.open(plain) as opened:
+        before = opened("abc", seeds=[0])
+        assert opened.swap_weights(other) == "warm"
+        swapped = opened("abc", seeds=[0])
+        assert opened.swap_weights(name="base") == "base"
+        after = opened("abc", seeds=[0])
+        graph = plain.pipeline.parts[0].file
+        files = {
+            **plain.manifest.files,
+            graph: replace(plain.manifest.files[graph], sha256="0" * 64),
+        }
+        with pytest.raises(ConfigError, match="text encoders, tokenizers and autoencoder differ"):
+            opened.swap_weights(replace(plain, manifest=replace(plain.manifest, files=files)), "x")
+        with pytest.raises(ConfigError, match="Expected a bundle, or a name of"):
+            opened.swap_weights(name="nobody")
+    for one, same in ((swapped, wanted), (after, before)):
+        np.testing.assert_array_equal(one.latents, same.latents)
+        np.testing.assert_array_equal(one.images, same.images)
+    assert (swapped.images != before.images).any()

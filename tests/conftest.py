@@ -304,6 +304,23 @@ def pipeline_bundle(pipeline_folder: Any, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
+def driver_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in CUDA driver of ``tests/cuda_driver``, compiled; for processes of their own."""
+    import shutil
+    import subprocess
+
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    source = Path(__file__).parent / "cuda_driver" / "driver.cpp"
+    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    named = ["-Wl,-soname,libcuda.so.1", "-o", str(library)]  # found by this name once it is loaded
+    subprocess.run([compiler, *options, str(source), *named], check=True)
+    return library
+
+
+@pytest.fixture(scope="session")
 def copied_segments() -> Any:
     """``copied_segments(bundle, folder)`` stands in for an export: segments made before."""
     import dataclasses

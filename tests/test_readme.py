@@ -382,7 +382,7 @@ def test_commands_are_right(path):
         ("python -m blockcache.tools.bench.full_size OUT", "no module"),
         ("python -m blockcache.tools.bench.scale OUT --precission bfloat16", "no option"),
         ("python -m blockcache.tools.demo samples", "no command samples"),
-        ("python tools/bench/gpu.py walk WHEELS", "no command walk"),
+        ("python tools/bench/gpu.py walk KIT", "no command walk"),
         ("python tools/bench/cpu.py run", "no file"),
         ("bash tools/bench/kernels.sh", "no file"),
         ("IMAGES=2 bash tools/research/table1.sh dpm-30", "does not know dpm-30"),

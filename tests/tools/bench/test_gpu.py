@@ -128,6 +128,7 @@ def test_it_runs_where_nothing_is_installed():
     assert (made.returncode, made.stderr) == (0, "")
 
 
+@pytest.mark.timeout(1500)  # 25 seconds of CPU time, on a machine that may be busy
 def test_a_dry_run_on_the_stand_in_driver(driver_library, compiled, tmp_path):
     """All of it but wheels and kernels: the kit's tests and bundles, the report and its data."""
     pytest.importorskip("cuda.bindings.driver")

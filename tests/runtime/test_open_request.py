@@ -305,6 +305,12 @@ def test_the_config_is_that_of_diffusers(compiled):
     assert not [name for name in config if name.startswith("_")]
 
 
+def test_predict_costs_the_host_little(bundle):
+    """At most 5 microseconds a segment, with engines that do nothing; others run beside the test."""
+    drop_in = pytest.importorskip("blockcache.tools.bench.drop_in")
+    assert min(drop_in.predict_us(bundle, "dpm-20", rounds=9) for _ in range(3)) <= 5
+
+
 def test_a_backend_that_lacks_a_member_is_refused(bundle):
     class Half:
         name = "half"

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from blockcache.export.align.distil import DistillationOptions, distil
 from blockcache.export.align.fit import (
+    AlignmentFit,
     AlignmentOptions,
     fit_alignment,
     judge_alignment,
+    own_jobs,
 )
+from blockcache.export.align.solver_fit import Targets
 from blockcache.export.choose import grids
 from blockcache.export.choose.grid_search import StepCosts, shortest_path, step_costs
 from blockcache.export.choose.joint import BranchErrors, step_sizes
-from blockcache.export.choose.policies import BRANCH_CUTS, Needs
+from blockcache.export.choose.policies import BRANCH_CUTS, UNCACHED, Needs
 from blockcache.export.choose.preset import PresetOptions
 from blockcache.export.choose.trials import TrialOptions
 from blockcache.export.measure.calibration import Calibration, check_calibration
@@ -33,7 +37,7 @@ from blockcache.export.measure.converged import (
     ConvergedRun,
     converged_run,
     converged_solver,
-    fine_latents,
+    fine_run,
     measure_gains,
 )
 from blockcache.export.measure.residuals import Moments, ResidualOptions, measure_residuals
@@ -54,7 +58,7 @@ from blockcache.runtime.plan import Alignment, Schedule
 from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers
 from blockcache.runtime.solvers.grid import Grid
 from blockcache.runtime.solvers.recorded import SCHEDULER, RecordedSolver
-from blockcache.runtime.solvers.solver import MULTISTEP, SolverConfig, solver_tables
+from blockcache.runtime.solvers.solver import SolverConfig, solver_tables
 
 SENSED_STEPS, SENSED_IMAGES = 16, 2
 """A joint preset's sensitivity is measured with DPM-Solver++ on so many steps of Karras', on at
@@ -76,6 +80,15 @@ class MeasurementOptions:
     alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
     trials: TrialOptions = field(default_factory=TrialOptions)  # of a joint policy's plans
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What a sweep has fitted to a schedule."""
+
+    alignment: Alignment  # of what may be reused
+    solver: RecordedSolver  # fitted, too, where the preset asks for it
+    report: str  # a file in the bundle: the errors before and after
 
 
 class Measurements:
@@ -170,10 +183,9 @@ class Measurements:
         return _table_config(self.model, preset).noise.sigmas()
 
     def step_costs(self, preset: PresetOptions) -> StepCosts:
-        """What the steps of the preset's solver between any two levels do wrong."""
+        """What DPM-Solver++'s steps between any two levels do wrong; all solvers' grids go by it."""
         run, gains = self._converged(_table_config(self.model, preset))
-        order = 2 if preset.solver in MULTISTEP else 1
-        return step_costs(run.sigmas, run.samples, run.data, gains, order)
+        return step_costs(run.sigmas, run.samples, run.data, gains)
 
     def branch_errors(self, preset: PresetOptions, costs: StepCosts) -> BranchErrors:
         """What errors of the branches that a joint preset reuses do to the image, at any level.
@@ -266,15 +278,17 @@ class Measurements:
         return self._once(stage, file, measure)["residuals"]
 
     def alignment(
-        self, preset: PresetOptions, schedule: Schedule, solver: RecordedSolver | None = None
-    ) -> tuple[Alignment, str]:
-        """Coefficients of a preset's reused outputs, and the report's name in the bundle.
+        self, preset: PresetOptions, schedule: Schedule, solver: RecordedSolver
+    ) -> Aligned:
+        """A preset's coefficients, on its schedule and the levels of ``solver``.
 
-        ``solver`` takes the place of the preset's own.
+        Where the preset's solver is to be fitted, the images of the trials, whose converged run is
+        known, are among those that all is fitted on.
         """
         sampling = self._sampling(preset, self._precision, solver)
         options = self._options.alignment
         training = self._options.distillation if preset.alignment.endswith("distil") else None
+        jobs = self._fit_jobs(preset, sampling)
         stage = _Stage.of(
             "alignment",
             sampling,
@@ -282,28 +296,37 @@ class Measurements:
             preset=preset.name,
             schedule=_digest(schedule.recompute),
             outputs=preset.outputs,
+            jobs=jobs,
+            fitted=self._yardstick_stage(preset).key if preset.fits_solver else None,
             distillation=training and dataclasses.asdict(training),
         )
         file = f"profiles/{preset.name}-alignment-{stage.key[:8]}.safetensors"
 
         def measure() -> dict[str, np.ndarray]:
             heard = self._heard_of(preset)
-            fit = fit_alignment(sampling, schedule, preset.outputs, options, observer=heard)
+            targets = self._targets(preset, solver) if preset.fits_solver else None
+            made = self._fit(preset, sampling, schedule, jobs, targets, heard)
+            fitted = made.fitted
             if training is not None:
-                made = distil(sampling, schedule, fit.alignment, training, observer=heard)
-                fit = judge_alignment(sampling, schedule, made, options, observer=heard)
-            tables = {f"table_{k}": table for k, table in enumerate(fit.alignment.tables)}
-            return {"before": fit.before, "after": fit.after, **tables}
+                own = dataclasses.replace(sampling, solver=with_fit(solver, fitted))
+                trained = distil(own, schedule, made.alignment, training, observer=heard)
+                made = judge_alignment(own, schedule, trained, options, jobs=jobs, observer=heard)
+            tables = {f"table_{k}": table for k, table in enumerate(made.alignment.tables)}
+            if fitted is not None:
+                tables["fitted"] = np.array(fitted)
+            return {"before": made.before, "after": made.after, **tables}
 
         made = self._once(stage, file, measure)
-        return Alignment(tuple(made[f"table_{k}"] for k in range(schedule.blocks))), file
+        fitted = made["fitted"].tolist() if "fitted" in made else None
+        alignment = Alignment(tuple(made[f"table_{k}"] for k in range(schedule.blocks)))
+        return Aligned(alignment, with_fit(solver, fitted), file)
 
     def tried(
         self, preset: PresetOptions, solver: SolverConfig, schedule: Schedule, images: range
     ) -> np.ndarray:
         """How far a plan ends from the converged run, relative L2: float64 [N].
 
-        The alignment is fitted on the same images; the winner's is fitted on others.
+        All is fitted on the same images; the winner is fitted on more.
 
         Args:
             preset: whose plan it is.
@@ -311,37 +334,98 @@ class Measurements:
             schedule: the plan's.
             images: which ones, of the trials' own.
         """
-        sampling, options = self._sampling(preset, self._precision, solver), self._options.trials
-        jobs = _trial_jobs(sampling, options)[images.start : images.stop]
+        sampling = self._sampling(preset, self._precision, solver)
+        jobs = self._trial_jobs(sampling)[images.start : images.stop]
         facts = {"schedule": _digest(schedule.recompute), "ridge": self._options.alignment.ridge}
-        stage = _Stage.of("trial", sampling, jobs=jobs, **facts)
+        yardstick = self._yardstick_stage(preset).key
+        stage = _Stage.of("trial", sampling, jobs=jobs, yardstick=yardstick, **facts)
         file = f"{RECORDS}/trial-{stage.key[:12]}.safetensors"
 
         def measure() -> dict[str, np.ndarray]:
             heard = qualified(self._observer, f"{preset.name}, {schedule.steps} steps")
-            fit = fit_alignment(
-                sampling, schedule, preset.outputs, self._options.alignment, jobs=jobs,
-                observer=heard,
-            )  # fmt: skip
+            targets = self._targets(preset, solver, images)
+            fit = self._fit(preset, sampling, schedule, jobs, targets, heard)
             return {"latents": fit.latents}
 
         latents = self._once(stage, file, measure)["latents"]
-        return _distances(latents, self._yardstick(preset)[images.start : images.stop])
+        return _distances(latents, self._yardstick(preset).latents[images.start : images.stop])
 
-    def _yardstick(self, preset: PresetOptions) -> np.ndarray:
-        """Where the images of trials end by DPM-Solver++ in many steps: float32 [N, C, H, W]."""
+    def _fit(
+        self,
+        preset: PresetOptions,
+        sampling: Sampling,
+        schedule: Schedule,
+        jobs: Sequence[Job],
+        targets: Targets | None,
+        heard: Observer,
+    ) -> AlignmentFit:
+        """All that one sweep fits: the preset's alignment, and the solver where targets are."""
+        options = self._options.alignment
+        if preset.alignment == "none":
+            channels = tuple(block.channels for block in sampling.model.blocks)
+            plain = Alignment.identity(schedule.steps, channels)
+            return judge_alignment(
+                sampling, schedule, plain, options, jobs=jobs, targets=targets, observer=heard
+            )
+        return fit_alignment(
+            sampling, schedule, preset.outputs, options, jobs=jobs, targets=targets, observer=heard
+        )
+
+    def _fit_jobs(self, preset: PresetOptions, sampling: Sampling) -> list[Job]:
+        """The images that an alignment is fitted on, those of the trials first if it needs them.
+
+        Without reuse there is nothing but the solver to fit, which takes no other images.
+        """
+        own = own_jobs(sampling, self._options.alignment)
+        if not preset.fits_solver:
+            return own
+        known = self._trial_jobs(sampling)
+        return known if preset.alignment == "none" else [*known, *own[len(known) :]]
+
+    def _trial_jobs(self, sampling: Sampling) -> list[Job]:
+        """The images that plans are tried on, in random order: any part has any prompts."""
         options = self._options.trials
-        steps = min(options.steps, self._options.converged.levels)
-        fine = dataclasses.replace(preset, solver="dpm", grid=grids.AUTO, steps=steps, name="")
-        sampling = self._sampling(fine)
-        jobs = _trial_jobs(sampling, options)
-        stage = _Stage.of("yardstick", sampling, jobs=jobs)
+        prompts = np.random.default_rng(options.seed).permutation(
+            sampling.spread_prompts(options.images)
+        )
+        return [(int(prompt), options.seed + image) for image, prompt in enumerate(prompts)]
+
+    def _targets(
+        self, preset: PresetOptions, solver: RecordedSolver, images: range | None = None
+    ) -> Targets:
+        """Where the images of trials, or some of them, should be at the levels of ``solver``."""
+        assert isinstance(solver, SolverConfig)
+        assert solver.grid is not None
+        run, scale = self._yardstick(preset), np.append(solver_tables(solver).input_scale, 1.0)
+        samples = run.samples_at([*solver.grid.sigmas, 0.0])
+        samples = samples / scale.astype(np.float32)[:, None, None, None, None]
+        return Targets(torch.from_numpy(samples if images is None else samples[:, images]))
+
+    def _yardstick(self, preset: PresetOptions) -> ConvergedRun:
+        """The converged run of the images of trials: DPM-Solver++ in many steps."""
+        sampling, stage = self._fine(preset), self._yardstick_stage(preset)
         file = f"{RECORDS}/yardstick-{stage.key[:12]}.safetensors"
 
         def measure() -> dict[str, np.ndarray]:
-            return {"latents": fine_latents(sampling, jobs, observer=self._observer)}
+            run = fine_run(sampling, self._trial_jobs(sampling), observer=self._observer)
+            return {"sigmas": run.sigmas, "samples": run.samples, "data": run.data}
 
-        return self._once(stage, file, measure)["latents"]
+        made = self._once(stage, file, measure)
+        return ConvergedRun(made["sigmas"], made["samples"], made["data"])
+
+    def _yardstick_stage(self, preset: PresetOptions) -> _Stage:
+        sampling = self._fine(preset)
+        return _Stage.of("yardstick", sampling, jobs=self._trial_jobs(sampling))
+
+    def _fine(self, preset: PresetOptions) -> Sampling:
+        """What the yardstick runs on: the same for all solvers and steps."""
+        steps = min(self._options.trials.steps, self._options.converged.levels)
+        return self._sampling(
+            dataclasses.replace(
+                preset, solver="dpm", grid=grids.AUTO, steps=steps, alignment="", policy=UNCACHED,
+                name="",
+            )
+        )  # fmt: skip
 
     def _once(
         self, stage: _Stage, file: str, measure: Callable[[], dict[str, np.ndarray]]
@@ -438,12 +522,12 @@ def on_grid(model: SourceModel, preset: PresetOptions, grid: Grid) -> SolverConf
     )
 
 
-def _trial_jobs(sampling: Sampling, options: TrialOptions) -> list[Job]:
-    """The images that plans are tried on, in random order: any part of them has any prompts."""
-    prompts = np.random.default_rng(options.seed).permutation(
-        sampling.spread_prompts(options.images)
-    )
-    return [(int(prompt), options.seed + image) for image, prompt in enumerate(prompts)]
+def with_fit(solver: RecordedSolver, fitted: Sequence[Sequence[float]] | None) -> RecordedSolver:
+    """The solver with the coefficients that were fitted to it, where there are any."""
+    if fitted is None:
+        return solver
+    assert isinstance(solver, SolverConfig)
+    return dataclasses.replace(solver, fitted=tuple(tuple(row) for row in fitted))
 
 
 def _distances(latents: np.ndarray, reference: np.ndarray) -> np.ndarray:

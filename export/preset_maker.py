@@ -97,14 +97,17 @@ class PresetMaker:
         part = self._part(preset)
         schedule = self._whole(chosen, part)
         alignment = Alignment.identity(schedule.steps, self.facts.block_channels)
-        if preset.alignment != "none" and not schedule.recompute.all():
-            fitted, report = self.measurements.alignment(preset, chosen, solver)
-            tables = list(alignment.combining(fitted.outputs).tables)
-            for k, table in zip(part, fitted.tables, strict=True):
+        aligns = preset.alignment != "none" and not schedule.recompute.all()
+        if aligns or preset.fits_solver:
+            made = self.measurements.alignment(preset, chosen, solver)
+            solver = made.solver
+        if aligns:
+            tables = list(alignment.combining(made.alignment.outputs).tables)
+            for k, table in zip(part, made.alignment.tables, strict=True):
                 tables[k] = table
             alignment = Alignment(tuple(tables))
             provenance = dataclasses.replace(
-                provenance, alignment=preset.alignment, alignment_report=report
+                provenance, alignment=preset.alignment, alignment_report=made.report
             )
         return Preset(
             name=preset.name,

@@ -20,10 +20,13 @@ from functools import partial
 import numpy as np
 import torch
 
+from blockcache.export.align.solver_fit import Targets, first_order, fitted_step
 from blockcache.export.measure.sampling import Job, Sampling
 from blockcache.export.observer import Observer, unobserved
+from blockcache.export.unet.cached_unet import State
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.plan import Alignment, Schedule
+from blockcache.runtime.solvers.solver import SolverConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,7 @@ class AlignmentFit:
     before: np.ndarray  # float32 [S, K]: |C - C_last| / |C|, 0 where recomputed
     after: np.ndarray  # float32 [S, K]: |C - what is used| / |C|, 0 where recomputed
     latents: np.ndarray  # float32 [N, C, H, W], where the student ended
+    fitted: tuple[tuple[float, ...], ...] | None = None  # of the solver's steps, where targets were
 
 
 def fit_alignment(
@@ -56,6 +60,7 @@ def fit_alignment(
     options: AlignmentOptions,
     *,
     jobs: Sequence[Job] | None = None,
+    targets: Targets | None = None,
     observer: Observer = unobserved,
 ) -> AlignmentFit:
     """Fit the coefficients of every reused block and step.
@@ -63,14 +68,15 @@ def fit_alignment(
     Args:
         sampling: what to run; image i takes prompt i modulo their number.
         jobs: the images to fit on, in place of those.
+        targets: of the first images, where the solver, which is one of ours, is to be fitted.
         schedule: which block is reused when.
         outputs: computed outputs that a reuse combines: 1 (scale-shift) or 2 (history).
         options: how much to fit on.
         observer: hears the steps done, stage "align".
     """
     return _sweep(
-        "align", sampling, schedule, outputs, jobs or _jobs(sampling, options), observer,
-        lambda k, step, sums: solve(sums, options.ridge),
+        "align", sampling, schedule, outputs, jobs or own_jobs(sampling, options), targets,
+        observer, lambda k, step, sums: solve(sums, options.ridge),
     )  # fmt: skip
 
 
@@ -80,6 +86,8 @@ def judge_alignment(
     alignment: Alignment,
     options: AlignmentOptions,
     *,
+    jobs: Sequence[Job] | None = None,
+    targets: Targets | None = None,
     observer: Observer = unobserved,
 ) -> AlignmentFit:
     """What coefficients made elsewhere repair, on the images that ``fit_alignment`` takes.
@@ -89,11 +97,13 @@ def judge_alignment(
         schedule: as there.
         alignment: the coefficients to judge.
         options: as there.
+        jobs: as there.
+        targets: as there.
         observer: hears the steps done, stage "judge".
     """
     return _sweep(
-        "judge", sampling, schedule, alignment.outputs, _jobs(sampling, options), observer,
-        lambda k, step, sums: judge(sums, alignment.tables[k][step]),
+        "judge", sampling, schedule, alignment.outputs, jobs or own_jobs(sampling, options),
+        targets, observer, lambda k, step, sums: judge(sums, alignment.tables[k][step]),
     )  # fmt: skip
 
 
@@ -103,6 +113,7 @@ def _sweep(
     schedule: Schedule,
     outputs: int,
     jobs: Sequence[Job],
+    targets: Targets | None,
     observer: Observer,
     choose: Callable[[int, int, np.ndarray], Solved],
 ) -> AlignmentFit:
@@ -110,6 +121,11 @@ def _sweep(
     channels = tuple(block.channels for block in sampling.model.blocks)
     made = [t.copy() for t in Alignment.identity(schedule.steps, channels, outputs).tables]
     before, after = np.zeros((2, *schedule.recompute.shape), np.float32)
+    fitted: list[tuple[float, ...]] = []
+    if targets is not None:
+        assert isinstance(sampling.solver, SolverConfig)
+        targets.check(schedule.steps, len(jobs))
+        free = first_order(sampling.solver)
 
     def fit(
         step: int, k: int, computed: torch.Tensor, kept: Sequence[torch.Tensor]
@@ -123,12 +139,27 @@ def _sweep(
         denoiser, noise = sampling.begin(cached, jobs)
         state = denoiser.start(noise)
         for step, recompute in enumerate(schedule.recompute):
-            state = denoiser.step(state, step, recompute, partial(fit, step))
+            output, kept = denoiser.output(state, step, recompute, partial(fit, step))
+            if targets is None:
+                state = denoiser.advance(state, output, kept, step)
+            else:
+                latents, past, found = fitted_step(
+                    free, state.latents, state.past, output, step, targets.samples[step + 1]
+                )
+                state = State(latents, past, kept)
+                fitted.append(found)
             observer(stage, step + 1, schedule.steps)
-    return AlignmentFit(Alignment(tuple(made)), before, after, state.latents.cpu().numpy())
+    return AlignmentFit(
+        Alignment(tuple(made)),
+        before,
+        after,
+        state.latents.cpu().numpy(),
+        tuple(fitted) if targets is not None else None,
+    )
 
 
-def _jobs(sampling: Sampling, options: AlignmentOptions) -> list[Job]:
+def own_jobs(sampling: Sampling, options: AlignmentOptions) -> list[Job]:
+    """The images that an alignment is fitted on, where nobody names others."""
     return [(i % sampling.calibration.prompts, options.seed + i) for i in range(options.images)]
 
 

@@ -47,7 +47,7 @@ class StepCosts:
 
 
 def step_costs(
-    sigmas: np.ndarray, samples: np.ndarray, data: np.ndarray, gains: np.ndarray, order: int
+    sigmas: np.ndarray, samples: np.ndarray, data: np.ndarray, gains: np.ndarray
 ) -> StepCosts:
     """The costs of all steps between the levels of a converged run.
 
@@ -56,7 +56,6 @@ def step_costs(
         samples: float [M, N, ...], x at each level, in the variance-preserving space.
         data: float [M + 1, N, ...], the data prediction at each level, then the final latents.
         gains: float64 [M], how an error at a level moves the final latents.
-        order: 2 for DPM-Solver++ 2M, 1 for DDIM and Euler.
     """
     M, N = samples.shape[:2]
     total = np.zeros((M, M, M))
@@ -65,7 +64,7 @@ def step_costs(
         x = samples[:, image].reshape(M, -1).astype(np.float64)
         d = data[:, image].reshape(M + 1, -1).astype(np.float64)
         size = np.linalg.norm(d[-1])
-        total += np.sqrt(_squared_errors(sigmas, x, d[:-1], order)) / size
+        total += np.sqrt(_squared_errors(sigmas, x, d[:-1])) / size
         last += np.linalg.norm(d[:-1] - d[-1], axis=1) / size
     later = np.arange(M)[:, None] < np.arange(M)[None]  # i before j
     possible = later[None] & (np.arange(M)[:, None] <= np.arange(M)[None])[:, :, None]  # p <= i < j
@@ -73,9 +72,8 @@ def step_costs(
     return StepCosts(np.asarray(sigmas, np.float64), costs, last / N)
 
 
-def _squared_errors(sigmas: np.ndarray, x: np.ndarray, d: np.ndarray, order: int) -> np.ndarray:
+def _squared_errors(sigmas: np.ndarray, x: np.ndarray, d: np.ndarray) -> np.ndarray:
     """Squared norm of x'_j - x_j for every (p, i, j): float64 [M, M, M]."""
-    M = len(sigmas)
     a = 1 / np.sqrt(1 + np.asarray(sigmas, np.float64) ** 2)
     s = sigmas * a
     kept = s[None] / s[:, None]  # [i, j]
@@ -85,8 +83,6 @@ def _squared_errors(sigmas: np.ndarray, x: np.ndarray, d: np.ndarray, order: int
     diagonal = np.diag
     r_r = diagonal(xx)[None] + kept**2 * diagonal(xx)[:, None] + weight**2 * diagonal(dd)[:, None]
     r_r += -2 * kept * xx - 2 * weight * xd.T + 2 * kept * weight * diagonal(xd)[:, None]
-    if order == 1:
-        return np.broadcast_to(r_r.clip(min=0), (M, M, M))
     logs = np.log(sigmas)
     step = logs[:, None] - logs[None]  # [i, j]
     before = logs[:, None] - logs[None]  # [p, i]

@@ -138,6 +138,11 @@ class PresetOptions:
         return measured or self.alignment != "none" or self.grid == grids.AUTO
 
     @property
+    def fits_solver(self) -> bool:
+        """Whether the solver's coefficients are fitted: where the grid is measured or chosen."""
+        return self.grid == grids.AUTO or isinstance(self.policy, Chosen)
+
+    @property
     def sampler(self) -> str:
         """Solver, grid and steps, as titles name them: "dpm-karras-20"."""
         return "-".join(part for part in (self._runs, self.grid, str(self.steps)) if part)

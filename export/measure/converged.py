@@ -56,6 +56,32 @@ class ConvergedRun:
     data: np.ndarray  # float32 [M + 1, N, C, H, W], the data predictions, then the final latents
     moments: tuple[Moments, ...] = ()  # of the output of every block and branch, over the levels
 
+    @property
+    def latents(self) -> np.ndarray:
+        """Where it ends: float32 [N, C, H, W]."""
+        return np.asarray(self.data[-1])
+
+    def samples_at(self, sigmas: Sequence[float]) -> np.ndarray:
+        """X at any levels, in the variance-preserving space: float32 [len(sigmas), N, C, H, W].
+
+        Between two of its levels it is where DPM-Solver++ 2M leads from the higher one; at 0, the
+        end.
+        """
+        return np.stack([self._sample_at(sigma) for sigma in sigmas]).astype(np.float32)
+
+    def _sample_at(self, sigma: float) -> np.ndarray:
+        if sigma == 0:
+            return self.latents
+        i = max(int((self.sigmas >= sigma * (1 - 1e-6)).sum()) - 1, 0)
+        from_level = self.sigmas[i]
+        alpha, alpha_to = (1 / np.sqrt(1 + level**2) for level in (from_level, sigma))
+        kept = sigma * alpha_to / (from_level * alpha)
+        x0 = self.data[i]
+        if 0 < i < len(self.sigmas) - 1:
+            length, before = np.log(self.sigmas[[i, i - 1]] / [sigma, from_level])
+            x0 = x0 + length / before / 2 * (x0 - self.data[i - 1])
+        return np.asarray(kept * self.samples[i] + (alpha_to - alpha * kept) * x0)
+
 
 def converged_solver(solver: SolverConfig, levels: int) -> SolverConfig:
     """DPM-Solver++ on ``levels`` Karras levels with exact, fractional timesteps."""
@@ -114,19 +140,27 @@ def converged_run(
     )
 
 
-def fine_latents(
+def fine_run(
     sampling: Sampling, jobs: Sequence[Job], *, observer: Observer = unobserved
-) -> np.ndarray:
-    """Where other images end, on the sampling's own grid: float32 [N, C, H, W].
+) -> ConvergedRun:
+    """The same of other images, on the sampling's own grid, which is a fine one; no moments.
 
     ``observer`` hears the steps done, stage "yardstick".
     """
+    samples, data = [], []
     with sampling.cached_unet() as cached:
         denoiser, noise = sampling.begin(cached, jobs)
+        latents = noise
         for step, state in enumerate(denoiser.trajectory(noise, sampling.uncached)):
+            samples.append(latents.cpu().numpy())
+            data.append(state.past[0].cpu().numpy())
             latents = state.latents
             observer("yardstick", step + 1, sampling.steps)
-    return np.asarray(latents.cpu().numpy())
+    grid = _ours(sampling).grid
+    assert grid is not None
+    return ConvergedRun(
+        np.array(grid.sigmas), np.stack(samples), np.stack([*data, latents.cpu().numpy()])
+    )
 
 
 def measure_gains(

@@ -15,6 +15,9 @@ steps before, and fresh noise z. It goes from a noise level (α, σ) to the next
 - UniPC (Zhao et al. 2023, order 2, B2) steps as DPM-Solver++ 2M does, from a corrected sample
   x + u x0 + v h + w e: where the step before would have gone, had it known x0. That sample is never
   computed: the correction goes into the coefficients of x0, h and e.
+- A *fitted* solver knows its model and its grid: to the step of first order it adds
+  c0 x + c1 x0 + c2 (x0 - h) + c3 (h - e), with coefficients from least squares
+  (export/align/solver_fit.py). Every solver without noise can be fitted.
 
 Noise levels are those of diffusers to the last bit (float32); all else is float64.
 """
@@ -54,6 +57,9 @@ READ_BY: dict[str, tuple[str, ...]] = {
 LCM_STEPS = 50
 """Steps that an LCM was distilled on (diffusers' original_inference_steps)."""
 
+FITTED = ("x", "x0", "x0 - h", "h - e")
+"""What the coefficients of a fitted step belong to."""
+
 DERIVES_LEVELS = ("spacing", "steps_offset", "set_alpha_to_one", "karras", "final_sigma")
 """What decides where the levels lie, unless a grid says it."""
 
@@ -76,7 +82,8 @@ class SolverConfig:
     of Karras et al. 2022, eq. 5. ``lower_order_final``: a first-order last step below 15 steps
     (``unipc``: always); ``euler_at_final``: always. ``final_sigma``: where those that read it end.
     ``grid``: the noise levels themselves, in place of all that would derive them; every solver then
-    ends noise-free.
+    ends noise-free. ``fitted``: c0 to c3 of every step, in place of what the solver itself would
+    add to its first order.
 
     Examples:
         >>> config = SolverConfig(solver="ddim", steps=20)
@@ -96,12 +103,15 @@ class SolverConfig:
     euler_at_final: bool = False
     final_sigma: str = "zero"
     grid: Grid | None = None
+    fitted: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         check_types(self, _CHOICES)
         T = self.noise.train_timesteps
         if self.grid is not None:
             self._check_grid(self.grid)
+        if self.fitted is not None:
+            self._check_fitted(self.fitted)
         require(self.steps <= T, "steps", f"at most {T}", self.steps, "Training had no more.")
         for item in fields(self):
             value, readers = getattr(self, item.name), READ_BY.get(item.name, SOLVERS)
@@ -119,9 +129,28 @@ class SolverConfig:
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             require(value == default, name, f"{default!r} beside a grid", value, "Leave it out.")
 
+    def _check_fitted(self, fitted: Any) -> None:
+        """Four finite numbers a step, none of them for an x0 that no step has left yet."""
+        without_noise = self.solver not in STOCHASTIC
+        wanted = "none with a solver that adds noise"
+        require(without_noise, "fitted", wanted, self.solver, "Leave it out.")
+        try:
+            table = np.asarray(fitted, np.float64)
+        except (TypeError, ValueError):
+            table = np.zeros(0)
+        right = table.shape == (self.steps, len(FITTED)) and bool(np.isfinite(table).all())
+        wanted = f"{self.steps} x {len(FITTED)} finite numbers"
+        require(right, "fitted", wanted, fitted, "Correct it.")
+        early = table[0, 2:].any() or table[1:2, 3:].any()
+        wanted = "0 for what no step has left yet (x0 - h at step 0, h - e at steps 0 and 1)"
+        require(not early, "fitted", wanted, fitted, "Correct it.")
+        object.__setattr__(self, "fitted", tuple(map(tuple, table.tolist())))
+
     def to_json(self) -> dict[str, Any]:
         """Every option, as values that JSON has."""
-        return {**asdict(self), "grid": None if self.grid is None else self.grid.to_json()}
+        grid = None if self.grid is None else self.grid.to_json()
+        fitted = None if self.fitted is None else [list(row) for row in self.fitted]
+        return {**asdict(self), "grid": grid, "fitted": fitted}
 
     @classmethod
     def from_json(cls, mapping: Mapping[str, Any]) -> SolverConfig:
@@ -172,11 +201,12 @@ def solver_tables(config: SolverConfig) -> SolverTables:
     levels = (alpha, sigma, alpha_to, sigma_to)
     kept, weight, spread = _step(config.solver, timesteps, *levels)
     p_sample, p_model = _data_prediction(config.prediction, alpha, sigma)
-    one, multistep = np.ones_like(alpha), float(config.solver in MULTISTEP)
+    one = np.ones_like(alpha)
+    multistep = float(config.solver in MULTISTEP or config.fitted is not None)
     # Euler's sample is x/α: c_sample and c_model change unit, from this level's to the next one's.
     scale, scale_to = (alpha, alpha_to) if config.solver in SCALED else (one, one)
 
-    def rows(k: Float64, correction: Float64) -> Float32:
+    def rows(k: Float64, correction: Float64) -> Float64:
         of_x0, of_previous, of_earlier = kept * correction
         of_x0 = of_x0 + weight * (1 + k)
         c_sample, c_model = (kept + of_x0 * p_sample) * scale, of_x0 * p_model
@@ -184,21 +214,40 @@ def solver_tables(config: SolverConfig) -> SolverTables:
         prediction = multistep * p_sample, multistep * p_model
         moved = [column / scale_to for column in (c_sample, c_model, *past)]
         columns = (*moved, *prediction, np.append(scale[1:], 1.0), spread / scale_to)
-        return np.stack(columns, axis=1).astype(np.float32)
+        return np.stack(columns, axis=1)
 
-    k = _extrapolation(config, *levels)
     none, of_first_order, of_second_order = _corrections(config.solver, weight, *levels)
+    first = rows(0 * one, none)
+    if config.fitted is not None:
+        fitted = np.array(config.fitted)
+        coefficients = _with_fitted(first, fitted)
+        first[0] = coefficients[0]  # what the others add was fitted with an h
+        second = _with_fitted(first, fitted * [1, 1, 1, 0])
+    else:
+        k = _extrapolation(config, *levels)
+        coefficients, second = rows(k, of_second_order), rows(k, of_first_order)
     initial = 1 / scale[0] if config.spacing == "leading" else np.max(sigma / scale)
     return SolverTables(
         timesteps=timesteps.astype(np.float32),
-        coefficients=rows(k, of_second_order),
-        first=rows(0 * one, none),
-        second=rows(k, of_first_order),
+        coefficients=coefficients.astype(np.float32),
+        first=first.astype(np.float32),
+        second=second.astype(np.float32),
         input_scale=scale.astype(np.float32),
         noising=np.stack([alpha / scale, sigma / scale], axis=1).astype(np.float32),
         initial_scale=float(initial) if config.solver in SCALED else 1.0,
         final_sigma=float(sigma_to[-1] / alpha_to[-1]),
     )
+
+
+def _with_fitted(rows: Float64, fitted: Float64) -> Float64:
+    """Rows of first order [S, 8] and what is fitted to them, c0 to c3 [S, 4]."""
+    made = np.array(rows)
+    x, x0, change, earlier = fitted.T
+    made[:, 0] += x
+    made[:, :2] += (x0 + change)[:, None] * rows[:, 4:6]
+    made[:, 2] += earlier - change
+    made[:, 3] -= earlier
+    return made
 
 
 def _step(

@@ -220,14 +220,14 @@ def jobs():
 @pytest.fixture(scope="module", params=[1, 2], ids=["scale-shift", "history"])
 def fitted(request, sampling, schedule):
     """(outputs, the fit, the final latents of its student, the progress it reported)."""
-    states, heard, step = [], [], Denoiser.step
+    states, heard, advance = [], [], Denoiser.advance
 
     def watched(*args):
-        states.append(step(*args))
+        states.append(advance(*args))
         return states[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Denoiser, "step", watched)
+        patch.setattr(Denoiser, "advance", watched)
         fit = fit_alignment(
             sampling, schedule, request.param, OPTIONS, observer=lambda *told: heard.append(told)
         )

@@ -57,6 +57,19 @@ def test_its_end_is_where_the_solver_ends_on_the_same_levels(run, sampling):
     np.testing.assert_allclose(run.data[-1], end, rtol=1e-5, atol=1e-6)
 
 
+def test_samples_between_its_levels_lie_on_the_run(run, sampling):
+    at = run.samples_at([*run.sigmas, 0.0])
+    np.testing.assert_array_equal(at[:-1], run.samples)
+    np.testing.assert_array_equal(at[-1], run.latents)
+    finer = converged_run(
+        sampling, replace(OPTIONS, levels=2 * 24 - 1)
+    )  # every second level is one
+    between = run.samples_at(finer.sigmas[1::2])
+    step = np.abs(np.diff(run.samples, axis=0)).max(axis=(1, 2, 3, 4))
+    off = np.abs(between - finer.samples[1::2]).max(axis=(1, 2, 3, 4))
+    assert (off < 0.2 * step).all()
+
+
 def test_twice_as_fine_ends_nearby(run, sampling):
     finer = converged_run(sampling, replace(OPTIONS, levels=48))
     apart = np.linalg.norm(finer.data[-1] - run.data[-1]) / np.linalg.norm(run.data[-1])
@@ -66,7 +79,7 @@ def test_twice_as_fine_ends_nearby(run, sampling):
 
 def test_costs_of_a_run_are_the_errors_of_the_solver(run, sampling):
     """One step of DDIM from a level lands where the costs say."""
-    costs = step_costs(run.sigmas, run.samples, run.data, np.ones(24), 1)
+    costs = step_costs(run.sigmas, run.samples, run.data, np.ones(24))
     solver = converged_solver(sampling.solver, 24)
     grid = grid_of("two", run.sigmas[[5, 9]], solver.noise.sigmas())
     timesteps = (solver.grid.timesteps[5], solver.grid.timesteps[9])

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import itertools
 import json
+import math
 import tracemalloc
 import warnings
 
@@ -514,6 +515,12 @@ def test_step_allocates_nothing():
             {"solver": "dpm", "set_alpha_to_one": False},
             "set_alpha_to_one: expected True with solver",
         ),
+        ({"solver": "lcm", "fitted": ()}, "fitted: expected none with a solver that adds noise"),
+        ({"fitted": ((0, 0, 0, 0),)}, "fitted: expected 10 x 4 finite numbers"),
+        ({"fitted": "abc"}, "fitted: expected 10 x 4 finite numbers"),
+        ({"steps": 1, "fitted": ((0, math.nan, 0, 0),)}, "fitted: expected 1 x 4 finite numbers"),
+        ({"steps": 1, "fitted": ((0, 0, 1, 0),)}, "fitted: expected 0 for what no step has left"),
+        ({"steps": 2, "fitted": ((0,) * 4, (0, 0, 0, 1))}, "fitted: expected 0 for what no step"),
     ],
 )
 def test_config_errors(options, message):

@@ -183,7 +183,7 @@ class Measurements:
         return _table_config(self.model, preset).noise.sigmas()
 
     def step_costs(self, preset: PresetOptions) -> StepCosts:
-        """What DPM-Solver++'s steps between any two levels do wrong; all solvers' grids go by it."""
+        """What DPM-Solver++'s steps between any two levels do wrong, whatever the solver."""
         run, gains = self._converged(_table_config(self.model, preset))
         return step_costs(run.sigmas, run.samples, run.data, gains)
 

@@ -96,7 +96,7 @@ def test_a_fitted_run_ends_nearer_to_the_converged_one(sampling, solver):
     def off(latents):
         return np.linalg.norm(latents - run.latents)
 
-    assert off(fit.latents) < 0.7 * off(plain.latents)
+    assert off(fit.latents) < 0.9 * off(plain.latents)
     runtime = dataclasses.replace(sampling, solver=with_fit(sampling.solver, fit.fitted))
     again = fit_alignment(runtime, schedule, 1, options, jobs=jobs).latents
     np.testing.assert_allclose(again, fit.latents, rtol=1e-3, atol=1e-3)

@@ -15,6 +15,7 @@ pytest.importorskip("diffusers")
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.sampling import Sampling, Tally  # noqa: E402
 from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers  # noqa: E402
+from blockcache.runtime.solvers.solver import STOCHASTIC  # noqa: E402
 
 PROMPTS = 3
 jobs = st.tuples(st.integers(0, PROMPTS - 1), st.integers(0, 2**31))
@@ -40,6 +41,24 @@ def test_a_job_has_its_noise_in_any_batch(sampling, many):
 def test_other_seeds_and_other_prompts_are_other_noise(sampling):
     noise = sampling.noise([(0, 0), (1, 0), (0, 1)])
     assert not any(torch.equal(noise[a], noise[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize("solver", STOCHASTIC)
+def test_noise_that_a_solver_adds_is_the_jobs(sampling, solver):
+    """The same in every run: so reuse is measured against a run with the same noise."""
+    config = solver_from_diffusers(sampling.model.scheduler, solver=solver, steps=4)
+    noisy = dataclasses.replace(sampling, solver=config)
+    jobs = [(0, 3), (1, 4)]
+
+    def drawn(jobs):
+        with noisy.cached_unet() as cached:
+            denoiser, noise = noisy.begin(cached, jobs)
+            return denoiser.denoise(noise, noisy.uncached)
+
+    together = drawn(jobs)
+    assert torch.equal(drawn(jobs), together)
+    assert torch.allclose(drawn(jobs[1:])[0], together[1], atol=1e-4)
+    assert not torch.allclose(drawn([(0, 3), (1, 5)])[1], together[1], atol=0.1)
 
 
 @given(st.integers(1, 40))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -70,13 +71,15 @@ def export_segments(
     ``observer`` hears how many of ``EXPORT_PARTS`` are done, stage "export".
     """
     folder.mkdir(parents=True, exist_ok=True)
+    given = model.unet
     model = converted(model.cut_at(options.cuts), options.precision)
     code = _code_for(model)
     traced = folder / "traced.onnx"
     observer("export", EXPORT_PARTS.index("trace"), len(EXPORT_PARTS))
     program = _trace(model, code)
     observer("export", EXPORT_PARTS.index("weights"), len(EXPORT_PARTS))
-    _save(program, traced)
+    ir.save(program, traced, external_data=WEIGHTS_FILE)
+    let_go(program, model.unet, kept=given)
     del program
     observer("export", EXPORT_PARTS.index("cut"), len(EXPORT_PARTS))
     try:
@@ -131,9 +134,27 @@ def _trace(model: SourceModel, code: SizeCode) -> ir.Model:
     return program.model
 
 
-def _save(program: ir.Model, path: Path) -> None:
-    """The graph to ``path``, the weights to ``weights.bin`` beside it."""
-    ir.save(program, path, external_data=WEIGHTS_FILE)
+def let_go(program: ir.Model, module: torch.nn.Module, kept: torch.nn.Module | None = None) -> None:
+    """Free the weights of a graph that is saved, and of the module that it was traced from.
+
+    To drop both is not enough: the rules of onnxscript's rewriter live as long as the process, and
+    the last graph that they saw lives with them.
+
+    Args:
+        program: not to be used afterwards.
+        module: the same.
+        kept: a module that shares weights with it, which stay.
+    """
+    for value in program.graph.initializers.values():
+        value.const_value = None
+    shared = set() if kept is None else {id(tensor) for tensor in _tensors(kept)}
+    for tensor in _tensors(module):
+        if id(tensor) not in shared:
+            tensor.data = tensor.new_empty(0)
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
 
 
 @contextlib.contextmanager

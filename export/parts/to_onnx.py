@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from blockcache.export.graph.passes.canonical import canonical
-from blockcache.export.graph.to_onnx import OPSET, quiet
+from blockcache.export.graph.to_onnx import OPSET, let_go, quiet
 from blockcache.export.parts.part import Part
 from blockcache.export.unet.model import TORCH_DTYPES
 from blockcache.runtime.errors import ExportError
@@ -41,7 +41,6 @@ def export_part(part: Part, folder: Path, precision: str, sizes: Sizes) -> Segme
     inputs = tuple(_spec(name, part.inputs[name]) for name in part.inputs)
     flops = _flops(module, inputs, sizes)
     program = _trace(part, module, inputs)
-    del module
     graph = program.graph
     for value, dims in zip(graph.outputs, part.outputs.values(), strict=True):
         _describe(value, dims)
@@ -51,6 +50,7 @@ def export_part(part: Part, folder: Path, precision: str, sizes: Sizes) -> Segme
     graph.name = part.name
     path = folder / f"{part.name}.onnx"
     ir.save(ir.Model(graph, ir_version=program.ir_version), path, external_data=f"{part.name}.bin")
+    let_go(program, module)
     outputs = tuple(_spec(v.name or "", part.outputs[v.name or ""], v.dtype) for v in graph.outputs)
     return Segment(part.name, part.role, path.name, inputs, outputs, None, flops)
 

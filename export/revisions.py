@@ -46,7 +46,7 @@ class Revision:
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
         5,
-        "54bc72a18fbda559",
+        "9fc8b14d774e819f",
         (
             *_MODEL,
             "export/graph/passes/*.py",
@@ -56,7 +56,7 @@ REVISIONS: Mapping[str, Revision] = {
     ),
     "parts": Revision(
         2,
-        "148a8a8819179a13",
+        "0c2386328bd5402c",
         (
             "export/unet/lora.py",
             "export/unet/weights.py",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from blockcache.runtime.arguments import finite_number, whole_number
 from blockcache.runtime.devices.device import Guidance
+from blockcache.runtime.devices.dlpack import Lent
 from blockcache.runtime.devices.interop import host_array
 from blockcache.runtime.errors import InputError
 from blockcache.runtime.plan import MOST_SIZE, ModelFacts, Sizes, TensorSpec, default_negative
@@ -19,6 +20,11 @@ PROMPT = "encoder_hidden_states"
 
 CLASSES = "class_labels"
 """The condition that may be the number of a class."""
+
+
+Condition: TypeAlias = "np.ndarray | tuple[np.ndarray | Lent, ...]"
+"""[batch, ...], the unconditional half first; or the halves, [N or 1, ...] each, where one of them
+lies on the session's GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,7 +38,7 @@ class Request:
     noise: np.ndarray  # float32 [N, C, H, W]
     seeds: np.ndarray | None  # uint64 [N], of the noise that a solver adds at every step
     image_latents: np.ndarray | None  # float32 [N, C, H, W], where an image is continued
-    conditions: Mapping[str, np.ndarray]  # by name [batch, ...], the unconditional half first
+    conditions: Mapping[str, Condition]  # by name
     check_finite: bool
 
     @property
@@ -93,18 +99,17 @@ def checked_request(
         width=shape[3],
         tokens=_tokens(model, positive[PROMPT]),
     )
-    conditions = {}
+    conditions: dict[str, Condition] = {}
     for spec in model.conditions:
         halves = [_half(check, spec, sizes, shape[0], positive, "")]
         if guidance is not None:
-            given = default_negative(spec.name, halves[0])
+            mine = halves[0]  # what is lent is a prompt's, which has no default
+            given = None if isinstance(mine, Lent) else default_negative(spec.name, mine)
             defaults = {} if given is None else {spec.name: given}
             halves.insert(
                 0, _half(check, spec, sizes, shape[0], {**defaults, **negative}, "negative ")
             )
-        conditions[spec.name] = np.concatenate(halves)
-        if spec.name == CLASSES and spec.dtype == "int64":
-            _require_classes(model, conditions[spec.name])
+        conditions[spec.name] = _joined(model, spec, halves)
     return Request(
         sizes=sizes,
         images=shape[0],
@@ -126,7 +131,7 @@ def checked_conditions(
     height: object = None,
     width: object = None,
     check_finite: bool = False,
-) -> tuple[Sizes, dict[str, np.ndarray]]:
+) -> tuple[Sizes, dict[str, Condition]]:
     """The conditions of a batch that the caller laid out; arguments are those of ``Session.begin``.
 
     Returns:
@@ -138,8 +143,8 @@ def checked_conditions(
     given = {name: host_array(values) for name, values in conditions.items()}
     _refuse_unknown(model, tuple(given))
     prompt, usual = given[PROMPT], model.sizes
-    has_rows = isinstance(prompt, np.ndarray) and prompt.ndim == 3 and prompt.shape[0] > 0
-    rows = len(prompt) if batch is None and has_rows else batch
+    is_prompt = isinstance(prompt, np.ndarray | Lent) and len(prompt.shape) == 3
+    rows = prompt.shape[0] if batch is None and is_prompt and prompt.shape[0] else batch
     sizes = Sizes(
         batch=whole_number("batch", 1 if rows is None else rows, 1, MOST_SIZE),
         height=whole_number("height", usual.height if height is None else height, 1, MOST_SIZE),
@@ -149,12 +154,9 @@ def checked_conditions(
     _require_factor(model, "height and width", sizes.height, sizes.width)
     check = _Check(check_finite)
     checked = {
-        spec.name: np.array(_half(check, spec, sizes, sizes.batch, given, ""))
+        spec.name: _joined(model, spec, [_half(check, spec, sizes, sizes.batch, given, "")])
         for spec in model.conditions
     }
-    for spec in model.conditions:
-        if spec.name == CLASSES and spec.dtype == "int64":
-            _require_classes(model, checked[spec.name])
     return sizes, checked
 
 
@@ -213,6 +215,8 @@ class _Check:
         self, name: str, values: Any, shape: Sequence[int], dtype: str = "float32"
     ) -> np.ndarray:
         """The values, or InputError where shape, dtype or (if asked for) contents are wrong."""
+        if isinstance(values, Lent):
+            raise InputError(f"{name}: expected shape {list(shape)}, got {list(values.shape)}.")
         array = self.numbers(name, values, dtype)
         if array.shape != tuple(shape):
             raise InputError(f"{name}: expected shape {list(shape)}, got {list(array.shape)}.")
@@ -288,7 +292,7 @@ def _refuse_unknown(model: ModelFacts, names: Sequence[str]) -> None:
 
 def _tokens(model: ModelFacts, prompt: Any) -> int:
     """The prompt's length; the model's own where the prompt has a shape that is refused later."""
-    fits = isinstance(prompt, np.ndarray) and prompt.ndim == 3 and prompt.shape[1]
+    fits = isinstance(prompt, np.ndarray | Lent) and len(prompt.shape) == 3 and prompt.shape[1]
     return int(prompt.shape[1]) if fits else model.sizes.tokens
 
 
@@ -301,6 +305,17 @@ def _require_classes(model: ModelFacts, labels: np.ndarray) -> None:
         )
 
 
+def _joined(model: ModelFacts, spec: TensorSpec, halves: Sequence[np.ndarray | Lent]) -> Condition:
+    """A condition of its halves; a copy of what is numpy's."""
+    arrays = [half for half in halves if isinstance(half, np.ndarray)]
+    if len(arrays) < len(halves):
+        return tuple(halves)
+    joined = np.concatenate(arrays)
+    if spec.name == CLASSES and spec.dtype == "int64":
+        _require_classes(model, joined)
+    return joined
+
+
 def _half(
     check: _Check,
     spec: TensorSpec,
@@ -308,7 +323,7 @@ def _half(
     images: int,
     given: Mapping[str, Any],
     side: str,
-) -> np.ndarray:
+) -> np.ndarray | Lent:
     """One half of a condition, [N, ...]; a single image's value serves all."""
     if spec.name not in given:
         raise InputError(
@@ -319,6 +334,8 @@ def _half(
         )
     shape = spec.shape(replace(sizes, batch=images))
     values = given[spec.name]
+    if isinstance(values, Lent) and values.shape in (tuple(shape), (1, *shape[1:])):
+        return values
     if isinstance(values, np.ndarray) and values.shape == (1, *shape[1:]):
         values = np.broadcast_to(values, shape)
     return check.tensor(side + spec.name, values, shape, spec.dtype)

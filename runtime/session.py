@@ -28,6 +28,7 @@ from blockcache.runtime.arguments import whole_number
 from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.devices.device import modes_of
 from blockcache.runtime.devices.graphs import GraphPlayer, LoopGraphs
+from blockcache.runtime.devices.interop import where_it_lies
 from blockcache.runtime.drift import DriftMonitor
 from blockcache.runtime.engines.choice import make_backend, refuse_options, require_members
 from blockcache.runtime.engines.engine import Backend, Engine, Launch
@@ -40,6 +41,7 @@ from blockcache.runtime.open_request import OpenRequest
 from blockcache.runtime.plan import LOOP_ROLES, Preset, Segment, Sizes
 from blockcache.runtime.program import MemoryReport, Program
 from blockcache.runtime.request import (
+    CLASSES,
     PROMPT,
     Request,
     checked_conditions,
@@ -256,6 +258,7 @@ class Session:
 
         Tensors are numpy arrays, or those of torch, CuPy, JAX, on the host or the GPU, also in
         16 bits; a GPU tensor is read after what its library has put on its current stream.
+        Conditions on the session's GPU in the bundle's precision do not pass through the host.
 
         Args:
             noise: float32 [N, C, H, W], standard normal; ``self.noise(seeds)`` makes it.
@@ -292,8 +295,8 @@ class Session:
             self.bundle.model,
             self.steps,
             noise=noise,
-            positive={PROMPT: prompt_embeds, **(conditions or {})},
-            negative=negative,
+            positive=self._placed({PROMPT: prompt_embeds, **(conditions or {})}, check_finite),
+            negative=self._placed(negative, check_finite),
             guidance=guidance_of(scale, guidance_rescale),
             seeds=seeds,
             needs_seeds=stochastic,
@@ -336,7 +339,7 @@ class Session:
             EngineError: the engine library failed.
         """
         model = self.bundle.model
-        given = {PROMPT: prompt_embeds, **(conditions or {})}
+        given = self._placed({PROMPT: prompt_embeds, **(conditions or {})}, check_finite)
         sizes, checked = checked_conditions(
             model, given, batch=batch, height=height, width=width, check_finite=check_finite
         )
@@ -351,7 +354,8 @@ class Session:
             )
             before = program.conditions
             if before is None or any(
-                not np.array_equal(values, before[name]) for name, values in checked.items()
+                isinstance(values, tuple) or not np.array_equal(values, before[name])
+                for name, values in checked.items()
             ):
                 take_conditions(self.backend.device, program, checked, request.record)
             self._open = weakref.ref(request)
@@ -572,6 +576,18 @@ class Session:
             "A session cannot be pickled or copied: it holds engines and memory of this process. "
             "Hand over the bundle's folder and the preset's name, and call Session.open there."
         )
+
+    def _placed(self, given: Mapping[str, Any], check_finite: bool) -> Mapping[str, Any]:
+        """Conditions, without a copy those that lie on the session's GPU as the engines read them.
+
+        What is to be checked for finite numbers is checked on the host.
+        """
+        if check_finite:
+            return given
+        small = (CLASSES, "time_ids")  # the other half of guidance may be made of these
+        specs = {c.name: c.dtype for c in self.bundle.model.conditions if c.name not in small}
+        device = self.backend.device
+        return {n: where_it_lies(device, values, specs.get(n)) for n, values in given.items()}
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:

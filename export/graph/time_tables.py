@@ -12,6 +12,7 @@ from blockcache.runtime.errors import MissingExtraError
 from blockcache.runtime.plan import Segment
 
 _HALF = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
+_FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
 
 def time_tables(
@@ -32,10 +33,17 @@ def time_tables(
         return {"timestep": timesteps.astype(np.float32)[:, None]}
     if ort is None:
         raise MissingExtraError.of("onnxruntime", "cpu", "Evaluating time tables")
-    model = ir.load(folder / found[0].file)
-    _to_float32(model.graph)
+    path = folder / found[0].file
+    model = ir.load(path)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1  # small work: idle threads would only spin
+    options.enable_cpu_mem_arena = False
+    # The weights stay on disk: copies of SD1.5's, widened, would be a quarter of the whole U-Net.
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent)
+    )
+    if _to_float32(model.graph):
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -44,17 +52,12 @@ def time_tables(
     return dict(zip(names, rows, strict=True))
 
 
-def _to_float32(graph: ir.Graph) -> None:
-    """Type a half-precision graph as float32, in place, its weights in memory."""
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if tensor is None:
-            continue
-        half = tensor.dtype in _HALF
-        content = tensor.numpy().astype(np.float32) if half else tensor.numpy().copy()
-        value.const_value = ir.tensor(content, name=value.name)
-        if half:
-            value.type = ir.TensorType(ir.DataType.FLOAT)
+def _to_float32(graph: ir.Graph) -> bool:
+    """Type a half-precision graph as float32, in place: each weight is widened where it is read.
+
+    Returns:
+        Whether there was any weight to widen.
+    """
     for node in graph:
         if node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()) in _HALF:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
@@ -64,3 +67,18 @@ def _to_float32(graph: ir.Graph) -> None:
     for value in graph.inputs:
         if value.dtype in _HALF:
             value.type = ir.TensorType(ir.DataType.FLOAT)
+    halves = [
+        v
+        for v in graph.initializers.values()
+        if v.const_value is not None and v.const_value.dtype in _HALF
+    ]
+    first = graph[0]
+    for value in halves:
+        cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT.value})
+        wide = cast.outputs[0]
+        wide.name, wide.type, wide.shape = f"{value.name}_wide", _FLOAT, value.shape
+        for user, index in tuple(value.uses()):
+            if user is not cast:
+                user.replace_input_with(index, wide)
+        graph.insert_before(first, cast)
+    return bool(halves)

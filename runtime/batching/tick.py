@@ -21,6 +21,7 @@ from blockcache.runtime.devices.device import StepFunction
 from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.engine import Engine, Launch
+from blockcache.runtime.evaluation import put_condition
 from blockcache.runtime.loop import start_latents
 from blockcache.runtime.plan import Segment, block_output_name, previous_output_name
 from blockcache.runtime.request import Request
@@ -154,7 +155,7 @@ class Ticker:
             for name in ("latents", "past_x0", "sample", "model_output", *request.conditions)
         }
         for name, values in request.conditions.items():
-            self._device.upload(parts[name], values)
+            put_condition(self._device, parts[name], values)
         tables, way = self._presets.solvers[preset], self._presets.way(preset, request.first)
         start = start_latents(request, tables)
         self._device.upload(parts["latents"], start)

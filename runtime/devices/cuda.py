@@ -32,7 +32,7 @@ from blockcache.runtime.devices.cuda_stream import (
 )
 from blockcache.runtime.devices.device import Guidance, StepFunction
 from blockcache.runtime.devices.device_view import DeviceView
-from blockcache.runtime.devices.tensor import Tensor, decode, encode
+from blockcache.runtime.devices.tensor import Tensor, Window, decode, encode
 from blockcache.runtime.errors import EngineError
 
 
@@ -106,6 +106,16 @@ class CudaDevice:
         """One copy inside the device."""
         with self._context:
             call("cuMemcpyDtoDAsync", target.pointer, pointer, target.bytes, self.stream)
+
+    def copy(self, target: Window, source: Window) -> None:
+        """A copy of rows a plane; one in all where nothing lies between them."""
+        with self._context:
+            if _is_whole(target) and _is_whole(source):
+                count = target.planes * target.plane_bytes
+                call("cuMemcpyDtoDAsync", target.pointer, source.pointer, count, self.stream)
+                return
+            for plane in range(target.planes):
+                call("cuMemcpy2DAsync", _plane_copy(target, source, plane), self.stream)
 
     def download(self, source: Tensor) -> np.ndarray:
         """A host copy, float32 for floating dtypes; waits for the stream."""
@@ -223,6 +233,23 @@ class CudaDevice:
             finally:
                 for event in events:
                     call("cuEventDestroy", event)
+
+
+def _is_whole(window: Window) -> bool:
+    """Whether it is all of its tensor."""
+    return window.row_bytes == window.pitch and window.rows * window.pitch == window.plane_bytes
+
+
+def _plane_copy(target: Window, source: Window, plane: int) -> Any:
+    """What ``cuMemcpy2DAsync`` is told of one plane."""
+    copy = driver().CUDA_MEMCPY2D()
+    device = driver().CUmemorytype.CU_MEMORYTYPE_DEVICE
+    copy.srcMemoryType = copy.dstMemoryType = device
+    copy.srcDevice = source.pointer + plane * source.plane_bytes
+    copy.dstDevice = target.pointer + plane * target.plane_bytes
+    copy.srcPitch, copy.dstPitch = source.pitch, target.pitch
+    copy.WidthInBytes, copy.Height = target.row_bytes, target.rows
+    return copy
 
 
 def _chosen(stream: Any, index: int | None) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from blockcache.runtime.devices.device_view import DeviceView
-from blockcache.runtime.devices.tensor import Tensor
+from blockcache.runtime.devices.tensor import Tensor, Window
 from blockcache.runtime.errors import InputError
 
 StepFunction: TypeAlias = Callable[[int], None]
@@ -45,6 +45,10 @@ class Device(Protocol):
     def name(self) -> str:
         """``cpu`` or ``cuda``."""
 
+    @property
+    def index(self) -> int:
+        """Of the GPU; 0 on the host."""
+
     def allocate(self, count: int) -> Any:
         """``count`` bytes of zeroed memory, aligned to 256 bytes, freed with the object."""
 
@@ -59,6 +63,12 @@ class Device(Protocol):
 
         What wrote it is done, or comes before on ``stream``.
         """
+
+    def copy(self, target: Window, source: Window) -> None:
+        """Copy one rectangle to another of the same planes, rows and dtype, inside the device."""
+
+    def synchronize(self) -> None:
+        """Wait until everything that was put on ``stream`` is done."""
 
     @property
     def stream(self) -> int:

@@ -20,7 +20,7 @@ class DeviceView:
     """
 
     def __init__(self, tensor: Tensor, stream: int, index: int) -> None:
-        self._tensor = tensor  # keeps the memory alive
+        self.tensor = tensor  # keeps the memory alive
         self._index = index
         if tensor.dtype != "bfloat16":
             self.__cuda_array_interface__ = {
@@ -38,6 +38,6 @@ class DeviceView:
     def __dlpack__(self, *, copy: bool | None = None, **_: Any) -> Any:
         if copy:
             raise BufferError("This tensor is lent without a copy only.")
-        tensor = self._tensor
+        tensor = self.tensor
         device = self.__dlpack_device__()
         return dlpack.lend(tensor.pointer, tensor.shape, tensor.dtype, device, tensor)

@@ -16,7 +16,7 @@ from blockcache import kernels
 from blockcache.runtime.devices.device import Guidance, StepFunction, modes_of
 from blockcache.runtime.devices.device_view import DeviceView
 from blockcache.runtime.devices.kernel_errors import kernel_errors
-from blockcache.runtime.devices.tensor import NUMPY_DTYPES, Tensor, item_bytes
+from blockcache.runtime.devices.tensor import NUMPY_DTYPES, Tensor, Window, item_bytes
 from blockcache.runtime.solvers.philox import standard_normal
 from blockcache.runtime.solvers.solver import solver_step_numpy
 
@@ -25,6 +25,7 @@ class HostDevice:
     """Host memory; a ``Device`` as runtime/devices/device.py has it."""
 
     name = "cpu"
+    index = 0
     stream = 0
 
     def allocate(self, count: int) -> np.ndarray:
@@ -46,6 +47,15 @@ class HostDevice:
     def copy_from(self, target: Tensor, pointer: int) -> None:
         """Copy host memory."""
         ctypes.memmove(target.pointer, pointer, target.bytes)
+
+    def copy(self, target: Window, source: Window) -> None:
+        """Between two views."""
+        assert target.array is not None
+        assert source.array is not None
+        np.copyto(target.array, source.array.reshape(target.array.shape))
+
+    def synchronize(self) -> None:
+        """Nothing is pending."""
 
     def download(self, source: Tensor) -> np.ndarray:
         """A copy of the view."""

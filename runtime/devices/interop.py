@@ -1,8 +1,8 @@
 """Tensors of other libraries as numpy arrays: DLPack, ``__cuda_array_interface__``.
 
-A request's inputs are small (noise, prompt embeddings), so a tensor on the GPU takes one copy
-through the host, after what its library has put on its current stream. The way out, without a
-copy, is ``DeviceView``.
+Conditions in the engines' own dtype that lie on a session's GPU are copied there. Others on a
+GPU take one copy through the host, after what their library has put on its current stream. The way
+out, without a copy, is ``DeviceView``.
 """
 
 from __future__ import annotations
@@ -59,6 +59,17 @@ def place(device: Device, name: str, target: Tensor, values: Any) -> bool:
     _require(name, target.shape, array.shape, "float32", str(array.dtype))
     device.upload(target, array)
     return False
+
+
+def where_it_lies(device: Device, values: Any, dtype: str | None) -> Any:
+    """A contiguous tensor of ``dtype`` on the device's own GPU as a ``Lent``; all else as it is."""
+    if device.name == "cpu" or not hasattr(values, "__dlpack_device__"):
+        return values
+    if int(values.__dlpack_device__()[1]) != device.index:
+        return values
+    lent = _lent_on_gpu(values, device.stream)
+    fits = lent is not None and lent.contiguous and lent.dtype == dtype
+    return lent if fits else values
 
 
 def _lent_on_gpu(values: Any, stream: int) -> dlpack.Lent | None:

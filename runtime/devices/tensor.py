@@ -43,6 +43,20 @@ def decode(content: np.ndarray, dtype: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Window:
+    """A rectangle of a tensor's last two axes, in every plane of the axes before them."""
+
+    pointer: int  # of the first element
+    planes: int
+    rows: int
+    row_bytes: int
+    pitch: int  # bytes from row to row
+    plane_bytes: int  # from plane to plane
+    owner: Any  # keeps the memory alive
+    array: np.ndarray | None  # a view, where the host can see the memory
+
+
+@dataclass(frozen=True)
 class Tensor:
     """A tensor at a fixed address."""
 
@@ -56,3 +70,26 @@ class Tensor:
     def bytes(self) -> int:
         """Size in bytes."""
         return math.prod(self.shape) * item_bytes(self.dtype)
+
+    def along(self, start: int, count: int) -> Tensor:
+        """So many entries of the first axis, in place."""
+        shape = (count, *self.shape[1:])
+        offset = start * (self.bytes // self.shape[0])
+        array = None if self.array is None else self.array[start : start + count]
+        return Tensor(self.pointer + offset, shape, self.dtype, self.owner, array)
+
+    def window(self, rows: slice = slice(None), columns: slice = slice(None)) -> Window:
+        """A rectangle of the last two axes, in place; by default all of them."""
+        *planes, height, width = self.shape
+        (top, bottom, _), (left, right, _) = rows.indices(height), columns.indices(width)
+        item = item_bytes(self.dtype)
+        return Window(
+            pointer=self.pointer + (top * width + left) * item,
+            planes=math.prod(planes),
+            rows=bottom - top,
+            row_bytes=(right - left) * item,
+            pitch=width * item,
+            plane_bytes=height * width * item,
+            owner=self.owner,
+            array=None if self.array is None else self.array[..., rows, columns],
+        )

@@ -1,4 +1,4 @@
-"""A text encoder, decoder or encoder on its device: numpy arrays in, numpy arrays out."""
+"""A text encoder, decoder or encoder on its device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from blockcache.runtime.devices.tensor import Tensor
+from blockcache.runtime.devices.device import Device
+from blockcache.runtime.devices.tensor import Tensor, Window
 from blockcache.runtime.engines.engine import Backend, Engine, Launch
 from blockcache.runtime.memory import aligned
 from blockcache.runtime.plan import AXES, Segment, Sizes
@@ -23,30 +24,43 @@ class BoundPart:
 
     def __init__(self, part: Segment, engine: Engine, backend: Backend) -> None:
         self.part = part
-        self._engine, self._device = engine, backend.device
+        self._engine = engine
+        self.device: Device = backend.device
         self._axes = {axis for spec in part.inputs for dim in spec.dims for axis in dim.axes}
         self._bound: dict[Sizes, tuple[dict[str, Tensor], Launch]] = {}
 
-    def __call__(self, sizes: Sizes, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(
+        self, sizes: Sizes, inputs: Mapping[str, np.ndarray | Window]
+    ) -> dict[str, np.ndarray]:
+        """Run once, and copy what it writes to the host; see ``run``."""
+        with self.device.session_lock():
+            made = self.run(sizes, inputs)
+            return {name: self.device.download(tensor) for name, tensor in made.items()}
+
+    def run(self, sizes: Sizes, inputs: Mapping[str, np.ndarray | Window]) -> dict[str, Tensor]:
         """Run once.
 
         Args:
             sizes: of the tensors; axes that the part does not have do not matter.
-            inputs: by name, shaped as the part's inputs at ``sizes``.
+            inputs: by name, shaped as the part's inputs at ``sizes``: arrays of the host, or what
+                lies on the device in the part's own dtype.
 
         Returns:
-            By name, on the host; float32 where the part writes floating point.
+            What it writes, in place: valid until it runs again. The caller holds the device's
+            ``session_lock`` for as long as that is read.
 
         Raises:
             EngineError: the engine library failed.
         """
-        tensors, launch = self._at(sizes)
-        with self._device.session_lock():
+        with self.device.session_lock():
+            tensors, launch = self._at(sizes)
             for name, values in inputs.items():
-                self._device.upload(tensors[name], values)
+                if isinstance(values, Window):
+                    self.device.copy(tensors[name].window(), values)
+                else:
+                    self.device.upload(tensors[name], values)
             launch()
-            names = [spec.name for spec in self.part.outputs]
-            return {name: self._device.download(tensors[name]) for name in names}
+            return {spec.name: tensors[spec.name] for spec in self.part.outputs}
 
     def release(self) -> None:
         """Let go of all memory."""
@@ -61,9 +75,9 @@ class BoundPart:
                 del self._bound[next(iter(self._bound))]  # before the new one takes its memory
             specs = (*self.part.inputs, *self.part.outputs)
             offsets = np.cumsum([0, *(aligned(spec.bytes(key)) for spec in specs)]).tolist()
-            memory = self._device.allocate(offsets[-1])
+            memory = self.device.allocate(offsets[-1])
             tensors = {
-                spec.name: self._device.tensor(memory, offset, spec.shape(key), spec.dtype)
+                spec.name: self.device.tensor(memory, offset, spec.shape(key), spec.dtype)
                 for spec, offset in zip(specs, offsets, strict=False)
             }
             bound = tensors, self._engine.bind(tensors)

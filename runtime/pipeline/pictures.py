@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.errors import InputError
 from blockcache.runtime.pipeline.bound_part import BoundPart
 from blockcache.runtime.plan import ModelFacts, Sizes
@@ -23,38 +24,45 @@ class PictureDecoder:
         self._decoder = decoder
         self.factor = int(decoder.part.outputs[0].dims[-1].coefficient)
 
-    def image(self, latents: np.ndarray, tile: int | None = None) -> np.ndarray:
-        """One picture uint8 [H, W, 3] of latents float32 [C, h, w].
+    def image(self, latents: np.ndarray | Tensor, tile: int | None = None) -> np.ndarray:
+        """One picture uint8 [H, W, 3] of latents float32 [1, C, h, w].
 
         Args:
-            latents: as the loop leaves them.
+            latents: as the loop leaves them, on the host or on the device.
             tile: the side of a tile in latents; None decodes the picture as a whole.
         """
-        _, height, width = latents.shape
-        if tile is None or tile >= max(height, width):
-            pixels = self._decode(latents)
+        if tile is None or tile >= max(latents.shape[2:]):
+            pixels = self._decode(latents, slice(None), slice(None))
         else:
             pixels = self._in_tiles(latents, tile)
         scaled = (pixels * 255).round().astype(np.uint8)
         return np.ascontiguousarray(scaled.transpose(1, 2, 0))
 
-    def _decode(self, latents: np.ndarray) -> np.ndarray:
-        """float32 [3, H, W] in 0..1."""
-        _, height, width = latents.shape
-        sizes = replace(self._sizes, height=height, width=width)
-        found = self._decoder(sizes, {"latents": latents[None]})["image"][0]
+    def _decode(self, latents: np.ndarray | Tensor, rows: slice, columns: slice) -> np.ndarray:
+        """float32 [3, H, W] in 0..1 of a rectangle."""
+        high, wide = (
+            len(range(size)[span])
+            for size, span in zip(latents.shape[2:], (rows, columns), strict=True)
+        )
+        given = (
+            latents.window(rows, columns)
+            if isinstance(latents, Tensor)
+            else np.ascontiguousarray(latents[..., rows, columns])
+        )
+        sizes = replace(self._sizes, height=high, width=wide)
+        found = self._decoder(sizes, {"latents": given})["image"][0]
         image: np.ndarray = found
         return image
 
-    def _in_tiles(self, latents: np.ndarray, tile: int) -> np.ndarray:
+    def _in_tiles(self, latents: np.ndarray | Tensor, tile: int) -> np.ndarray:
         """Tiles of one size, faded into each other where they overlap."""
-        _, height, width = latents.shape
+        height, width = latents.shape[2:]
         factor = self.factor
         total = np.zeros((3, height * factor, width * factor), np.float32)
         weight = np.zeros(total.shape[1:], np.float32)
         for rows in _spans(height, tile):
             for columns in _spans(width, tile):
-                part = self._decode(np.ascontiguousarray(latents[:, rows, columns]))
+                part = self._decode(latents, rows, columns)
                 fade = np.outer(_ramp(part.shape[1]), _ramp(part.shape[2]))
                 high, wide = (slice(s.start * factor, s.stop * factor) for s in (rows, columns))
                 total[:, high, wide] += part * fade

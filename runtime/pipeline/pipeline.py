@@ -12,10 +12,11 @@ It needs numpy, safetensors, tokenizers and one engine library.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,7 @@ import numpy as np
 
 from blockcache.runtime.arguments import finite_number, whole_number
 from blockcache.runtime.bundles.bundle import Bundle
+from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.engines.loading import load_engines
 from blockcache.runtime.errors import Cancelled, ConfigError, InputError
 from blockcache.runtime.loop import Progress
@@ -178,18 +180,18 @@ class Pipeline:
         if len(chosen) != count:
             raise InputError(f"seeds: expected one a picture, {count}, got 1. Pass as many.")
         pixels = (height * self.factor, width * self.factor)
-        with self._lock:
-            self.session.check_open()
+        with self._held():
             noise = self.session.noise(chosen, height, width)
             begin = time.perf_counter()
             positive, negative = self._prompts(texts, others if guided else None, long_prompts)
+            states = [self._prompt_encoder.lent(side.states) for side in (positive, negative)]
             text_ms = (time.perf_counter() - begin) * 1e3
             sizes = [*(original_size or pixels), *crops_coords_top_left]
             target = target_size or pixels
             result = self.session.denoise(
                 noise,
-                positive.states,
-                negative.states if guided else None,
+                states[0],
+                states[1] if guided else None,
                 conditions=self._conditions(positive, [*sizes, *target], aesthetic_score),
                 negative_conditions=self._conditions(
                     negative, [*sizes, *target], negative_aesthetic_score
@@ -205,7 +207,9 @@ class Pipeline:
                 cancelled=cancelled,
             )
             begin = time.perf_counter()
-            drawn = self._decode(result.latents, side, cancelled)
+            view = result.device_latents
+            latents = result.latents if view is None else view.tensor  # nobody else draws now
+            drawn = self._decode(latents, side, cancelled)
             decode_ms = (time.perf_counter() - begin) * 1e3
         return Drawn(
             drawn, chosen, result.latents, result.record, text_ms, decode_ms, positive.late
@@ -229,8 +233,7 @@ class Pipeline:
                 f"{list(latents.shape)}."
             )
         side = None if tile is None else self._tile(tile)
-        with self._lock:
-            self.session.check_open()
+        with self._held():
             return self._decode(np.asarray(latents, np.float32), side, None)
 
     def warm_up(
@@ -250,8 +253,7 @@ class Pipeline:
             guided: with or without guidance; default as the preset has it.
         """
         high, wide = self._latent_size(None, height, width)
-        with self._lock:
-            self.session.check_open()
+        with self._held():
             self._prompt_encoder([""])
             self.session.warm_up(images, high, wide, guided=guided)
             channels = self.session.bundle.model.channels
@@ -309,6 +311,14 @@ class Pipeline:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """An open pipeline, and on a GPU the stream: nothing else runs on the session meanwhile."""
+        with self._lock:
+            self.session.check_open()
+            with self.session.backend.device.session_lock():
+                yield
 
     # -- arguments ---------------------------------------------------------------------------------
 
@@ -393,12 +403,14 @@ class Pipeline:
                 stacklevel=3,
             )
         if negatives is None and self._zeros:
-            return positive, positive.zeros()
+            return positive, self._prompt_encoder.zeros(positive)
         return positive, self._prompt_encoder(other, chunks=chunks)
 
-    def _conditions(self, text: Encoded, sizes: list[int], score: float) -> dict[str, np.ndarray]:
+    def _conditions(self, text: Encoded, sizes: list[int], score: float) -> dict[str, Any]:
         """What SDXL takes besides the prompt; nothing for others."""
-        found = {} if text.pooled is None else {"text_embeds": text.pooled}
+        found: dict[str, Any] = {}
+        if text.pooled is not None:
+            found["text_embeds"] = self._prompt_encoder.lent(text.pooled)
         if self._time_ids:  # six numbers; the refiner's five end in a score
             row = sizes if self._time_ids == len(sizes) else [*sizes[:4], score]
             found["time_ids"] = np.array([row], np.float32)
@@ -415,13 +427,18 @@ class Pipeline:
         return np.repeat(latents, count, axis=0) if len(latents) < count else latents
 
     def _decode(
-        self, latents: np.ndarray, tile: int | None, cancelled: Callable[[], bool] | None
+        self, latents: np.ndarray | Tensor, tile: int | None, cancelled: Callable[[], bool] | None
     ) -> np.ndarray:
         pictures = []
-        for image in latents:
+        for place in range(latents.shape[0]):
             if cancelled is not None and cancelled():
                 raise Cancelled("The request was cancelled while its pictures were decoded.")
-            pictures.append(self._decoder.image(np.ascontiguousarray(image), tile))
+            image = (
+                latents.along(place, 1)
+                if isinstance(latents, Tensor)
+                else latents[place : place + 1]
+            )
+            pictures.append(self._decoder.image(image, tile))
         return np.stack(pictures)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from blockcache.runtime.devices.device import Device
+from blockcache.runtime.devices.tensor import Tensor, Window, item_bytes
 from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.pipeline.bound_part import BoundPart
 from blockcache.runtime.pipeline.tokenizer import TextTokenizer, Tokens
@@ -18,16 +22,11 @@ CACHED_TEXTS = 64
 
 @dataclass(frozen=True)
 class Encoded:
-    """What text encoders make of texts."""
+    """What text encoders make of texts, where they ran and in the dtype that they write."""
 
-    states: np.ndarray  # float32 [N, chunks * T, D]
-    pooled: np.ndarray | None  # float32 [N, P], of models that take it
+    states: Tensor  # [N, chunks * T, D]
+    pooled: Tensor | None  # [N, P], of models that take it
     late: tuple[str, ...]  # per text what fell away, "" where nothing did
-
-    def zeros(self) -> Encoded:
-        """Zeros in the place of the first text's states."""
-        pooled = None if self.pooled is None else np.zeros_like(self.pooled[:1])
-        return Encoded(np.zeros_like(self.states[:1]), pooled, ("",))
 
 
 class PromptEncoder:
@@ -50,6 +49,7 @@ class PromptEncoder:
         self, model: ModelFacts, encoders: Sequence[BoundPart], tokenizers: Mapping[str, bytes]
     ) -> None:
         self._sizes = replace(model.sizes, batch=1)
+        self._device = encoders[0].device
         self._encoders = tuple(encoders)
         self._tokenizers = tuple(
             TextTokenizer(
@@ -70,13 +70,41 @@ class PromptEncoder:
 
     def __call__(self, texts: Sequence[str], *, chunks: int = 1) -> Encoded:
         """Encode texts, each as so many chunks; what is longer falls away and is named."""
-        found = [self._one(text, chunks) for text in texts]
-        pooled = [each.pooled for each in found if each.pooled is not None]
-        return Encoded(
-            np.concatenate([each.states for each in found]),
-            np.concatenate(pooled) if pooled else None,
-            tuple(late for each in found for late in each.late),
-        )
+        with self._device.session_lock():
+            found = [self._one(text, chunks) for text in texts]
+            pooled = [each.pooled for each in found if each.pooled is not None]
+            return Encoded(
+                self._side_by_side([each.states for each in found]),
+                self._side_by_side(pooled) if pooled else None,
+                tuple(late for each in found for late in each.late),
+            )
+
+    def zeros(self, like: Encoded) -> Encoded:
+        """Zeros in the place of one text's states."""
+        with self._device.session_lock():
+            tensors = [
+                tensor and _new(self._device, (1, *tensor.shape[1:]), tensor.dtype)
+                for tensor in (like.states, like.pooled)
+            ]
+        assert tensors[0] is not None
+        return Encoded(tensors[0], tensors[1], ("",))
+
+    def lent(self, tensor: Tensor) -> Any:
+        """A tensor of ``Encoded`` as a session takes it: on a GPU where it lies, complete."""
+        view = self._device.view(tensor)
+        if view is not None:
+            return view
+        assert tensor.array is not None
+        return tensor.array.astype(np.float32, copy=False)
+
+    def _side_by_side(self, rows: Sequence[Tensor]) -> Tensor:
+        """Tensors [1, ...] as one, [N, ...]."""
+        if len(rows) == 1:
+            return rows[0]
+        made = _new(self._device, (len(rows), *rows[0].shape[1:]), rows[0].dtype)
+        for place, row in enumerate(rows):
+            self._device.copy(made.along(place, 1).window(), row.window())
+        return made
 
     def chunks(self, texts: Sequence[str]) -> int:
         """How many chunks the longest text has."""
@@ -94,28 +122,39 @@ class PromptEncoder:
         return encoded
 
     def _encode(self, text: str, chunks: int) -> Encoded:
-        """One text by every encoder, chunk by chunk."""
-        beside: list[np.ndarray] = []
-        pooled: np.ndarray | None = None
+        """One text by every encoder, chunk by chunk: their states side by side."""
+        specs = [next(s for s in e.part.outputs if s.name == "states") for e in self._encoders]
+        length = int(specs[0].dims[1].coefficient)
+        ends = np.cumsum([0, *(int(spec.dims[2].coefficient) for spec in specs)]).tolist()
+        states = _new(self._device, (1, chunks * length, ends[-1]), specs[0].dtype)
+        pooled: Tensor | None = None
         late = ""
-        for encoder, tokenizer in zip(self._encoders, self._tokenizers, strict=True):
+        for encoder, tokenizer, *columns in zip(
+            self._encoders, self._tokenizers, ends, ends[1:], strict=False
+        ):
             tokens = tokenizer(text)
             late = late or "".join(tokens.late[chunks - 1 :])
-            states = []
             for chunk in range(chunks):
-                made = encoder(self._sizes, self._inputs(encoder, tokenizer, tokens, chunk))
-                states.append(made["states"])
-                if chunk == 0 and self.takes_pooled:
-                    pooled = made.get("pooled", pooled)
-            beside.append(np.concatenate(states, axis=1))
-        return Encoded(np.concatenate(beside, axis=2), pooled, (late,))
+                made = encoder.run(self._sizes, self._inputs(encoder, tokenizer, tokens, chunk))
+                rows = slice(chunk * length, (chunk + 1) * length)
+                place = states.window(rows, slice(*columns))
+                self._device.copy(place, made["states"].window())
+                if chunk == 0 and self.takes_pooled and "pooled" in made:
+                    pooled = _new(self._device, made["pooled"].shape, made["pooled"].dtype)
+                    self._device.copy(pooled.window(), made["pooled"].window())
+        return Encoded(states, pooled, (late,))
 
     @staticmethod
     def _inputs(
         encoder: BoundPart, tokenizer: TextTokenizer, tokens: Tokens, chunk: int
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, np.ndarray | Window]:
         """A chunk of a text; behind its end those of the empty text."""
         if chunk >= len(tokens.ids):
             tokens, chunk = tokenizer(""), 0
         given = {"input_ids": tokens.ids, "attention_mask": tokens.mask}
         return {spec.name: given[spec.name][chunk : chunk + 1] for spec in encoder.part.inputs}
+
+
+def _new(device: Device, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """A tensor of zeros in memory of its own."""
+    return device.tensor(device.allocate(math.prod(shape) * item_bytes(dtype)), 0, shape, dtype)

@@ -476,7 +476,7 @@ def bundles(request):
 
 @pytest.fixture
 def bundle_of(bundles, tmp_path):
-    """``bundle_of(outputs)``: a bundle of its own."""
+    """``bundle_of(outputs)`` or of a pipeline's kind: a bundle of its own."""
     from blockcache.runtime.bundles.bundle import Bundle
 
     def copy(outputs=1):
@@ -492,7 +492,9 @@ def engines_for():
     return write_fake_engines
 
 
-def write_fake_engines(bundle, library, target="sm80", weights="included", most=10, size=16):
+def write_fake_engines(
+    bundle, library, target="sm80", weights="included", most=10, size=16, chunks=1
+):
     from blockcache.runtime.engines.files import (
         EngineEntry,
         EngineSet,
@@ -502,7 +504,10 @@ def write_fake_engines(bundle, library, target="sm80", weights="included", most=
     )
 
     profiles = tuple(
-        ShapeProfile(*(dataclasses.replace(each, batch=batch) for batch in (1, 2, most)))
+        ShapeProfile(
+            *(dataclasses.replace(each, batch=batch) for batch in (1, 2)),
+            dataclasses.replace(each, batch=most, tokens=chunks * each.tokens),
+        )
         for each in (
             dataclasses.replace(bundle.model.sizes, height=side, width=side)
             for side in (size, 2 * size)
@@ -510,16 +515,13 @@ def write_fake_engines(bundle, library, target="sm80", weights="included", most=
     )
     folder, entries = engines_folder(bundle, target), {}
     folder.mkdir(parents=True, exist_ok=True)
-    for number, segment in enumerate(bundle.segments):
+    for number, segment in enumerate((*bundle.segments, *bundle.manifest.parts)):
         plan = {
             "onnx": str(bundle.segment_path(segment)),
             "has_weights": weights != "stripped",
             "scratch": 1024 + 256 * number,
             "profiles": [
-                {
-                    spec.name: [spec.shape(s) for s in (p.minimum, p.optimum, p.maximum)]
-                    for spec in segment.inputs
-                }
+                {spec.name: [spec.shape(s) for s in shapes(segment, p)] for spec in segment.inputs}
                 for p in profiles
             ],
         }
@@ -531,7 +533,7 @@ def write_fake_engines(bundle, library, target="sm80", weights="included", most=
             bytes=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
             onnx_sha256=bundle.manifest.files[segment.file].sha256,
-            weights_file_sha256=bundle.weights.sha256,
+            weights_file_sha256=bundle.weights_of(segment).sha256,
             seconds=0.0,
             formats={},
             kernels=1,
@@ -550,6 +552,14 @@ def write_fake_engines(bundle, library, target="sm80", weights="included", most=
     )
     write_engines(bundle, engines)
     return folder
+
+
+def shapes(segment, profile):
+    """Least, usual and greatest sizes; parts run picture by picture, and tiles are smaller."""
+    least = profile.minimum
+    if segment.role in ("text_encoder", "decoder", "encoder"):
+        least = dataclasses.replace(least, batch=1, height=4, width=4)
+    return least, profile.optimum, profile.maximum
 
 
 # -- sessions --------------------------------------------------------------------------------------

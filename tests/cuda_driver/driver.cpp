@@ -405,6 +405,41 @@ API cuMemcpyDtoDAsync(uintptr_t target, uintptr_t source, size_t bytes, void *st
              }});
 }
 
+struct Copy2D {  // CUDA_MEMCPY2D of cuda.h
+  size_t source_x, source_y;
+  unsigned source_type;
+  const void *source_host;
+  uintptr_t source;
+  void *source_array;
+  size_t source_pitch, target_x, target_y;
+  unsigned target_type;
+  void *target_host;
+  uintptr_t target;
+  void *target_array;
+  size_t target_pitch, width, height;
+};
+
+API cuMemcpy2DAsync(const Copy2D *given, void *stream) {
+  CALL(true);
+  const unsigned device = 2;
+  Copy2D copy = *given;
+  if (copy.source_type != device || copy.target_type != device) return INVALID_VALUE;
+  if (copy.width > copy.source_pitch || copy.width > copy.target_pitch) return INVALID_VALUE;
+  Context *context = current.back();
+  return put(stream, {[=](double) {
+               for (size_t row = 0; row < copy.height; ++row) {
+                 uintptr_t source = copy.source + (copy.source_y + row) * copy.source_pitch;
+                 uintptr_t target = copy.target + (copy.target_y + row) * copy.target_pitch;
+                 source += copy.source_x, target += copy.target_x;
+                 if (int code = usable(context, target, copy.width)) return code;
+                 if (int code = usable(context, source, copy.width)) return code;
+                 memcpy(reinterpret_cast<void *>(target), reinterpret_cast<void *>(source),
+                        copy.width);
+               }
+               return int(SUCCESS);
+             }});
+}
+
 // -- streams and what is put on them --------------------------------------------------------------
 
 API cuStreamCreate(void **stream, unsigned) {
@@ -561,7 +596,7 @@ static const std::map<std::string, void *> FUNCTIONS = {
     ENTRY(cuCtxPushCurrent), ENTRY(cuCtxPopCurrent), ENTRY(cuCtxGetDevice),
     ENTRY(cuCtxSynchronize), ENTRY(cuMemAlloc), ENTRY(cuMemFree), ENTRY(cuPointerGetAttribute),
     ENTRY(cuMemsetD8Async), ENTRY(cuMemcpyHtoDAsync), ENTRY(cuMemcpyDtoHAsync),
-    ENTRY(cuMemcpyDtoDAsync), ENTRY(cuStreamCreate), ENTRY(cuStreamDestroy),
+    ENTRY(cuMemcpyDtoDAsync), ENTRY(cuMemcpy2DAsync), ENTRY(cuStreamCreate), ENTRY(cuStreamDestroy),
     ENTRY(cuStreamGetCtx), ENTRY(cuStreamSynchronize), ENTRY(cuLaunchHostFunc),
     ENTRY(cuEventCreate), ENTRY(cuEventRecord), ENTRY(cuEventElapsedTime), ENTRY(cuEventDestroy),
     ENTRY(cuStreamBeginCapture), ENTRY(cuStreamEndCapture), ENTRY(cuGraphInstantiateWithFlags),

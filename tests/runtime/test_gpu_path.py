@@ -19,10 +19,12 @@ ELSEWHERE = ("test_torch_engine.py", "test_gpu_figures.py")
 """Run by the dry run in tests/tools/bench/test_gpu.py."""
 
 
-def test_the_gpu_path_on_the_stand_in_driver(driver_library, compiled):
+def test_the_gpu_path_on_the_stand_in_driver(driver_library, compiled, pipeline_bundle):
     pytest.importorskip("cuda.bindings.driver")
     pytest.importorskip("onnxruntime")
     folders = {outputs: str(compiled("sd", outputs)[1].folder) for outputs in (1, 2)}
+    pytest.importorskip("tokenizers")
+    folders |= {kind: str(pipeline_bundle(kind).folder) for kind in ("sd", "sdxl")}
     environment = {
         **os.environ,
         "BLOCKCACHE_TEST_DRIVER": str(driver_library),

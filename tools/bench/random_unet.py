@@ -31,6 +31,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+SMALL: dict[str, Any] = {
+    "block_out_channels": (32, 64, 64, 64),
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 1,
+    "layers_per_block": 1,
+}
+"""What makes a U-Net tiny and leaves its conditions as they are."""
+
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_schedule": "scaled_linear",
@@ -44,8 +52,11 @@ SCHEDULER = {
 }
 
 
-def random_source(model: str, precision: str) -> SourceModel:
-    """The U-Net of a config in ``precision`` from the start: float32 would double the memory."""
+def random_source(model: str, precision: str, *, small: bool = False) -> SourceModel:
+    """The U-Net of a config in ``precision`` from the start: float32 would double the memory.
+
+    ``small`` makes it a tiny one with the same conditions.
+    """
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -55,7 +66,14 @@ def random_source(model: str, precision: str) -> SourceModel:
     default = torch.get_default_dtype()
     torch.set_default_dtype(TORCH_DTYPES[precision])
     try:
-        unet = UNet2DConditionModel(**CONFIGS[model])
+        unet = UNet2DConditionModel(**_config(model, small))
     finally:
         torch.set_default_dtype(default)
     return describe(unet, name=model, scheduler=SCHEDULER)
+
+
+def _config(model: str, small: bool) -> dict[str, Any]:
+    config = CONFIGS[model]
+    levels = len(config["block_out_channels"])
+    channels = {"block_out_channels": SMALL["block_out_channels"][:levels]}
+    return {**config, **SMALL, **channels} if small else config

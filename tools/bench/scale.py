@@ -3,6 +3,7 @@
     python -m blockcache.tools.bench.scale OUT --model sdxl --precision bfloat16
     python -m blockcache.tools.bench.scale OUT --model sd15 --check
     python -m blockcache.tools.bench.scale OUT --model sd15 --parts    # text encoders and VAE, too
+    python -m blockcache.tools.bench.scale OUT --model sdxl --parts --small    # these alone
 
 Neither speed nor memory depends on the weights' values, so no checkpoint is needed. ``--check``
 denoises the float32 bundle on the CPU by a made-up schedule and made-up alignment, and compares the
@@ -50,6 +51,9 @@ def main(
         bool, typer.Option(help="Take what does not depend on the sample out of the loop.")
     ] = True,
     parts: Annotated[bool, typer.Option(help="The whole pipeline.")] = False,
+    small: Annotated[
+        bool, typer.Option("--small", help="A tiny U-Net, where the parts are what matters.")
+    ] = False,
     check: Annotated[bool, typer.Option(help="Denoise on the CPU, compare with PyTorch.")] = False,
     figures: Annotated[Path | None, typer.Option(help="Also write the figures there.")] = None,
 ) -> None:
@@ -62,18 +66,20 @@ def main(
         raise ConfigError(f"--model: expected {' or '.join(CONFIGS)}, got {model!r}.")
     meter = StageMeter()
     meter.enter("weights at random")
-    source = random_source(model, precision)
+    if check and small:
+        raise ConfigError("--check: expected a U-Net of full size, got --small.")
+    source = random_source(model, precision, small=small)
     export = ExportOptions(precision=precision, hoist=hoist)
     bundle = _compile(source, out, export, steps, random_parts(model) if parts else None, meter)
     del source
     gc.collect()
     found: dict[str, Any] = {
-        "model": model,
+        "model": f"{model}, small U-Net" if small else model,
         "precision": precision,
         "machine": machine_facts(),
         "weights_bytes": weights_bytes(bundle),
         "stages": [dataclasses.asdict(stage) for stage in meter.stages],
-        "published": published_rows(bundle),
+        "published": [] if small else published_rows(bundle),
     }
     found["peak_over_weights"] = max(s.peak_bytes for s in meter.stages) / found["weights_bytes"]
     if check:

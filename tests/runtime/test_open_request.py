@@ -306,7 +306,7 @@ def test_the_config_is_that_of_diffusers(compiled):
 
 
 def test_predict_costs_the_host_little(bundle):
-    """At most 5 microseconds a segment, with engines that do nothing; others run beside the test."""
+    """At most 5 microseconds a segment, with engines that do nothing; others run beside it."""
     drop_in = pytest.importorskip("blockcache.tools.bench.drop_in")
     assert min(drop_in.predict_us(bundle, "dpm-20", rounds=9) for _ in range(3)) <= 5
 

@@ -59,7 +59,7 @@ def soak(batch: ContinuousBatch, requests: int, seed: int = 0) -> dict[str, Any]
         pending.add(future)
         if rng.random() < 0.1:
             list(pending)[rng.integers(len(pending))].cancel()
-        if number % max(1, requests // 40) == 0:
+        if number % max(1, requests // 8) == 0:
             gc.collect()
             resident.append(_resident_bytes())
     _count(wait(pending).done, outcomes)

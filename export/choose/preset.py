@@ -32,6 +32,10 @@ MOST_STEPS = 1000
 """A model is trained on this many timesteps; no solver here visits more."""
 
 
+MOST_FITTED = 25
+"""Steps on the grid ``auto`` to which a solver is fitted, at most."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PresetOptions:
     """One preset to make.
@@ -139,8 +143,13 @@ class PresetOptions:
 
     @property
     def fits_solver(self) -> bool:
-        """Whether the solver's coefficients are fitted: where the grid is measured or chosen."""
-        return self.grid == grids.AUTO or isinstance(self.policy, Chosen)
+        """Whether the solver's coefficients are fitted: where the grid is measured or chosen.
+
+        Not in many steps, which end about as near to the converged run as what they would be fitted
+        to (``TrialOptions.steps``).
+        """
+        few = self.grid == grids.AUTO and self.steps <= MOST_FITTED
+        return few or isinstance(self.policy, Chosen)
 
     @property
     def sampler(self) -> str:

@@ -297,6 +297,13 @@ def test_a_scheduler_is_named_where_a_preset_runs_it():
     )
 
 
+def test_solvers_are_fitted_on_measured_grids_of_few_steps():
+    fitted = ("dpm-auto:25", "ddim-auto:8:every2", "dpm:20:x2", "dpm-karras:20:ms250")
+    others = ("dpm-auto:26", "dpm:20", "dpm-karras:20", "dpm:20:branch2:history")
+    assert all(PresetOptions.parse(text).fits_solver for text in fitted)
+    assert not any(PresetOptions.parse(text).fits_solver for text in others)
+
+
 def test_the_grid_auto_is_measured():
     assert PresetOptions.parse("dpm-auto:20").calibrated
     assert not PresetOptions.parse("dpm-karras:20").calibrated

@@ -53,6 +53,7 @@ BUDGET = "dpm:4:blocks1.1:history"
 STAGES = (
     "converged_run",
     "measure_gains",
+    "fine_run",
     "measure_change",
     "measure_sensitivity",
     "measure_residuals",
@@ -228,7 +229,7 @@ def test_a_scheduler_of_diffusers_is_measured_evaluation_by_evaluation(
     assert calls == [
         "measure_change", "measure_sensitivity", "measure_residuals", "fit_alignment",
     ]  # fmt: skip
-    made = bundle.preset("scheduler-3-blocks1.2-history")
+    made = bundle.preset("HeunDiscreteScheduler-3-blocks1.2-history")
     assert made.schedule.steps == 5
     assert not made.schedule.recompute.all()
     sampling = Sampling(model, recorded_solver(made.solver), calibration, 1.0)
@@ -410,7 +411,8 @@ def test_grids_of_all_solvers_and_steps_come_from_one_converged_run(
     calls.clear()
     presets = ("dpm-auto:3", "dpm-auto:5", "ddim-auto:3", "dpm-karras:3")
     bundle = compile_model(model, copy, options(*presets), calibration).bundle
-    assert calls == ["converged_run", "measure_gains"]
+    fits = ["judge_alignment"] * 3  # of the solvers on auto, toward one run of the trials' images
+    assert calls == ["converged_run", "measure_gains", "fine_run", *fits]
     solvers = {
         name: SolverConfig.from_json(bundle.preset(name).solver) for name in bundle.preset_names
     }
@@ -418,6 +420,7 @@ def test_grids_of_all_solvers_and_steps_come_from_one_converged_run(
         preset = PresetOptions.parse(text)
         grid = solvers[preset.name].grid
         assert (grid.name, grid.steps) == (preset.grid, preset.steps)
+        assert (solvers[preset.name].fitted is not None) == preset.fits_solver
     assert solvers["dpm-auto-3"].grid.sigmas[0] == solvers["dpm-karras-3"].grid.sigmas[0]
     session = Session.open(bundle, preset="dpm-auto-3", backend="ort", threads=1)
     noise = session.noise([0])

@@ -58,7 +58,7 @@ def evidence():
     samples = alpha[:, None, None, None, None] * (
         data[:-1] + sigmas[:, None, None, None, None] * noise
     )
-    costs = step_costs(sigmas, samples, data, np.full(LEVELS, 0.5), 2)
+    costs = step_costs(sigmas, samples, data, np.full(LEVELS, 0.5))
     outputs = np.cumsum(random.standard_normal((2, LEVELS, 5, 50)), axis=1)
     moments = [Moments.of(own) for own in outputs]
     grid = named_grid("karras", SIGMAS, 8)

@@ -193,7 +193,7 @@ def interrupted(function, times=1, error=SystemExit):
 
 STAGES = {
     "after the profile": (measurements, "write_tensors", ["profile"]),
-    "after the export": (pipeline, "_model_facts", ["profile"]),
+    "after the export": (pipeline, "_costs", ["profile"]),
     "before the manifest": (pipeline, "keep_presets", []),
 }
 

@@ -18,7 +18,10 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "cuda_bindings.json"
-ENUMS = ("CUdevice_attribute", "CUpointer_attribute", "CUstream_flags", "CUstreamCaptureMode")
+ENUMS = (
+    *("CUdevice_attribute", "CUmemorytype", "CUpointer_attribute"),
+    *("CUstream_flags", "CUstreamCaptureMode"),
+)
 
 
 def used():

@@ -510,6 +510,10 @@ def _table_config(model: SourceModel, preset: PresetOptions) -> SolverConfig:
     own = solver_from_diffusers(
         _scheduler_of(model), solver=preset.solver, steps=preset.steps, spacing=spacing
     )
+    if preset.has_own_levels:
+        assert preset.grid_name is not None
+        levels = preset.own_levels()
+        return on_grid(model, preset, grids.grid_of(preset.grid_name, levels, own.noise.sigmas()))
     if preset.grid not in grids.NAMES:
         return own
     return on_grid(model, preset, grids.named_grid(preset.grid, own.noise.sigmas(), preset.steps))

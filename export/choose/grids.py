@@ -7,6 +7,7 @@
 | ``lu`` | Lu et al. 2022, rho = 1: the exponential levels with other timesteps |
 | ``beta`` | quantiles of a Beta(0.6, 0.6) distribution, spread over sigma |
 | ``ays-sd15``, ``ays-sdxl`` | Align Your Steps (Sabour et al. 2024), log-linear between its ten |
+| ``FILE.json`` | a list of one's own: sigma / alpha of every step, falling, all above 0 |
 
 The timesteps are those that diffusers' DPMSolverMultistepScheduler gives the model at these levels:
 it rounds Karras' and Lu's, and cuts off the fractions of the exponential and beta ones. The grids
@@ -16,7 +17,9 @@ has them. The grid ``auto`` is measured (``grid_search.py``).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -98,6 +101,30 @@ def grid_of(name: str, sigmas: Sequence[float] | np.ndarray, training: np.ndarra
     """
     timesteps = np.round(timesteps_of(np.asarray(sigmas, np.float64), training))
     return Grid(name, _float32(sigmas), tuple(timesteps.tolist()))
+
+
+def read_levels(file: Path, steps: int) -> tuple[float, ...]:
+    """A list of one's own: JSON, as many falling levels above 0 as there are steps.
+
+    Raises:
+        ConfigError: no such file, or anything else in it.
+    """
+    if not file.is_file():
+        raise ConfigError(f"Expected a list of noise levels at {file}, found no such file.")
+    try:
+        levels = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"Expected JSON in {file}, got: {error}.") from error
+    wanted = (
+        f"{steps} falling numbers above 0 in {file} (sigma / alpha of every step, no 0 at the end)"
+    )
+    if not isinstance(levels, list) or len(levels) != steps:
+        got = f"{len(levels)}" if isinstance(levels, list) else type(levels).__name__
+        raise ConfigError(f"Expected {wanted}, got {got}.")
+    try:
+        return Grid(file.stem, tuple(levels), (0.0,) * steps).sigmas
+    except ConfigError as error:
+        raise ConfigError(f"Expected {wanted}. {error}") from None
 
 
 def interpolated(levels: Sequence[float], steps: int) -> np.ndarray:

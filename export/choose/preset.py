@@ -3,7 +3,8 @@
 In place of a solver may stand ``scheduler``, the model's own scheduler of diffusers, or a class of
 diffusers (``HeunDiscreteScheduler:20``): the caller then runs it.
 The noise levels that it visits are the scheduler's own, or a grid named behind the solver:
-``dpm-karras:20``, ``dpm-auto:20:branch2:history`` (see ``grids.py``).
+``dpm-karras:20``, ``dpm-auto:20:branch2:history`` (see ``grids.py``), or a list of one's own in a
+file: ``dpm-levels.json:8``.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class PresetOptions:
     steps: int
     policy: Policy = UNCACHED
     alignment: str = ""  # one of ``ALIGNMENTS``; "" stands for the policy's own
-    grid: str | None = None  # one of ``GRIDS``; None: where the scheduler's own config puts them
+    grid: str | None = None
+    """One of ``GRIDS``, or a file of levels (.json); None: where the scheduler's config puts them."""
     scheduler: str | None = None
     """A folder or class of diffusers where the solver is ``scheduler``; None: the model's own."""
     name: str = ""
@@ -63,8 +65,10 @@ class PresetOptions:
     def __post_init__(self) -> None:
         if self.solver not in (*SOLVERS, SCHEDULER):
             raise ConfigError(f"Expected a solver of {(*SOLVERS, SCHEDULER)}, got {self.solver!r}.")
-        if self.grid is not None and self.grid not in GRIDS:
-            raise ConfigError(f"Expected a grid of {', '.join(GRIDS)}, got {self.grid!r}.")
+        if self.grid is not None and not self.has_own_levels and self.grid not in GRIDS:
+            raise ConfigError(
+                f"Expected a grid of {', '.join(GRIDS)}, or FILE.json, got {self.grid!r}."
+            )
         if not 1 <= self.steps <= MOST_STEPS:
             raise ConfigError(f"Expected 1 to {MOST_STEPS} steps, got {self.steps}.")
         if not self.alignment:
@@ -94,6 +98,13 @@ class PresetOptions:
                 f"converged one, by which x and ms policies and the grid auto are measured. Take "
                 f"{self._with_the_same_noise}, or a solver of dpm, unipc, ddim, euler."
             )
+        if self.has_own_levels:
+            if isinstance(self.policy, Chosen):
+                raise ConfigError(
+                    f"The policy {self.policy.text!r} chooses the levels: expected no list of "
+                    f"them, got {self.grid!r}. Take another policy, such as branch2."
+                )
+            self.own_levels()
         if isinstance(self.policy, Chosen) and self.outputs != 2:
             raise ConfigError(
                 f"The policy {self.policy.text!r} plans with two outputs: expected the alignment "
@@ -101,7 +112,7 @@ class PresetOptions:
             )
         if not self.name:
             ending = "" if self.alignment == self.policy.alignment else self.alignment
-            parts = (self._runs, self.grid, str(self.steps), self.policy.text, ending)
+            parts = (self._runs, self.grid_name, str(self.steps), self.policy.text, ending)
             object.__setattr__(self, "name", "-".join(part for part in parts if part))
 
     @classmethod
@@ -154,7 +165,24 @@ class PresetOptions:
     @property
     def sampler(self) -> str:
         """Solver, grid and steps, as titles name them: "dpm-karras-20"."""
-        return "-".join(part for part in (self._runs, self.grid, str(self.steps)) if part)
+        return "-".join(part for part in (self._runs, self.grid_name, str(self.steps)) if part)
+
+    @property
+    def has_own_levels(self) -> bool:
+        """Whether the grid is a list of one's own, in a file."""
+        return self.grid is not None and self.grid.endswith(".json")
+
+    @property
+    def grid_name(self) -> str | None:
+        """The grid as names have it: of a file its stem, in the letters that names may have."""
+        if self.grid is None or not self.has_own_levels:
+            return self.grid
+        return re.sub("[^A-Za-z0-9._]", "_", Path(self.grid).stem[:60])
+
+    def own_levels(self) -> tuple[float, ...]:
+        """The levels of the file, [S]; ConfigError where it is no such list."""
+        assert self.grid is not None
+        return grids.read_levels(Path(self.grid), self.steps)
 
     @property
     def _runs(self) -> str:

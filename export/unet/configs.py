@@ -34,3 +34,12 @@ def pointer_or(path: Path, advice: str) -> str:
         if file.read(len(_POINTER)) != _POINTER:
             return advice
     return "It is a git-lfs pointer, not the file itself: run 'git lfs pull' in the folder."
+
+
+def damaged(path: Path, error: Exception) -> ConfigError:
+    """The error for a safetensors file that cannot be read."""
+    advice = pointer_or(path, "It is truncated or damaged: fetch it again.")
+    return ConfigError(
+        f"Expected a whole safetensors file at {path}, got one that cannot be read ({error}). "
+        f"{advice}"
+    )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from blockcache.export.unet.configs import pointer_or
+from blockcache.export.unet.configs import damaged
 from blockcache.runtime.bundles.manifest import FileEntry
 from blockcache.runtime.errors import ConfigError, MissingExtraError
 
@@ -209,11 +209,7 @@ def _check_names(path: Path) -> None:
         with safe_open(path, framework="np") as file:
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
-        advice = pointer_or(path, "It is truncated or damaged: fetch it again.")
-        raise ConfigError(
-            f"Expected a whole safetensors file at {path}, got one that cannot be read ({error}). "
-            f"{advice}"
-        ) from error
+        raise damaged(path, error) from error
     for mark, kind in _REFUSED.items():
         named = next((name for name in names if mark in name), None)
         if named is not None:

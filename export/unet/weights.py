@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from blockcache.export.unet.configs import pointer_or, read_json
+from blockcache.export.unet.configs import damaged, read_json
 from blockcache.export.unet.lora import Adapter, merge
 from blockcache.runtime.errors import ConfigError
 
@@ -214,11 +214,7 @@ def _header(path: Path) -> dict[str, str]:
         with safe_open(path, framework="np") as file:
             return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        advice = pointer_or(path, "It is truncated or damaged: fetch it again.")
-        raise ConfigError(
-            f"Expected a whole safetensors file at {path}, got one that cannot be read ({error}). "
-            f"{advice}"
-        ) from error
+        raise damaged(path, error) from error
 
 
 def _refuse_adapters(tensors: Collection[str], path: Path) -> None:

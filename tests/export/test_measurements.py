@@ -435,6 +435,16 @@ def test_grids_of_all_solvers_and_steps_come_from_one_converged_run(
     assert relative(ours, theirs) <= 1e-4
 
 
+def test_a_list_of_ones_own_is_visited(model, tmp_path):
+    levels = tmp_path / "mine.json"
+    levels.write_text("[12.5, 2.5, 0.3]")
+    bundle = compile_model(model, tmp_path / "b", options(f"dpm-{levels}:3")).bundle
+    grid = SolverConfig.from_json(bundle.preset("dpm-mine-3").solver).grid
+    assert grid.name == "mine"
+    assert grid.sigmas == pytest.approx([12.5, 2.5, 0.3])
+    assert all(t == round(t) for t in grid.timesteps)
+
+
 def test_the_grid_auto_asks_for_prompts(model, calls, tmp_path):
     calls.clear()
     with pytest.raises(ConfigError, match="needs prompts to measure with"):

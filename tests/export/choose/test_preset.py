@@ -313,3 +313,40 @@ def test_the_grid_auto_is_measured():
 def test_an_unknown_grid_is_refused(text):
     with pytest.raises(ConfigError, match=r"Expected a (grid|preset)"):
         PresetOptions.parse(text)
+
+
+def test_a_list_of_ones_own_is_a_grid(tmp_path):
+    file = tmp_path / "my-levels.json"
+    file.write_text("[14.6, 3.0, 0.4]")
+    preset = PresetOptions.parse(f"dpm-{file}:3")
+    assert (preset.name, preset.sampler) == ("dpm-my_levels-3", "dpm-my_levels-3")
+    assert preset.own_levels() == (14.6, 3.0, 0.4)
+    assert not preset.calibrated
+    assert PresetOptions.parse(f"dpm-sde-{file}:3:every2").solver == "dpm-sde"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "Expected a list of noise levels at .*found no such file"),
+        ("[1, 2", "Expected JSON in"),
+        ("[14, 1]", r"Expected 3 falling numbers above 0 .*, got 2\."),
+        ('{"a": 1}', r"got dict\."),
+        ("[14, 15, 1]", "Expected 3 falling numbers .*expected falling sigmas"),
+        ("[14, 1, 0]", "finite sigmas above 0"),
+        ('[14, 1, "x"]', "sigmas as numbers"),
+    ],
+)
+def test_a_list_that_is_none_is_refused_before_anything_is_loaded(tmp_path, content, message):
+    file = tmp_path / "levels.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        PresetOptions.parse(f"dpm-{file}:3")
+
+
+def test_a_list_does_not_go_with_a_policy_that_chooses_the_levels(tmp_path):
+    file = tmp_path / "levels.json"
+    file.write_text("[14, 3, 1]")
+    with pytest.raises(ConfigError, match="'x2' chooses the levels: expected no list"):
+        PresetOptions.parse(f"dpm-{file}:3:x2")

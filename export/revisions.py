@@ -46,7 +46,7 @@ class Revision:
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
         5,
-        "9fc8b14d774e819f",
+        "03b894eaf626f2a6",
         (
             *_MODEL,
             "export/graph/passes/*.py",
@@ -56,7 +56,7 @@ REVISIONS: Mapping[str, Revision] = {
     ),
     "parts": Revision(
         2,
-        "0c2386328bd5402c",
+        "d03db456cdb1b5ce",
         (
             "export/unet/lora.py",
             "export/unet/weights.py",
@@ -64,23 +64,23 @@ REVISIONS: Mapping[str, Revision] = {
             "export/parts/*.py",
         ),
     ),
-    "profile": Revision(2, "8d6eace924621a9c", (*_SAMPLING, "export/measure/change.py")),
+    "profile": Revision(2, "40605f7879c0743f", (*_SAMPLING, "export/measure/change.py")),
     "converged": Revision(
         5,
-        "71b66d80d4a4ccaa",
+        "2486babc4b384ad1",
         (*_SAMPLING, "export/measure/converged.py", "export/measure/residuals.py"),
     ),
-    "sensitivity": Revision(2, "47200e4033b67043", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "sensitivity": Revision(2, "15830169d05bd8a4", (*_SAMPLING, "export/measure/sensitivity.py")),
     "residuals": Revision(
         2,
-        "7461b77c73ff4b2d",
+        "a9dec77d08e11f97",
         (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
     ),
-    "alignment": Revision(3, "8547a3df81be32bb", (*_SAMPLING, "export/align/*.py")),
-    "trial": Revision(4, "8547a3df81be32bb", (*_SAMPLING, "export/align/*.py")),
+    "alignment": Revision(3, "ca83611db10980ea", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(4, "ca83611db10980ea", (*_SAMPLING, "export/align/*.py")),
     "yardstick": Revision(
         2,
-        "71b66d80d4a4ccaa",
+        "2486babc4b384ad1",
         (*_SAMPLING, "export/measure/converged.py", "export/measure/residuals.py"),
     ),
     "engine": Revision(

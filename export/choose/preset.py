@@ -57,7 +57,7 @@ class PresetOptions:
     policy: Policy = UNCACHED
     alignment: str = ""  # one of ``ALIGNMENTS``; "" stands for the policy's own
     grid: str | None = None
-    """One of ``GRIDS``, or a file of levels (.json); None: where the scheduler's config puts them."""
+    """One of ``GRIDS``, or a file of levels (.json); None: as the scheduler's config has them."""
     scheduler: str | None = None
     """A folder or class of diffusers where the solver is ``scheduler``; None: the model's own."""
     name: str = ""

@@ -42,7 +42,6 @@ from blockcache.export.earlier import (
 from blockcache.export.graph.to_onnx import (
     EXPORT_PARTS,
     ExportOptions,
-    default_sizes,
     export_segments,
 )
 from blockcache.export.measure.calibration import Calibration
@@ -74,7 +73,6 @@ from blockcache.runtime.errors import BundleError, ConfigError, ExportError
 from blockcache.runtime.files import new_folder, write_text
 from blockcache.runtime.plan import (
     BlockFacts,
-    Dim,
     ModelFacts,
     PipelineFacts,
     Segment,
@@ -450,10 +448,7 @@ def _model_facts(model: SourceModel, options: ExportOptions) -> ModelFacts:
             BlockFacts(block.path, block.channels, block.depth if block.kind == BRANCH else None)
             for block in model.blocks
         ),
-        sizes=default_sizes(model),
-        conditions=tuple(
-            TensorSpec(c.name, dtypes[c.dtype], tuple(Dim.parse(size) for size in c.shape))
-            for c in model.conditions
-        ),
+        sizes=model.sizes(),
+        conditions=tuple(TensorSpec(c.name, dtypes[c.dtype], c.dims) for c in model.conditions),
         classes=int(model.unet.config.num_class_embeds) if _takes_classes(model) else 0,
     )

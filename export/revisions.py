@@ -46,7 +46,7 @@ class Revision:
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
         5,
-        "03b894eaf626f2a6",
+        "6ff5cc35352753e1",
         (
             *_MODEL,
             "export/graph/passes/*.py",
@@ -64,23 +64,23 @@ REVISIONS: Mapping[str, Revision] = {
             "export/parts/*.py",
         ),
     ),
-    "profile": Revision(2, "40605f7879c0743f", (*_SAMPLING, "export/measure/change.py")),
+    "profile": Revision(2, "8a74749911a7f733", (*_SAMPLING, "export/measure/change.py")),
     "converged": Revision(
         5,
-        "2486babc4b384ad1",
+        "610b058fbf3db58a",
         (*_SAMPLING, "export/measure/converged.py", "export/measure/residuals.py"),
     ),
-    "sensitivity": Revision(2, "15830169d05bd8a4", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "sensitivity": Revision(2, "ef7fd741c3d03498", (*_SAMPLING, "export/measure/sensitivity.py")),
     "residuals": Revision(
         2,
-        "a9dec77d08e11f97",
+        "910b17f9600523cf",
         (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
     ),
-    "alignment": Revision(3, "ca83611db10980ea", (*_SAMPLING, "export/align/*.py")),
-    "trial": Revision(4, "ca83611db10980ea", (*_SAMPLING, "export/align/*.py")),
+    "alignment": Revision(3, "11400c24c03331f9", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(4, "11400c24c03331f9", (*_SAMPLING, "export/align/*.py")),
     "yardstick": Revision(
         2,
-        "2486babc4b384ad1",
+        "610b058fbf3db58a",
         (*_SAMPLING, "export/measure/converged.py", "export/measure/residuals.py"),
     ),
     "engine": Revision(

@@ -181,12 +181,12 @@ class TensorSpec:
 def default_negative(name: str, values: np.ndarray) -> np.ndarray | None:
     """What diffusers feeds guidance's unconditional half for a condition that is not given.
 
-    Sizes (``time_ids``) and class numbers are those of the prompt. An image embedding (unCLIP's
-    ``class_labels``, float [N, width]) is zeros. Prompts have no default: None.
+    Pictures [N, C, H, W], sizes (``time_ids``) and class numbers are those of the prompt. An image
+    embedding (unCLIP's ``class_labels``, float [N, width]) is zeros. Prompts have no default: None.
     """
     if name == "class_labels" and values.ndim == 2:
         return np.zeros_like(values)
-    return values if name in ("class_labels", "time_ids") else None
+    return values if values.ndim == 4 or name in ("class_labels", "time_ids") else None
 
 
 @dataclass(frozen=True)

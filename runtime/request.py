@@ -103,8 +103,7 @@ def checked_request(
     for spec in model.conditions:
         halves = [_half(check, spec, sizes, shape[0], positive, "")]
         if guidance is not None:
-            mine = halves[0]  # what is lent is a prompt's, which has no default
-            given = None if isinstance(mine, Lent) else default_negative(spec.name, mine)
+            given = _default_negative(spec, halves[0])
             defaults = {} if given is None else {spec.name: given}
             halves.insert(
                 0, _half(check, spec, sizes, shape[0], {**defaults, **negative}, "negative ")
@@ -303,6 +302,13 @@ def _require_classes(model: ModelFacts, labels: np.ndarray) -> None:
             f"{CLASSES}: expected numbers of 0 to {model.classes - 1}, the classes of "
             f"{model.name!r}, got {labels.min()} to {labels.max()}."
         )
+
+
+def _default_negative(spec: TensorSpec, values: np.ndarray | Lent) -> np.ndarray | Lent | None:
+    """``default_negative``, also of what is lent, which is a prompt's or a picture."""
+    if isinstance(values, Lent):
+        return values if len(values.shape) == 4 else None
+    return default_negative(spec.name, values)
 
 
 def _joined(model: ModelFacts, spec: TensorSpec, halves: Sequence[np.ndarray | Lent]) -> Condition:

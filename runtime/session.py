@@ -382,20 +382,20 @@ class Session:
         """
         model, images = self.bundle.model, whole_number("images", images, 1)
         guided = self.preset.guidance_scale > 1 if guided is None else guided
+        noise = self.noise(range(images), height, width)
+        sizes = replace(model.sizes, batch=1, height=noise.shape[2], width=noise.shape[3])
         dtypes = {"int64": np.int64}
         empty = {
-            spec.name: np.zeros(
-                spec.shape(replace(model.sizes, batch=1)), dtypes.get(spec.dtype, np.float32)
-            )
+            spec.name: np.zeros(spec.shape(sizes), dtypes.get(spec.dtype, np.float32))
             for spec in model.conditions
         }
         if isinstance(self._solver, DiffusersScheduler):
-            self._warm_up_steps(images * (2 if guided else 1), empty, height, width)
+            self._warm_up_steps(images * (2 if guided else 1), empty, sizes)
             return
         request = checked_request(
             model,
             self.steps,
-            noise=self.noise(range(images), height, width),
+            noise=noise,
             positive=empty,
             negative=empty,
             guidance=guidance_of(max(self.preset.guidance_scale, 2.0), 0.0) if guided else None,
@@ -407,15 +407,13 @@ class Session:
         self,
         batch: int,
         conditions: dict[str, np.ndarray],
-        height: int | None,
-        width: int | None,
+        sizes: Sizes,
     ) -> None:
         """The steps of a request whose solver is the caller's."""
         prompt = conditions.pop(PROMPT)
-        sample = self.noise(range(batch), height, width)
-        size = (sample.shape[2], sample.shape[3])
+        sample = self.noise(range(batch), sizes.height, sizes.width)
         with self.begin(
-            prompt, conditions=conditions, batch=batch, height=size[0], width=size[1]
+            prompt, conditions=conditions, batch=batch, height=sizes.height, width=sizes.width
         ) as request:
             for step in range(self.steps):
                 request.predict(step, sample)

@@ -101,13 +101,18 @@ def make_tiny_model(kind: str, precision: str = "float32") -> Any:
     return describe(unet, name=f"tiny-{kind}", tokens=7, scheduler=SCHEDULER)
 
 
-def make_conditions(model: Any, count: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random conditions [count, ...] for a SourceModel."""
+def make_conditions(
+    model: Any, count: int, seed: int = 0, size: tuple[int, int] | None = None
+) -> dict[str, np.ndarray]:
+    """Random conditions [count, ...] for a SourceModel, at its own latent size or another."""
+    from dataclasses import replace
+
     rng = np.random.default_rng(seed)
-    axes = {"batch": count, "tokens": model.tokens}
+    height, width = size or model.sample_size
+    sizes = replace(model.sizes(batch=count), height=height, width=width)
     made = {}
     for condition in model.conditions:
-        shape = [axes[s] if isinstance(s, str) else s for s in condition.shape]
+        shape = condition.sized(sizes)
         if condition.dtype == "int64":
             made[condition.name] = rng.integers(0, 5, shape)
         else:
@@ -130,7 +135,7 @@ def tiny_models() -> Any:
 
 @pytest.fixture(scope="session")
 def conditions_of() -> Any:
-    """``conditions_of(model, count, seed=0)`` gives random conditions by name."""
+    """``conditions_of(model, count, seed=0, size=None)`` gives random conditions by name."""
     return make_conditions
 
 

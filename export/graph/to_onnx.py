@@ -88,15 +88,9 @@ def export_segments(
         traced.unlink()
 
 
-def default_sizes(model: SourceModel, batch: int = 2) -> Sizes:
-    """The model's own sizes; batch 2 is one image with guidance."""
-    height, width = model.sample_size
-    return Sizes(batch=batch, height=height, width=width, tokens=model.tokens)
-
-
 def _code_for(model: SourceModel) -> SizeCode:
     sizes = {size for tensor in model.unet.parameters() for size in tensor.shape}
-    sizes |= {int(size) for c in model.conditions for size in c.shape if isinstance(size, int)}
+    sizes |= {dim.coefficient.numerator for c in model.conditions for dim in c.dims}
     pooled = model.unet.config.addition_embed_type == "text"  # with a token for the whole prompt
     return SizeCode.avoiding(sizes, model.downsampling, one_more=pooled)
 
@@ -104,13 +98,17 @@ def _code_for(model: SourceModel) -> SizeCode:
 def _example(model: SourceModel, code: SizeCode) -> tuple[torch.Tensor, ...]:
     """Inputs of the prime-coded shapes; their values do not matter."""
     dtype = next(model.unet.parameters()).dtype
-    axes = {"batch": code.batch, "tokens": code.tokens}
-    spatial = (code.height * code.downsampling, code.width * code.downsampling)
-    sample = torch.zeros(code.batch, model.unet.config.in_channels, *spatial, dtype=dtype)
+    sizes = Sizes(
+        batch=code.batch,
+        height=code.height * code.downsampling,
+        width=code.width * code.downsampling,
+        tokens=code.tokens,
+    )
+    shape = (sizes.batch, model.unet.config.in_channels, sizes.height, sizes.width)
+    sample = torch.zeros(shape, dtype=dtype)
     conditions = [
         torch.zeros(
-            [axes[size] if isinstance(size, str) else size for size in condition.shape],
-            dtype=torch.int64 if condition.dtype == "int64" else dtype,
+            condition.sized(sizes), dtype=torch.int64 if condition.dtype == "int64" else dtype
         )
         for condition in model.conditions
     ]
@@ -195,7 +193,7 @@ def _cut(
     model: SourceModel, traced: Path, code: SizeCode, options: ExportOptions
 ) -> tuple[Segment, ...]:
     """The passes, in order, and the files they end in."""
-    sizes = default_sizes(model)
+    sizes = model.sizes()
     conditions = [condition.name for condition in model.conditions]
     loaded = _load(traced)
     graph = loaded.graph

@@ -15,7 +15,7 @@ from blockcache.export.unet.lora import Lora
 from blockcache.export.unet.model import Condition, SourceModel
 from blockcache.export.unet.text import encode_text
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.plan import default_negative
+from blockcache.runtime.plan import Sizes, default_negative
 
 PROMPTS = (
     "a photograph of a lighthouse at dusk",
@@ -146,11 +146,14 @@ def _check_tensor(
             f"Calibration: expected {title} in {wanted}, got {values.dtype}. Convert it with "
             f".astype(np.{wanted})."
         )
-    sizes = dict(zip(condition.shape, values.shape, strict=False))
-    fits = values.ndim == len(condition.shape) and sizes["batch"] in (1, prompts)
-    if not fits or any(size != got for size, got in sizes.items() if isinstance(size, int)):
-        axes = {"batch": f"1 or {prompts}"}
-        shape = ", ".join(str(axes.get(str(size), size)) for size in condition.shape)
+    rows = (1, prompts)
+    if not any(_fits(condition, values.shape, model.sizes(batch=batch)) for batch in rows):
+        usual = condition.sized(model.sizes(batch=prompts))
+        told = {"batch": f"1 or {prompts}", "tokens": "tokens"}
+        shape = ", ".join(
+            told.get(str(size), str(number))
+            for size, number in zip(condition.shape, usual, strict=True)
+        )
         raise ConfigError(
             f"Calibration: expected {title} of shape [{shape}] for {model.name!r}, got "
             f"{list(values.shape)}. Encode the prompts for this model."
@@ -163,6 +166,14 @@ def _check_tensor(
             f"Calibration: expected {title} of 0 to {classes - 1}, the classes of {model.name!r}, "
             f"got {values.min()} to {values.max()}."
         )
+
+
+def _fits(condition: Condition, shape: Sequence[int], sizes: Sizes) -> bool:
+    """Whether a shape is the condition's; prompts may be of any length."""
+    return len(shape) == len(condition.shape) and all(
+        size == "tokens" or wanted == got
+        for size, wanted, got in zip(condition.shape, condition.sized(sizes), shape, strict=True)
+    )
 
 
 def _rows(values: np.ndarray, indices: Sequence[int]) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 
 from blockcache.export.unet.lora import Lora
 from blockcache.runtime.errors import ConfigError, UnsupportedModelError
-from blockcache.runtime.plan import WHOLE, LoraFacts
+from blockcache.runtime.plan import WHOLE, Dim, LoraFacts, Sizes
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -60,8 +60,17 @@ class Condition:
     """An input of the U-Net besides sample and timestep."""
 
     name: str
-    shape: tuple[int | str, ...]  # ints, or the axis names "batch" and "tokens"
+    shape: tuple[int | str, ...]  # ints, or sizes as ``Dim`` writes them: "batch", "8*height"
     dtype: str  # "model": the model's own floating dtype; else "int64"
+
+    @property
+    def dims(self) -> tuple[Dim, ...]:
+        """The shape as the runtime has it."""
+        return tuple(Dim.parse(size) for size in self.shape)
+
+    def sized(self, sizes: Sizes) -> tuple[int, ...]:
+        """The concrete shape at ``sizes``."""
+        return tuple(dim.value(sizes) for dim in self.dims)
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,11 @@ class SourceModel:
         """Default latent (height, width)."""
         size = self.unet.config.sample_size or 64
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+    def sizes(self, batch: int = 2) -> Sizes:
+        """The default ones; batch 2 is one image with guidance."""
+        height, width = self.sample_size
+        return Sizes(batch=batch, height=height, width=width, tokens=self.tokens)
 
 
 class UNetCall(torch.nn.Module):

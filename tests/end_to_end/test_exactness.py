@@ -68,7 +68,7 @@ def test_segments_equal_the_whole_pytorch_unet(compiled, conditions_of, kind):
         rng = np.random.default_rng(batch)
         sample = rng.standard_normal((batch, 4, height, width)).astype(np.float32)
         timestep = np.full(batch, 371.5, np.float32)
-        conditions = conditions_of(model, batch)
+        conditions = conditions_of(model, batch, size=(height, width))
         tensors = [torch.from_numpy(v) for v in (sample, timestep, *conditions.values())]
         reference = call(*tensors).numpy()
         inputs = {"sample": sample, "timestep": timestep, **conditions}

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from blockcache.runtime import InputError, Session
+from blockcache.runtime.devices import dlpack
+from blockcache.runtime.devices.dlpack import Lent
 from blockcache.runtime.plan import (
     BlockFacts,
     Dim,
@@ -16,7 +18,7 @@ from blockcache.runtime.plan import (
     TensorSpec,
     default_negative,
 )
-from blockcache.runtime.request import checked_request, guidance_of
+from blockcache.runtime.request import checked_conditions, checked_request, guidance_of
 
 
 def spec(name, *dims, dtype="float32"):
@@ -37,24 +39,28 @@ MODEL = ModelFacts(
         spec("text_embeds", "batch", 16),
         spec("time_ids", "batch", 6),
         spec("class_labels", "batch", 12),
+        spec("mask", "batch", 1, "height", "width"),
+        spec("control_image", "batch", 3, "4*height", "4*width"),
     ),
 )
 
 
-def conditions(images, value):
+def conditions(images, value, height=8, width=8):
     return {
         "encoder_hidden_states": np.full((images, 7, 32), value, np.float32),
         "text_embeds": np.full((images, 16), value, np.float32),
         "time_ids": np.full((images, 6), value, np.float32),
         "class_labels": np.full((images, 12), value, np.float32),
+        "mask": np.full((images, 1, height, width), value, np.float32),
+        "control_image": np.full((images, 3, 4 * height, 4 * width), value, np.float32),
     }
 
 
-def request(positive, negative):
+def request(positive, negative, size=(8, 8)):
     return checked_request(
         MODEL,
         4,
-        noise=np.zeros((2, 4, 8, 8), np.float32),
+        noise=np.zeros((2, 4, *size), np.float32),
         positive=positive,
         negative=negative,
         guidance=guidance_of(3.0, 0.0),
@@ -69,6 +75,7 @@ def test_what_has_a_default_need_not_be_given():
     np.testing.assert_array_equal(made["text_embeds"][:, 0], [5, 5, 3, 3])
     np.testing.assert_array_equal(made["time_ids"][:, 0], [3, 3, 3, 3])
     np.testing.assert_array_equal(made["class_labels"][:, 0], [0, 0, 3, 3])
+    np.testing.assert_array_equal(made["mask"][:, 0, 0, 0], [3, 3, 3, 3])
 
 
 def test_what_is_given_replaces_a_default():
@@ -82,6 +89,47 @@ def test_a_prompt_has_no_default(name):
     del negative[name]
     with pytest.raises(InputError, match=f"negative {name}: expected a tensor, got none"):
         request(conditions(2, 3), negative)
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def test_pictures_have_the_requests_own_size():
+    """A multiple of it where the model says so; one serves all images and both halves."""
+    prompts = {name: conditions(1, 5)[name] for name in ("encoder_hidden_states", "text_embeds")}
+    made = request(conditions(1, 3, height=12, width=4), prompts, size=(12, 4))
+    assert made["mask"].shape == (4, 1, 12, 4)
+    assert made["control_image"].shape == (4, 3, 48, 16)
+    assert (made["control_image"] == 3).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("mask", [2, 1, 8, 8]), ("control_image", [2, 3, 32, 32])]
+)
+@pytest.mark.parametrize("side", ["", "negative "])
+def test_pictures_of_another_size_are_refused(name, wanted, side):
+    given, other = conditions(2, 3), conditions(2, 5)
+    (other if side else given)[name] = conditions(2, 3, height=8, width=12)[name]
+    with pytest.raises(InputError) as caught:
+        request(given, other)
+    got = [*wanted[:3], wanted[3] * 12 // 8]
+    assert str(caught.value) == f"{side}{name}: expected shape {wanted}, got {got}."
+
+
+def test_pictures_of_a_batch_that_the_caller_laid_out_have_its_size():
+    given = conditions(3, 3, height=4, width=12)
+    sizes, made = checked_conditions(MODEL, given, height=4, width=12)
+    assert (sizes.batch, made["control_image"].shape) == (3, (3, 3, 16, 48))
+    with pytest.raises(
+        InputError, match=r"^mask: expected shape \[3, 1, 8, 8\], got \[3, 1, 4, 12\]"
+    ):
+        checked_conditions(MODEL, {**conditions(3, 3), "mask": given["mask"]})
+
+
+def test_a_picture_that_is_lent_serves_both_halves():
+    mask = Lent(1 << 20, (2, 1, 8, 8), (64, 64, 8, 1), "float32", dlpack.CUDA, None)
+    prompts = {name: conditions(1, 5)[name] for name in ("encoder_hidden_states", "text_embeds")}
+    assert request({**conditions(2, 3), "mask": mask}, prompts)["mask"] == (mask, mask)
 
 
 def test_class_numbers_are_shared_by_both_halves():

@@ -45,15 +45,15 @@ class TorchLoop:
         self.images = images
         self._call = UNetCall(self.unet, [condition.name for condition in model.conditions])
         generator = torch.Generator().manual_seed(0)
-        axes = {"batch": 2 * images, "tokens": model.tokens}
+        sizes = model.sizes(batch=2 * images)
         self.conditions = []
         for condition in model.conditions:
-            shape = [axes[size] if isinstance(size, str) else size for size in condition.shape]
+            shape = condition.sized(sizes)
             whole = condition.dtype == "int64"
             made = torch.zeros(shape) if whole else torch.randn(shape, generator=generator)
             self.conditions.append(made.to(self.device, torch.int64 if whole else self.dtype))
-        shape = [images, model.unet.config.in_channels, *model.sample_size]
-        self.noise = torch.randn(shape, generator=generator).to(self.device)
+        latents = [images, model.unet.config.in_channels, *model.sample_size]
+        self.noise = torch.randn(latents, generator=generator).to(self.device)
 
     def evaluate(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The U-Net as it is: sample [2N, C, H, W], timestep [] to its output."""

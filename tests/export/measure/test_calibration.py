@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from blockcache.export.measure.calibration import (  # noqa: E402
     encode_prompts,
     read_calibration,
 )
+from blockcache.export.unet.model import Condition  # noqa: E402
 from blockcache.runtime import ConfigError  # noqa: E402
 
 
@@ -137,6 +140,21 @@ def test_a_negative_half_is_checked_too(fitting):
     model, calibration = fitting("sd")
     other = changed(calibration, STATES, np.zeros((2, 7, 32), np.float32), "negative")
     assert "expected negative.encoder_hidden_states of shape [1 or 3, " in fault(model, other)
+
+
+def test_pictures_have_the_models_own_size(fitting):
+    model, calibration = fitting("sd")
+    mask = Condition("mask", ("batch", 1, "height", "4*width"), "model")
+    model = dataclasses.replace(model, conditions=(*model.conditions, mask))
+    pictures = np.ones((3, 1, 16, 64), np.float32)
+    for given in (pictures, pictures[:1]):
+        masked = changed(calibration, "mask", given)
+        check_calibration(model, masked, guided=True)
+        assert masked.unconditional("mask") is given
+    text = fault(model, changed(calibration, "mask", pictures[..., :16]))
+    assert text.startswith(
+        "Calibration: expected mask of shape [1 or 3, 1, 16, 64] for 'tiny-sd', got [3, 1, 16, 16]."
+    )
 
 
 def test_the_unconditional_half_of_an_image_embedding_is_zeros():

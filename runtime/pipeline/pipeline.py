@@ -220,6 +220,17 @@ class Pipeline:
         """Pixels a latent, along a side."""
         return self._decoder.factor
 
+    def encode_prompt(self, prompts: str | Sequence[str]) -> np.ndarray:
+        """What the U-Net attends to, float32 [N, tokens, D], as ``Session.denoise`` takes it.
+
+        Raises:
+            InputError: neither a text nor a list of texts.
+        """
+        texts = _texts("prompts", prompts)
+        with self._held():
+            states = self._prompt_encoder(texts).states
+            return self.session.backend.device.download(states).astype(np.float32, copy=False)
+
     def decode(self, latents: np.ndarray, *, tile: int | None = None) -> np.ndarray:
         """Pictures uint8 [N, H, W, 3] of latents float32 [N, C, h, w]; for previews in a callback.
 

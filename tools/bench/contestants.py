@@ -1,7 +1,8 @@
 """What takes part in a benchmark, and the turns they take.
 
-A contestant denoises the same images over and over, in one way, on one engine. They take turns
-(A B C A B C ...), so that a noisy machine disturbs all alike.
+A contestant denoises the same images over and over, in one way, on one engine, or runs what stands
+before the denoising or behind it. They take turns (A B C A B C ...), so that a noisy machine
+disturbs all alike.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from blockcache.export import Observer
 from blockcache.export.observer import unobserved
 from blockcache.runtime import BlockCacheError, RunRecord, Session
 
-Kind: TypeAlias = Literal["whole", "split", "cached", "fewer steps", "peer"]
+PartKind: TypeAlias = Literal["text", "decoding"]
+"""What runs before the denoising and behind it; see ``pictures``."""
+
+PARTS: tuple[PartKind, ...] = ("text", "decoding")
+
+Kind: TypeAlias = Literal["whole", "split", "cached", "fewer steps", "peer"] | PartKind
 """How it denoises:
 
 - "whole": by the uncut model
@@ -31,7 +37,7 @@ OTHER = " @"
 
 @dataclass(eq=False)
 class Contestant:
-    """One way to denoise. ``run`` does one call; only the runtime returns a record of it."""
+    """One way to denoise, or a part. ``run`` does one call; a session returns a record of it."""
 
     engine: str  # "ort", "trt", "torch", ...
     kind: Kind

@@ -18,7 +18,8 @@ from blockcache.export.observer import unobserved
 from blockcache.runtime import Bundle, ConfigError, Preset
 from blockcache.runtime.engines.choice import make_backend
 from blockcache.runtime.plan import Sizes
-from blockcache.tools.bench.contestants import OTHER, Contestant, Entry, Lineup
+from blockcache.tools.bench.contestants import OTHER, PARTS, Contestant, Entry, Lineup
+from blockcache.tools.bench.pictures import PictureRow, bundle_parts, picture_rows
 from blockcache.tools.bench.promises import Promise, promises
 from blockcache.tools.bench.segment_times import segment_times
 from blockcache.tools.bench.sessions import (
@@ -85,6 +86,7 @@ class LatencyReport:
     images: int
     rounds: int
     rows: tuple[Row, ...]
+    pictures: tuple[PictureRow, ...]  # from prompt to picture; () where no engine has the parts
     promises: tuple[Promise, ...]
     timings: Mapping[str, Timings]  # by engine: median of every segment
     host_us_per_launch: float  # on engines that do nothing
@@ -136,12 +138,13 @@ def measure_latency(
     clock = time.process_time if options.cpu_time else time.perf_counter
     lineup.take_turns(options.rounds, steadiness.sample, observer, clock)
     steadiness.sample()
-    if not lineup.contestants:
+    denoising = [made for made in lineup.contestants if made.kind not in PARTS]
+    if not denoising:
         reasons = "; ".join(f"{who}: {why}" for who, why in lineup.absent.items())
         raise ConfigError(f"Expected at least one engine to time, there is none. {reasons}")
     timings = {
         made.engine: segment_times(made)
-        for made in lineup.contestants
+        for made in denoising
         if made.kind == "split" and made.session is not None
     }
     return LatencyReport(
@@ -149,8 +152,9 @@ def measure_latency(
         sizes=bundle.model.sizes,
         images=options.images,
         rounds=options.rounds,
-        rows=tuple(_row(made, lineup.contestants) for made in lineup.contestants),
-        promises=tuple(promises(lineup.contestants, timings)),
+        rows=tuple(_row(made, denoising) for made in denoising),
+        pictures=tuple(picture_rows(lineup.contestants)),
+        promises=tuple(promises(denoising, timings)),
         timings=timings,
         host_us_per_launch=host_cost_us(bundle, presets[0], options.images),
         absent=lineup.absent,
@@ -188,11 +192,13 @@ def assemble(bundle: Bundle, presets: Sequence[Preset], options: BenchOptions) -
         lineup.absent[", ".join(peers)] = "no PyTorch model given (--model)"
     elif peers:
         from blockcache.tools.bench.torch_loop import open_loop, torch_contestants
+        from blockcache.tools.bench.torch_parts import torch_parts
 
         loop = open_loop(options.model, bundle.model.precision, options.images, options.threads)
         bases = base_presets(presets)
         for engine in peers:
             lineup.admit(engine, functools.partial(torch_contestants, loop, engine, bases))
+        lineup.admit("torch", functools.partial(torch_parts, loop, options.model))
     return lineup
 
 
@@ -213,7 +219,11 @@ def admit_bundle(
             def entries(engine: str = engine) -> Iterator[Entry]:
                 backend = make_backend(engine, threads=options.threads)
                 name, images = engine + label, options.images
-                return bundle_contestants(bundle, presets, backend, name, images, uncut=not label)
+                yield from bundle_contestants(
+                    bundle, presets, backend, name, images, uncut=not label
+                )
+                if not label:
+                    yield from bundle_parts(bundle, presets[0], backend, name, images)
 
             lineup.admit(engine + label, entries)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from blockcache.runtime.files import write_text
 from blockcache.tools.bench.latency import LatencyReport, Row
+from blockcache.tools.bench.pictures import PictureRow
 from blockcache.tools.report.plots import Bar, plot_bars
 from blockcache.tools.report.tables import markdown_table
 
@@ -28,6 +29,7 @@ def report_text(report: LatencyReport) -> str:
         "; ".join(f"{name} {value}" for name, value in report.machine.items() if value),
         "while it ran: " + "; ".join(f"{k} {v}" for k, v in report.steadiness.items()),
         _table1(report.rows),
+        _picture_table(report.pictures),
         _promise_table(report),
         _memory_table(report.rows),
         *(_segment_table(report, engine) for engine in report.timings),
@@ -54,6 +56,28 @@ def _table1(rows: Sequence[Row]) -> str:
                 f"{row.first_s:.2f}",
             ]
         )
+    return markdown_table(columns, cells)
+
+
+def _picture_table(rows: Sequence[PictureRow]) -> str:
+    """Parts and sum, and both speed-ups, over the first row."""
+    if not rows:
+        return ""
+    columns = ["from prompt to picture", "text ms", "denoising ms", "decoding ms", "sum ms"]
+    columns += ["share of text and decoding", "denoising faster", "whole faster"]
+    cells = [
+        [
+            f"{row.engine} {row.kind} {row.preset}",
+            *(
+                f"{1e3 * spread.median:.4g}"
+                for spread in (row.text, row.denoising, row.decoding, row.total)
+            ),
+            f"{row.parts_share:.1%}",
+            f"{row.denoising_speedup.median:.2f}x",
+            f"{row.total_speedup.median:.2f}x",
+        ]
+        for row in rows
+    ]
     return markdown_table(columns, cells)
 
 

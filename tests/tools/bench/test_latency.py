@@ -31,6 +31,7 @@ from blockcache.runtime.solvers.solver import solver_tables
 from blockcache.tools.bench import torch_loop
 from blockcache.tools.bench.contestants import Contestant, Entry, Lineup
 from blockcache.tools.bench.latency import BenchOptions, measure_latency, own_timings
+from blockcache.tools.bench.pictures import picture_rows
 from blockcache.tools.bench.report import append_figures, report_text
 from blockcache.tools.bench.sessions import (
     base_of,
@@ -386,6 +387,63 @@ def test_the_report_reads_as_markdown(report):
     assert len(tables) == 4
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+# -- from prompt to picture ------------------------------------------------------------------------
+
+
+def times(engine, kind, *seconds, preset="p"):
+    """A contestant that has had its turns."""
+    return dataclasses.replace(contestant(engine, seconds=seconds), kind=kind, preset=preset)
+
+
+def test_what_a_preset_gains_is_told_over_the_denoising_and_over_the_whole():
+    everyone = [
+        times("ort", "whole", 8, 18),
+        times("ort", "text", 1, 1),
+        times("trt", "whole", 4, 4),  # the engine's decoder is missing
+        times("trt", "text", 1, 1),
+        times("ort", "cached", 3, 3, preset="x2"),
+        times("ort", "decoding", 1, 1),
+        times("torch", "text", 2, 2),
+        times("torch", "decoding", 2, 2),
+        times("deepcache", "peer", 12, 32),
+    ]
+    first, cached, peer = picture_rows(everyone)
+    assert (first.engine, first.kind, first.total) == ("ort", "whole", Spread(15, 10, 20))
+    assert first.parts_share == pytest.approx((2 / 10 + 2 / 20) / 2)
+    assert (cached.preset, cached.total_speedup) == ("x2", Spread(3, 2, 4))
+    assert cached.denoising_speedup == Spread.of([8 / 3, 6])
+    assert (peer.engine, peer.text, peer.total) == (
+        "deepcache",
+        Spread(2, 2, 2),
+        Spread(26, 16, 36),
+    )
+
+
+def test_text_and_decoding_take_their_turns(pipeline_bundle, pipeline_folder):
+    """The bundle's, and those of the folder in PyTorch."""
+    engines = ("ort", "torch", "trt")
+    options = BenchOptions(
+        engines=engines, model=str(pipeline_folder("sd")), rounds=1, threads=1, warm_up=False
+    )
+    report = measure_latency(pipeline_bundle("sd"), options)
+    assert [(row.engine, row.kind) for row in report.pictures] == [
+        ("ort", "whole"),
+        ("ort", "split"),
+        ("torch", "whole"),
+    ]
+    assert all(row.text.low > 0 and row.decoding.low > 0 for row in report.pictures)
+    assert {row.kind for row in report.rows} == {"whole", "split"}
+    assert "| ort split ddim-4 |" in report_text(report)
+    assert "denoising faster | whole faster" in report_text(report)
+
+
+def test_a_bundle_of_the_unet_alone_has_no_pictures_and_says_why(report):
+    assert report.pictures == ()
+    assert (
+        "Expected a bundle with text encoder and decoder" in report.absent["ort text, ort decoding"]
+    )
 
 
 def test_the_history_grows_by_a_line_a_run(report, tmp_path):

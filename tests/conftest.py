@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +88,79 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "resnet_time_scale_shift": "scale_shift",
     },
 }
+
+
+class SharedTraces:
+    """Stands in for ``torch.onnx.export``: runs it once a model and keeps the graph in a folder.
+
+    Tracing takes most of the time of a tiny model's compile, and many tests compile the same
+    models. The graphs are kept for one run of the suite, and its workers share them. Processes that
+    tests start trace for themselves; equal bytes of two traces are shown by two of them.
+    """
+
+    def __init__(self, export: Callable[..., Any], folder: Path) -> None:
+        self._export, self._folder = export, folder
+
+    def __call__(self, module: Any, arguments: Any, **options: Any) -> Any:
+        """A graph of its own for every caller, its weights in a file."""
+        import onnx_ir as ir
+        from filelock import FileLock
+
+        folder = self._folder / trace_key(module, arguments, options)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                program = self._export(module, arguments, **options)
+                written = folder.with_suffix(".part")
+                written.mkdir(exist_ok=True)
+                ir.save(program.model, written / "model.onnx", external_data="weights.bin")
+                written.rename(folder)
+        return SimpleNamespace(model=ir.load(folder / "model.onnx"))
+
+
+def trace_key(module: Any, arguments: Any, options: Any) -> str:
+    """A digest of all that a trace depends on: code, weights, settings, shapes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for line in _described(module):
+        digest.update(line.encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(repr([(tuple(each.shape), each.dtype) for each in arguments]).encode())
+    digest.update(repr(sorted(options.items())).encode())
+    return digest.hexdigest()
+
+
+def _described(module: Any) -> Iterator[str]:
+    """Every module with its class and plain attributes; of other attributes the class."""
+    for name, each in module.named_modules():
+        yield f"{name} {type(each).__module__}.{type(each).__qualname__}"
+        yield str(sorted((key, _plain(value)) for key, value in vars(each).items()))
+        yield repr(dict(each.config)) if hasattr(each, "config") else ""
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool | int | float | str | tuple | type(None)):
+        return repr(value)
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Every model is traced once in a run of the suite; see ``SharedTraces``."""
+    try:
+        import onnx_ir  # noqa: F401 (whether it is there)
+        import torch
+    except ImportError:
+        yield
+        return
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", SharedTraces(torch.onnx.export, shared / "traces"))
+        yield
 
 
 def make_tiny_model(kind: str, precision: str = "float32") -> Any:

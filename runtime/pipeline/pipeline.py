@@ -16,7 +16,7 @@ import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,24 +24,28 @@ from typing import Any
 
 import numpy as np
 
-from blockcache.runtime.arguments import finite_number, whole_number
+from blockcache.runtime.arguments import finite_number
 from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.devices.tensor import Tensor
-from blockcache.runtime.engines.loading import load_engines
 from blockcache.runtime.errors import Cancelled, ConfigError, InputError
 from blockcache.runtime.loop import Progress
-from blockcache.runtime.pipeline.bound_part import BoundPart
-from blockcache.runtime.pipeline.pictures import PictureDecoder, PictureEncoder, as_pictures
-from blockcache.runtime.pipeline.prompts import Encoded, PromptEncoder
-from blockcache.runtime.plan import MOST_SIZE, Segment
+from blockcache.runtime.pipeline.parts import PipelineParts, bound_parts, require_served
+from blockcache.runtime.pipeline.picture_arguments import (
+    Size,
+    common_count,
+    first_step,
+    latent_size,
+    micro_sizes,
+    random_seeds,
+    texts_of,
+    tile_side,
+    whole_seeds,
+)
+from blockcache.runtime.pipeline.pictures import as_pictures
+from blockcache.runtime.pipeline.prompts import Encoded
 from blockcache.runtime.record import RunRecord
 from blockcache.runtime.session import Session
 from blockcache.runtime.weights import BASE, changed_parts
-
-_SERVED = {"encoder_hidden_states", "text_embeds", "time_ids"}
-"""Conditions that follow from a prompt and a size."""
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,9 @@ class Pipeline:
     """
 
     def __init__(self, session: Session) -> None:
-        bundle = session.bundle
-        _require_served(bundle)
-        pipeline = bundle.pipeline
-        assert pipeline is not None
+        require_served(session.bundle)
         self.session = session
-        self._take_parts(_bound_parts(session, bundle, pipeline.parts))
-        self._zeros = pipeline.zeros_without_negative
-        widths = [c.dims[-1] for c in bundle.model.conditions if c.name == "time_ids"]
-        self._time_ids = int(widths[0].coefficient) if widths else 0
+        self._parts = PipelineParts.load(session.backend, session.bundle)
         self._lock = threading.RLock()
 
     @classmethod
@@ -104,7 +102,7 @@ class Pipeline:
             BundleError, EngineError: see ``Session.open``.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
-        _require_served(opened)  # before engines are loaded
+        require_served(opened)  # before engines are loaded
         session = Session.open(opened, preset=preset, verify=verify, **options)
         try:
             return cls(session)
@@ -163,20 +161,22 @@ class Pipeline:
             Cancelled: ``cancelled()`` was true.
             EngineError: the engine library failed.
         """
-        texts = _texts("prompts", prompts)
-        others = None if negative_prompts is None else _texts("negative_prompts", negative_prompts)
+        texts = texts_of("prompts", prompts)
+        others = (
+            None if negative_prompts is None else texts_of("negative_prompts", negative_prompts)
+        )
         images = None if image is None else as_pictures(image)
         counts = {"prompts": len(texts), "negative_prompts": len(others or [""])}
-        given = None if seeds is None else _whole_seeds(seeds)
+        given = None if seeds is None else whole_seeds(seeds)
         counts |= {"seeds": 1 if given is None else len(given)}
         counts |= {"image": 1 if images is None else len(images)}
-        count = _common(counts)
+        count = common_count(counts)
         height, width = self._latent_size(images, height, width)
-        first = 0 if images is None else self._first_step(strength)
-        side = None if tile is None else self._tile(tile)
+        first = 0 if images is None else first_step(self.session.steps, strength)
+        side = None if tile is None else tile_side(self.factor, tile)
         scale = self.session.preset.guidance_scale if guidance_scale is None else guidance_scale
         guided = finite_number("guidance_scale", scale) > 1
-        chosen = _random_seeds(count) if given is None else given
+        chosen = random_seeds(count) if given is None else given
         if len(chosen) != count:
             raise InputError(f"seeds: expected one a picture, {count}, got 1. Pass as many.")
         pixels = (height * self.factor, width * self.factor)
@@ -184,17 +184,16 @@ class Pipeline:
             noise = self.session.noise(chosen, height, width)
             begin = time.perf_counter()
             positive, negative = self._prompts(texts, others if guided else None, long_prompts)
-            states = [self._prompt_encoder.lent(side.states) for side in (positive, negative)]
+            states = [self._parts.prompts.lent(side.states) for side in (positive, negative)]
             text_ms = (time.perf_counter() - begin) * 1e3
-            sizes = [*(original_size or pixels), *crops_coords_top_left]
-            target = target_size or pixels
+            sizes = micro_sizes(pixels, original_size, crops_coords_top_left, target_size)
             result = self.session.denoise(
                 noise,
                 states[0],
                 states[1] if guided else None,
-                conditions=self._conditions(positive, [*sizes, *target], aesthetic_score),
-                negative_conditions=self._conditions(
-                    negative, [*sizes, *target], negative_aesthetic_score
+                conditions=self._parts.conditions(positive, sizes, aesthetic_score),
+                negative_conditions=self._parts.conditions(
+                    negative, sizes, negative_aesthetic_score
                 )
                 if guided
                 else None,
@@ -218,7 +217,7 @@ class Pipeline:
     @property
     def factor(self) -> int:
         """Pixels a latent, along a side."""
-        return self._decoder.factor
+        return self._parts.decoder.factor
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> np.ndarray:
         """What the U-Net attends to, float32 [N, tokens, D], as ``Session.denoise`` takes it.
@@ -243,7 +242,7 @@ class Pipeline:
                 f"latents: expected float32 [N, {channels}, h, w], got {latents.dtype} "
                 f"{list(latents.shape)}."
             )
-        side = None if tile is None else self._tile(tile)
+        side = None if tile is None else tile_side(self.factor, tile)
         with self._held():
             return self._decode(np.asarray(latents, np.float32), side, None)
 
@@ -265,7 +264,7 @@ class Pipeline:
         """
         high, wide = self._latent_size(None, height, width)
         with self._held():
-            self._prompt_encoder([""])
+            self._parts.prompts([""])
             self.session.warm_up(images, high, wide, guided=guided)
             channels = self.session.bundle.model.channels
             self._decode(np.zeros((1, channels, high, wide), np.float32), None, None)
@@ -292,15 +291,15 @@ class Pipeline:
         goal = session.bundle_of(chosen)
         before = session.bundle
         changed = changed_parts(before, goal)
-        fresh = _bound_parts(session, goal, changed, plans=session.bundle_of(BASE))
+        fresh = bound_parts(session.backend, goal, changed, plans=session.bundle_of(BASE))
         with self._lock:
             if session.bundle is not before:
                 raise ConfigError(
                     "swap_weights was called by two threads of one pipeline. Call it again."
                 )
             chosen = session.swap_weights(name=chosen, keep_bytes=keep_bytes, verify=verify)
-            old = {part.part.name: part for part in self._parts}
-            self._take_parts({**old, **fresh})
+            old = self._parts.bound  # texts that were encoded before are forgotten
+            self._parts = PipelineParts(session.bundle, {**old, **fresh})
             for name in fresh:
                 old[name].release()
         return chosen
@@ -309,8 +308,7 @@ class Pipeline:
         """Free engines and memory; closing twice is fine."""
         with self._lock:
             self.session.close()
-            for part in self._parts:
-                part.release()
+            self._parts.release()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -331,110 +329,29 @@ class Pipeline:
             with self.session.backend.device.session_lock():
                 yield
 
-    # -- arguments ---------------------------------------------------------------------------------
-
     def _latent_size(
         self, images: np.ndarray | None, height: int | None, width: int | None
-    ) -> tuple[int, int]:
-        """Latent height and width of a request."""
-        model = self.session.bundle.model
-        given = (None, None) if images is None else images.shape[1:3]
-        own = (model.sizes.height, model.sizes.width)
-        sides = []
-        for name, asked, there, default in zip(
-            ("height", "width"), (height, width), given, own, strict=True
-        ):
-            side = asked if asked is not None else there
-            if side is None:
-                sides.append(default)
-                continue
-            pixels = whole_number(name, side, 1, MOST_SIZE * self.factor)
-            if there is not None and pixels != there:
-                raise InputError(
-                    f"{name}: expected {there}, as the image has it, got {pixels}. Resize the "
-                    f"image first, or leave {name} out."
-                )
-            multiple = self.factor * model.downsampling
-            if pixels % multiple:
-                near = max(multiple, round(pixels / multiple) * multiple)
-                raise InputError(
-                    f"{name}: expected a multiple of {multiple} pixels, got {pixels}. Take {near}."
-                )
-            sides.append(pixels // self.factor)
-        return sides[0], sides[1]
-
-    def _first_step(self, strength: float) -> int:
-        """Where image to image begins, as diffusers counts."""
-        share, steps = finite_number("strength", strength), self.session.steps
-        run = min(int(steps * share), steps)
-        if not 0 < share <= 1 or run < 1:
-            raise InputError(
-                f"strength: expected more than {1 / steps:.3g}, which is one of {steps} steps, to "
-                f"1, got {strength}."
-            )
-        return steps - run
-
-    def _tile(self, tile: int) -> int:
-        """A tile's side in latents."""
-        pixels = whole_number("tile", tile, 1)
-        if pixels % self.factor or pixels < 4 * self.factor:
-            raise InputError(
-                f"tile: expected a multiple of {self.factor} pixels, {4 * self.factor} or more, "
-                f"got {pixels}."
-            )
-        return pixels // self.factor
-
-    # -- the parts ---------------------------------------------------------------------------------
-
-    def _take_parts(self, bound: Mapping[str, BoundPart]) -> None:
-        """Use these parts, by name; texts that were encoded before are forgotten."""
-        bundle = self.session.bundle
-        pipeline = bundle.pipeline
-        assert pipeline is not None
-        encoders = [bound[part.name] for part in pipeline.of_role("text_encoder")]
-        (decoder,) = pipeline.of_role("decoder")
-        self._parts = tuple(bound.values())
-        self._prompt_encoder = PromptEncoder(bundle.model, encoders, bundle.tokenizers)
-        self._decoder = PictureDecoder(bundle.model, bound[decoder.name])
-        self._encoder = next(
-            (PictureEncoder(bundle.model, bound[p.name]) for p in pipeline.of_role("encoder")), None
-        )
+    ) -> Size:
+        return latent_size(self.session.bundle.model, self.factor, images, height, width)
 
     def _prompts(
         self, texts: list[str], negatives: list[str] | None, long_prompts: bool
     ) -> tuple[Encoded, Encoded]:
-        """Both halves of guidance's batch, of as many tokens."""
-        other = negatives or [""]
-        chunks = self._prompt_encoder.chunks([*texts, *other]) if long_prompts else 1
-        positive = self._prompt_encoder(texts, chunks=chunks)
+        """Both halves of guidance's batch; warns of prompts that are too long."""
+        every = [*texts, *(negatives or [""])]
+        chunks = self._parts.prompts.chunks(every) if long_prompts else 1
+        positive, negative = self._parts.encode(texts, negatives, chunks=chunks)
         for text in filter(None, positive.late):
             warnings.warn(
                 f"The end of a prompt was cut off, the text encoder does not take it: {text!r}. "
                 f"Shorten the prompt, or pass long_prompts=True.",
                 stacklevel=3,
             )
-        if negatives is None and self._zeros:
-            return positive, self._prompt_encoder.zeros(positive)
-        return positive, self._prompt_encoder(other, chunks=chunks)
-
-    def _conditions(self, text: Encoded, sizes: list[int], score: float) -> dict[str, Any]:
-        """What SDXL takes besides the prompt; nothing for others."""
-        found: dict[str, Any] = {}
-        if text.pooled is not None:
-            found["text_embeds"] = self._prompt_encoder.lent(text.pooled)
-        if self._time_ids:  # six numbers; the refiner's five end in a score
-            row = sizes if self._time_ids == len(sizes) else [*sizes[:4], score]
-            found["time_ids"] = np.array([row], np.float32)
-        return found
+        return positive, negative
 
     def _start(self, images: np.ndarray, count: int) -> np.ndarray:
         """Latents to start from, [count, C, h, w]."""
-        if self._encoder is None:
-            raise ConfigError(
-                "Expected a bundle with an encoder, for image to image; this one has none. Compile "
-                "the model again with all its parts."
-            )
-        latents = self._encoder.latents(images)
+        latents = self._parts.require_encoder().latents(images)
         return np.repeat(latents, count, axis=0) if len(latents) < count else latents
 
     def _decode(
@@ -449,64 +366,5 @@ class Pipeline:
                 if isinstance(latents, Tensor)
                 else latents[place : place + 1]
             )
-            pictures.append(self._decoder.image(image, tile))
-        return np.stack(pictures)
-
-
-def _bound_parts(
-    session: Session, bundle: Bundle, parts: Sequence[Segment], plans: Bundle | None = None
-) -> dict[str, BoundPart]:
-    """Parts of a bundle, loaded, by name; where ``plans`` is given, its engines are refitted."""
-    other = plans if plans is not bundle else None
-    engines = load_engines(session.backend, bundle, parts, other)
-    return {part.name: BoundPart(part, engines[part.name], session.backend) for part in parts}
-
-
-def _require_served(bundle: Bundle) -> None:
-    """Raise ConfigError unless prompts are all that a bundle needs, and it has parts for them."""
-    pipeline = bundle.pipeline
-    roles = [] if pipeline is None else [part.role for part in pipeline.parts]
-    lacking = [role for role in ("text_encoder", "decoder") if role not in roles]
-    if lacking:
-        raise ConfigError(
-            f"Expected a bundle with text encoder and decoder, {bundle.folder} has no "
-            f"{' and no '.join(lacking)}. Compile the model again with all its parts, or use "
-            f"Session, with prompts encoded and latents decoded by yourself."
-        )
-    further = sorted({spec.name for spec in bundle.model.conditions} - _SERVED)
-    if further:
-        raise ConfigError(
-            f"Expected a U-Net that draws from prompts alone, {bundle.model.name} takes {further}, "
-            f"too. Use Session, which takes them as conditions."
-        )
-
-
-def _texts(name: str, given: object) -> list[str]:
-    """One text or several, as a list; InputError for anything else."""
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{name}: expected a text or a list of texts, got {str(given)[:80]!r}.")
-    if not texts:
-        raise InputError(f"{name}: expected at least one text, got an empty list.")
-    return list(texts)
-
-
-def _common(counts: dict[str, int]) -> int:
-    """N, of arguments that come once or N times."""
-    several = {count for count in counts.values() if count != 1}
-    if len(several) > 1 or 0 in several:
-        told = ", ".join(f"{count} {name}" for name, count in counts.items() if count != 1)
-        raise InputError(f"Expected one of each or as many, got {told}.")
-    return max(counts.values())
-
-
-def _whole_seeds(seeds: object) -> tuple[int, ...]:
-    """Seeds as they are given, checked."""
-    if isinstance(seeds, str) or not isinstance(seeds, Iterable):
-        raise InputError(f"seeds: expected a list of whole numbers, got {seeds!r}.")
-    return tuple(whole_number("seeds", seed, 0) for seed in seeds)
-
-
-def _random_seeds(count: int) -> tuple[int, ...]:
-    """Seeds that nobody chose; the result tells them."""
-    return tuple(int(seed) for seed in np.random.SeedSequence().generate_state(count))
+            pictures.append(self._parts.decoder.images(image, tile))
+        return np.concatenate(pictures)

@@ -67,16 +67,16 @@ def test_long_prompts_are_cut_with_a_warning_or_encoded_in_chunks(pipeline):
 
 def test_texts_are_encoded_once(pipeline, monkeypatch):
     encoded = []
-    encode = pipeline._prompt_encoder._encode
+    encode = pipeline._parts.prompts._encode
     monkeypatch.setattr(
-        pipeline._prompt_encoder, "_encode", lambda *of: (encoded.append(of), encode(*of))[1]
+        pipeline._parts.prompts, "_encode", lambda *of: (encoded.append(of), encode(*of))[1]
     )
     pipeline(["zyx", "zyx"], "wvu", seeds=[0, 1])
     pipeline("zyx", "wvu", seeds=[0])
     assert encoded == [("zyx", 1), ("wvu", 1)]
     for text in map(str, range(2 * CACHED_TEXTS)):
-        pipeline._prompt_encoder([text])
-    assert len(pipeline._prompt_encoder._cache) == CACHED_TEXTS
+        pipeline._parts.prompts([text])
+    assert len(pipeline._parts.prompts._cache) == CACHED_TEXTS
 
 
 def test_tiles_cover_the_picture(pipeline):

@@ -5,7 +5,7 @@ It never imports torch, diffusers or onnx, so that a service can embed it.
 
 from blockcache.runtime.batching.batch import ContinuousBatch
 from blockcache.runtime.batching.counters import BatchCounters
-from blockcache.runtime.batching.outcome import BatchedResult, BatchFuture
+from blockcache.runtime.batching.outcome import BatchedResult, BatchFuture, BatchProgress
 from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.bundles.manifest import Manifest
 from blockcache.runtime.drift import DriftMonitor, DriftReport, Excess
@@ -34,6 +34,12 @@ from blockcache.runtime.errors import (
 )
 from blockcache.runtime.loop import Denoised, Progress
 from blockcache.runtime.open_request import OpenRequest
+from blockcache.runtime.pipeline.batched_pipeline import BatchedPipeline
+from blockcache.runtime.pipeline.picture_outcome import (
+    BatchedPicture,
+    PictureFuture,
+    PipelineCounters,
+)
 from blockcache.runtime.pipeline.pipeline import Drawn, Pipeline
 from blockcache.runtime.plan import Alignment, Preset, Schedule, Segment, TensorSpec
 from blockcache.runtime.provenance import Provenance
@@ -47,6 +53,9 @@ __all__ = [
     "Backend",
     "BatchCounters",
     "BatchFuture",
+    "BatchProgress",
+    "BatchedPicture",
+    "BatchedPipeline",
     "BatchedResult",
     "BlockCacheError",
     "Bundle",
@@ -74,7 +83,9 @@ __all__ = [
     "MissingExtraError",
     "NoiseSchedule",
     "OpenRequest",
+    "PictureFuture",
     "Pipeline",
+    "PipelineCounters",
     "Preset",
     "Progress",
     "Provenance",

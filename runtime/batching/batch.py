@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import numpy as np
 
 from blockcache.runtime.arguments import finite_number, whole_number
 from blockcache.runtime.batching.counters import BatchCounters
-from blockcache.runtime.batching.outcome import BatchedResult, BatchFuture
+from blockcache.runtime.batching.outcome import BatchedResult, BatchFuture, BatchProgress
 from blockcache.runtime.batching.presets import PresetTables
 from blockcache.runtime.batching.slots import BatchMemory, SlotMemory
 from blockcache.runtime.batching.tick import ActiveRequest, Ticker
@@ -65,6 +65,7 @@ class _Job:
     future: BatchFuture
     submitted: float  # seconds of the monotonic clock, as the next two
     deadline: float | None
+    callback: Callable[[BatchProgress], None] | None
     admitted: float = 0.0
     active: ActiveRequest | None = None  # in its slot
 
@@ -189,6 +190,27 @@ class ContinuousBatch:
         """What requests may ask for."""
         return tuple(self._tables.presets)
 
+    def preset(self, name: str | None = None) -> Preset:
+        """One of ``presets``, by its name or as it was asked of the compiler; default the first.
+
+        Raises:
+            InputError: the batch was not opened with it.
+        """
+        known = self._tables.presets
+        if name is None:
+            return known[self.default_preset]
+        found = known.get(name) or known.get(preset_name(str(name)))
+        if found is None:
+            raise InputError(
+                f"preset: expected one that the batch was opened with, {list(known)}, got {name!r}."
+            )
+        return found
+
+    @property
+    def running(self) -> bool:
+        """Whether its thread is there, to take requests or to finish them."""
+        return self._thread.is_alive()
+
     def noise(self, seeds: Sequence[int]) -> np.ndarray:
         """Standard normal noise float32 [N, C, H, W], the same as ``Session.noise`` gives."""
         return starting_noise(self.bundle.model, seeds, self.sizes.height, self.sizes.width)
@@ -208,6 +230,7 @@ class ContinuousBatch:
         image_latents: np.ndarray | None = None,
         start_step: int = 0,
         deadline: float | None = None,
+        callback: Callable[[BatchProgress], None] | None = None,
     ) -> BatchFuture:
         """Ask for one image; arguments are those of ``Session.denoise`` with N = 1.
 
@@ -226,6 +249,9 @@ class ContinuousBatch:
             image_latents: float32 [1, C, H, W] to start from, noised to ``start_step``'s level.
             start_step: the first step to execute; it recomputes every block.
             deadline: seconds from now; what has not finished by then fails with DeadlineError.
+            callback: called after each step, in the thread of the ticks: all requests wait for it,
+                so hand over to a thread of your own what takes time. What it raises ends the
+                request.
 
         Returns:
             The result to come. It raises Cancelled, DeadlineError, InputError (the result is not
@@ -236,9 +262,9 @@ class ContinuousBatch:
             QueueFullError: too many requests wait.
             ConfigError: the batch is closed, or was opened before a fork.
         """
-        name = self._preset_name(preset)
+        chosen = self.preset(preset)
         request = self._checked(
-            name,
+            chosen,
             noise,
             {PROMPT: prompt_embeds, **(conditions or {})},
             {
@@ -252,8 +278,8 @@ class ContinuousBatch:
         )
         now = time.monotonic()
         until = None if deadline is None else now + finite_number("deadline", deadline)
-        job = _Job(request, name, BatchFuture(self._notify), now, until)
-        self._check_process()
+        job = _Job(request, chosen.name, BatchFuture(self._notify), now, until, callback)
+        self.check_process()
         with self._wake:
             if self._closing:
                 raise ConfigError(
@@ -324,21 +350,9 @@ class ContinuousBatch:
 
     # -- a request's arguments ---------------------------------------------------------------------
 
-    def _preset_name(self, preset: str | None) -> str:
-        """As it is written in the bundle; InputError where the batch does not have it."""
-        if preset is None:
-            return self.default_preset
-        name = preset if preset in self._tables.presets else preset_name(str(preset))
-        if name not in self._tables.presets:
-            raise InputError(
-                f"preset: expected one that the batch was opened with, {list(self.presets)}, got "
-                f"{preset!r}."
-            )
-        return name
-
     def _checked(
         self,
-        preset: str,
+        preset: Preset,
         noise: Any,
         positive: Mapping[str, Any],
         negative: Mapping[str, Any],
@@ -347,11 +361,11 @@ class ContinuousBatch:
         **others: Any,
     ) -> Request:
         """A request of one image, of the batch's sizes, in finite numbers."""
-        chosen, tables = self._tables.presets[preset], self._tables.solvers[preset]
-        scale = chosen.guidance_scale if guidance[0] is None else guidance[0]
+        tables = self._tables.solvers[preset.name]
+        scale = preset.guidance_scale if guidance[0] is None else guidance[0]
         request = checked_request(
             self.bundle.model,
-            chosen.schedule.steps,
+            preset.schedule.steps,
             noise=noise,
             positive=positive,
             negative=negative,
@@ -372,7 +386,8 @@ class ContinuousBatch:
             )
         return request
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
+        """Raise ConfigError in a forked child: the batch's thread stayed in the parent."""
         if os.getpid() != self._process:
             raise ConfigError(
                 "This batch was opened before the process forked, and its threads stayed in the "
@@ -441,8 +456,21 @@ class ContinuousBatch:
             for job in list(self._active):
                 self._end(job, error)
             return
+        for job in list(self._active):
+            self._report(job, ticker)
         for job in [job for job in self._active if job.active is not None and job.active.done]:
             self._finish(job, ticker)
+
+    def _report(self, job: _Job, ticker: Ticker) -> None:
+        """Tell a request's callback about the step that it has just done."""
+        if job.callback is None or job.active is None:
+            return
+        step, tables = job.active.step - 1, self._tables.solvers[job.preset]
+        latents, steps = ticker.latents(job.active), job.request.steps.stop
+        try:
+            job.callback(BatchProgress(step, steps, float(tables.timesteps[step]), latents))
+        except Exception as error:  # the caller's own, of this request alone
+            self._end(job, error)
 
     def _finish(self, job: _Job, ticker: Ticker) -> None:
         """The result of a request whose last step has run."""

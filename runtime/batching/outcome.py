@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,21 @@ class BatchedResult:
         }
 
 
-class BatchFuture(Future[BatchedResult]):
-    """The result to come of a request: ``concurrent.futures.Future``, so that asyncio takes it.
+@dataclass(frozen=True)
+class BatchProgress:
+    """What a callback of a request gets after each of its steps."""
 
-    ``cancel`` also ends a request that runs already, before its next step; the others of the batch
-    go on. Its ``result`` then raises ``Cancelled``.
+    step: int  # that has just finished, 0..S-1
+    steps: int  # S
+    timestep: float  # the scheduler's number for this step
+    latents: np.ndarray  # float32 [1, C, H, W], a copy
+
+
+class RequestFuture(Future[_Result]):
+    """What is to come of a request: ``concurrent.futures.Future``, so that asyncio takes it.
+
+    ``cancel`` also ends a request that runs already, before its next step; all others go on. Its
+    ``result`` then raises ``Cancelled``.
     """
 
     def __init__(self, wake: Callable[[], None]) -> None:
@@ -48,3 +61,7 @@ class BatchFuture(Future[BatchedResult]):
         self.cancel_requested = True
         self._wake()
         return True
+
+
+class BatchFuture(RequestFuture[BatchedResult]):
+    """The latents to come of a request; ``cancel`` also ends one that runs already."""

@@ -15,6 +15,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("tokenizers")
 
 from blockcache import Pipeline  # noqa: E402
+from blockcache.runtime import BatchedPipeline  # noqa: E402
 
 PROMPTS = ["abc", "xyz abc", "q"]
 IMAGE_TO_IMAGE = {
@@ -106,6 +107,21 @@ def test_image_to_image_equals_the_pipelines_own(pipelines, references, kind, mo
     )
     assert len(drawn.record.steps) == 2
     assert_same_pictures(drawn.images, wanted.images)
+
+
+def test_a_batched_pipeline_gives_sdxl_what_it_takes_besides_the_prompt(pipelines, pipeline_bundle):
+    sizes = {"original_size": (32, 48), "crops_coords_top_left": (4, 8), "target_size": (96, 64)}
+    asked = ((None, {}), ("x", sizes))  # without a negative prompt: zeros
+    with BatchedPipeline.open(pipeline_bundle("sdxl"), slots=2, threads=1) as batched:
+        futures = [
+            batched.submit("abc", negative, seed=3, guidance_scale=4.0, **given)
+            for negative, given in asked
+        ]
+    for future, (negative, given) in zip(futures, asked, strict=True):
+        drawn = pipelines("sdxl")("abc", negative, seeds=[3], guidance_scale=4.0, **given)
+        picture, most = future.result(), np.abs(drawn.latents).max()
+        assert np.abs(picture.latents - drawn.latents).max() <= 1e-5 * most
+        assert np.abs(picture.image.astype(int) - drawn.images[0]).max() <= 1
 
 
 def test_clip_skip_leaves_out_the_last_layers(pipeline_folder, references, tmp_path):

@@ -225,9 +225,9 @@ class Pipeline:
         Raises:
             InputError: neither a text nor a list of texts.
         """
-        texts = _texts("prompts", prompts)
+        texts = texts_of("prompts", prompts)
         with self._held():
-            states = self._prompt_encoder(texts).states
+            states = self._parts.prompts(texts).states
             return self.session.backend.device.download(states).astype(np.float32, copy=False)
 
     def decode(self, latents: np.ndarray, *, tile: int | None = None) -> np.ndarray:

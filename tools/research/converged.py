@@ -28,7 +28,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from blockcache.export import Calibration, ConvergedOptions
+from blockcache.export import Calibration, ConvergedOptions, SourceModel
 from blockcache.export.graph.time_tables import time_tables
 from blockcache.export.measure.converged import converged_solver
 from blockcache.export.measure.sampling import Job, Sampling, job_seed
@@ -92,38 +92,53 @@ def main(
     model = load_source(DEMO)
     if opened.model.sha256 != model.sha256:
         raise ConfigError(f"Expected a bundle of the demo model at {bundle}.")
-    codec = DemoCodec()
-    captions = [caption(style, words) for words in CONCEPTS for style in STYLES]
-    prompts = Calibration(*codec.encode(captions))
-    draw = _Draw(opened, prompts, images, work)
-    guidance = {preset.guidance_scale for preset in opened.presets.values()}
-    if len(guidance) != 1:
-        raise ConfigError(f"Expected presets of one guidance scale, got {sorted(guidance)}.")
-    first = next(iter(opened.presets.values()))
-    sampling = Sampling(model, SolverConfig.from_json(first.solver), prompts, first.guidance_scale)
-    fine = converged_preset(opened, first)
+    draw = Draws(opened, judging_prompts(), images, work)
     with StageProgress() as progress:
-        converged = draw.once(fine.name, digest(fine), lambda: draw.preset(fine, sampling))
+        converged = converged_latents(draw, model)
+        sampling = _sampling(draw, model)
         rows = []
         for done, preset in enumerate(opened.presets.values()):
             progress("presets", done, len(opened.presets))
             rows.append(_row(opened, preset, draw, sampling, converged))
     print(table(rows))
     if json_file is not None:
-        write_text(json_file, json.dumps([_plain(row) for row in rows], indent=1))
+        write_text(json_file, json.dumps([plain(row) for row in rows], indent=1))
 
 
-class _Draw:
+def judging_prompts() -> Calibration:
+    """What the images are of; nothing calibrates on them."""
+    captions = [caption(style, words) for words in CONCEPTS for style in STYLES]
+    return Calibration(*DemoCodec().encode(captions))
+
+
+def _sampling(draw: Draws, model: SourceModel) -> Sampling:
+    """As the bundle's presets have it, which are of one guidance scale."""
+    presets = list(draw.bundle.presets.values())
+    guidance = {preset.guidance_scale for preset in presets}
+    if len(guidance) != 1:
+        raise ConfigError(f"Expected presets of one guidance scale, got {sorted(guidance)}.")
+    solver = SolverConfig.from_json(presets[0].solver)
+    return Sampling(model, solver, draw.prompts, presets[0].guidance_scale)
+
+
+def converged_latents(draw: Draws, model: SourceModel) -> np.ndarray:
+    """The yardstick: latents float32 [N, C, H, W] of the converged run."""
+    fine = converged_preset(draw.bundle, next(iter(draw.bundle.presets.values())))
+    sampling = _sampling(draw, model)
+    return draw.once(fine.name, digest(fine), lambda: draw.preset(fine, sampling))
+
+
+class Draws:
     """Latents of the same images, drawn once each way."""
 
     def __init__(self, bundle: Bundle, prompts: Calibration, images: int, work: Path) -> None:
-        self._bundle, self._prompts = bundle, prompts
+        self.bundle, self.prompts = bundle, prompts
         self._jobs = [(image % prompts.prompts, SEED + image) for image in range(images)]
         self._work = work
 
     def once(self, what: str, key: object, draw: Callable[[], np.ndarray]) -> np.ndarray:
         """Latents float32 [N, C, H, W], from the work folder or drawn now."""
-        facts = [self._bundle.model.sha256, self._prompts.sha256, self._jobs, key]
+        facts = [self.bundle.model.sha256, self.prompts.sha256, self._jobs, key]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         file = self._work / f"{what}-{digest[:16]}.npy"
         if not file.is_file():
@@ -134,10 +149,10 @@ class _Draw:
 
     def preset(self, preset: Preset, sampling: Sampling) -> np.ndarray:
         """By the runtime, from the same noise."""
-        positive, negative = self._prompts.positive, self._prompts.negative
+        positive, negative = self.prompts.positive, self.prompts.negative
         drawn = []
-        with Session(self._bundle, preset, OrtBackend()) as session:
-            for jobs in self._batches():
+        with Session(self.bundle, preset, OrtBackend()) as session:
+            for jobs in self.batches():
                 prompts = positive["encoder_hidden_states"][[prompt for prompt, _ in jobs]]
                 noise = sampling.noise(jobs).numpy()
                 seeds = [job_seed(job) for job in jobs]
@@ -146,11 +161,12 @@ class _Draw:
                 drawn.append(done.latents)
         return np.concatenate(drawn)
 
-    def _batches(self) -> list[list[Job]]:
+    def batches(self) -> list[list[Job]]:
+        """All jobs, so many at once."""
         return [self._jobs[begin : begin + BATCH] for begin in range(0, len(self._jobs), BATCH)]
 
 
-def _row(bundle: Bundle, preset: Preset, draw: _Draw, sampling: Sampling, far: np.ndarray) -> Row:
+def _row(bundle: Bundle, preset: Preset, draw: Draws, sampling: Sampling, far: np.ndarray) -> Row:
     """What one preset draws, and how far that is."""
     plain = uncached(preset)
     once = sum(segment.flops for segment in bundle.segments if segment.role in LOOP_ROLES)
@@ -219,7 +235,8 @@ def _mean(values: np.ndarray) -> str:
     return f"{values.mean():.4f} ± {values.std(ddof=1) / np.sqrt(len(values)):.4f}"
 
 
-def _plain(row: Row) -> dict[str, object]:
+def plain(row: Row) -> dict[str, object]:
+    """A row for JSON."""
     return {
         name: value.tolist() if isinstance(value, np.ndarray) else value
         for name, value in dataclasses.asdict(row).items()

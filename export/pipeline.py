@@ -441,7 +441,7 @@ def _model_facts(model: SourceModel, options: ExportOptions) -> ModelFacts:
         name=model.name,
         sha256=model.sha256,
         precision=options.precision,
-        channels=int(model.unet.config.in_channels),
+        channels=model.channels,
         downsampling=model.downsampling,
         outputs=options.outputs,
         blocks=tuple(
@@ -450,5 +450,6 @@ def _model_facts(model: SourceModel, options: ExportOptions) -> ModelFacts:
         ),
         sizes=model.sizes(),
         conditions=tuple(TensorSpec(c.name, dtypes[c.dtype], c.dims) for c in model.conditions),
+        extra_inputs=tuple(c.name for c in model.conditions if c.beside_sample),
         classes=int(model.unet.config.num_class_embeds) if _takes_classes(model) else 0,
     )

@@ -14,7 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_MODEL = ("export/unet/lora.py", "export/unet/model.py", "export/unet/precision.py")
+_MODEL = (
+    "export/unet/extra_inputs.py",
+    "export/unet/lora.py",
+    "export/unet/model.py",
+    "export/unet/precision.py",
+)
 _SAMPLING = (
     *_MODEL,
     "export/measure/calibration.py",
@@ -46,7 +51,7 @@ class Revision:
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
         5,
-        "6ff5cc35352753e1",
+        "1a224a78103bc8e9",
         (
             *_MODEL,
             "export/graph/passes/*.py",
@@ -64,23 +69,23 @@ REVISIONS: Mapping[str, Revision] = {
             "export/parts/*.py",
         ),
     ),
-    "profile": Revision(2, "8a74749911a7f733", (*_SAMPLING, "export/measure/change.py")),
+    "profile": Revision(2, "fa7af907311bfb9f", (*_SAMPLING, "export/measure/change.py")),
     "converged": Revision(
         5,
-        "610b058fbf3db58a",
+        "0275b62f6cf5ee1a",
         (*_SAMPLING, "export/measure/converged.py", "export/measure/residuals.py"),
     ),
-    "sensitivity": Revision(2, "ef7fd741c3d03498", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "sensitivity": Revision(2, "a1d7c2ead444365c", (*_SAMPLING, "export/measure/sensitivity.py")),
     "residuals": Revision(
         2,
-        "910b17f9600523cf",
+        "9a973ddf785adad6",
         (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
     ),
-    "alignment": Revision(3, "11400c24c03331f9", (*_SAMPLING, "export/align/*.py")),
-    "trial": Revision(4, "11400c24c03331f9", (*_SAMPLING, "export/align/*.py")),
+    "alignment": Revision(3, "0dbf9ace1a72e506", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(4, "0dbf9ace1a72e506", (*_SAMPLING, "export/align/*.py")),
     "yardstick": Revision(
         2,
-        "610b058fbf3db58a",
+        "0275b62f6cf5ee1a",
         (*_SAMPLING, "export/measure/converged.py", "export/measure/residuals.py"),
     ),
     "engine": Revision(

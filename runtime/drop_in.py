@@ -65,7 +65,8 @@ def attach(
     call makes room on a GPU.
 
     Args:
-        pipeline: of Stable Diffusion 1.x, 2.x or XL: text-to-image or image-to-image.
+        pipeline: of Stable Diffusion 1.x, 2.x or XL: text-to-image, image-to-image, inpainting,
+            InstructPix2Pix, depth2img or the x4 upscaler.
         bundle: what ``blockcache compile`` made of the pipeline's own U-Net.
         preset: one of its presets; default the recommended one. ``num_inference_steps`` of later
             calls is the preset's step count, or that of the uncached run that it replaces.
@@ -203,6 +204,8 @@ class BundleUNet(torch.nn.Module):
         conditions = dict(added_cond_kwargs or {})
         if class_labels is not None:
             conditions[CLASSES] = class_labels
+        sample, pictures = self._parted(sample)
+        conditions |= pictures
         step = self._step(float(timestep))
         request = self._request_of(step, sample.shape, encoder_hidden_states, conditions)
         output = self._to_torch(request.predict(step, self._to_session(sample)), sample)
@@ -271,6 +274,18 @@ class BundleUNet(torch.nn.Module):
         return self._request
 
     # -- tensors -------------------------------------------------------------------------------
+
+    def _parted(self, joined: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The sample, and the pictures that a pipeline lays behind its channels, by name."""
+        model = self.session.bundle.model
+        channels = {"sample": model.channels, **model.extra_channels}
+        if joined.ndim != 4 or joined.shape[1] != sum(channels.values()):
+            told = " + ".join(f"{count} {name}" for name, count in channels.items())
+            raise InputError(
+                f"sample: expected [N, {told}, height, width], got {list(joined.shape)}."
+            )
+        parts = [part.contiguous() for part in torch.split(joined, [*channels.values()], dim=1)]
+        return parts[0], dict(zip(model.extra_inputs, parts[1:], strict=True))
 
     def _condition(self, name: str, values: torch.Tensor) -> Any:
         """Numbers of classes as the engines take them; floats go as they are."""

@@ -426,7 +426,14 @@ class ModelFacts:
     blocks: tuple[BlockFacts, ...]
     sizes: Sizes  # the model's default sizes
     conditions: tuple[TensorSpec, ...]  # what a request gives besides the noise
+    extra_inputs: tuple[str, ...] = ()  # conditions whose channels stand behind the sample's
     classes: int = 0  # class_labels are 0..classes-1; 0 where the model takes no such number
+
+    @property
+    def extra_channels(self) -> Mapping[str, int]:
+        """Channels of the pictures that the U-Net reads beside the sample, in their order."""
+        specs = {spec.name: spec for spec in self.conditions}
+        return {name: int(specs[name].dims[1].coefficient) for name in self.extra_inputs}
 
     @property
     def block_channels(self) -> tuple[int, ...]:

@@ -46,6 +46,12 @@ _BASE: dict[str, Any] = {
     "norm_num_groups": 8,
 }
 
+_SMALL: dict[str, Any] = {
+    "block_out_channels": (32, 64),
+    "down_block_types": (_CROSS, _PLAIN),
+    "up_block_types": (_UP_PLAIN, _UP_CROSS),
+}
+
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "sd": _BASE,
     "sdxl": {
@@ -87,6 +93,10 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "up_block_types": (_UP_CROSS, _UP_PLAIN),
         "resnet_time_scale_shift": "scale_shift",
     },
+    "inpaint": {**_BASE, **_SMALL, "in_channels": 9},
+    "instruct-pix2pix": {**_BASE, **_SMALL, "in_channels": 8},
+    "depth2img": {**_BASE, **_SMALL, "in_channels": 5},
+    "upscale": {**_BASE, **_SMALL, "in_channels": 7, "num_class_embeds": 5},
 }
 
 
@@ -304,14 +314,21 @@ def make_pipeline(kind: str, unet: Any, folder: Path) -> Any:
         "scheduler": diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
     }
     projecting = "CLIPTextModelWithProjection"
-    if kind == "sd":
-        return diffusers.StableDiffusionPipeline(
+    unchecked = {"safety_checker": None, "feature_extractor": None}
+    own = {  # of those with one text encoder: the class, and what it takes besides
+        "sd": ("", {**unchecked, "requires_safety_checker": False}),
+        "inpaint": ("Inpaint", {**unchecked, "requires_safety_checker": False}),
+        "instruct-pix2pix": ("InstructPix2Pix", {**unchecked, "requires_safety_checker": False}),
+        "depth2img": ("Depth2Img", {"depth_estimator": None, "feature_extractor": None}),
+        "upscale": ("Upscale", {"low_res_scheduler": diffusers.DDPMScheduler(), **unchecked}),
+    }
+    if kind in own:
+        name, others = own[kind]
+        return getattr(diffusers, f"StableDiffusion{name}Pipeline")(
             **shared,
             text_encoder=make_text_encoder("CLIPTextModel", tokenizer, 32),
             tokenizer=tokenizer,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **others,
         )
     if kind == "refiner":
         return diffusers.StableDiffusionXLImg2ImgPipeline(
@@ -334,8 +351,8 @@ def make_pipeline(kind: str, unet: Any, folder: Path) -> Any:
     )
 
 
-PIPELINES = {"sd": "sd", "sdxl": "sdxl", "sdxl-encodes-empty": "sdxl", "refiner": "refiner"}
-"""The kind of the U-Net that each has."""
+PIPELINES = {"sdxl-encodes-empty": "sdxl"}
+"""The kind of the U-Net, where it has another name than the pipeline's."""
 
 
 @pytest.fixture(scope="session")
@@ -348,7 +365,9 @@ def pipeline_folder(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) 
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
             torch.manual_seed(0)
-            pipeline = make_pipeline(kind, tiny_models(PIPELINES[kind]).unet, folder / "tokenizer")
+            pipeline = make_pipeline(
+                kind, tiny_models(PIPELINES.get(kind, kind)).unet, folder / "tokenizer"
+            )
             pipeline.save_pretrained(folder / f"tiny-{kind}")
             made[kind] = folder / f"tiny-{kind}"
         return made[kind]

@@ -104,7 +104,7 @@ def _example(model: SourceModel, code: SizeCode) -> tuple[torch.Tensor, ...]:
         width=code.width * code.downsampling,
         tokens=code.tokens,
     )
-    shape = (sizes.batch, model.unet.config.in_channels, sizes.height, sizes.width)
+    shape = (sizes.batch, model.channels, sizes.height, sizes.width)
     sample = torch.zeros(shape, dtype=dtype)
     conditions = [
         torch.zeros(
@@ -120,7 +120,7 @@ def _trace(model: SourceModel, code: SizeCode) -> ir.Model:
     names = [condition.name for condition in model.conditions]
     with quiet():
         program = torch.onnx.export(
-            UNetCall(model.unet, names),
+            UNetCall(model.unet, model.conditions),
             _example(model, code),
             input_names=["sample", "timestep", *names],
             output_names=["model_output"],

@@ -106,7 +106,7 @@ class Sampling:
 
     def noise(self, jobs: Sequence[Job]) -> torch.Tensor:
         """Noise [N, C, H, W] of jobs: the same whatever the batching and the device."""
-        shape = (int(self.model.unet.config.in_channels), *self.model.sample_size)
+        shape = (self.model.channels, *self.model.sample_size)
         generators = (torch.Generator().manual_seed(job_seed(job)) for job in jobs)
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 

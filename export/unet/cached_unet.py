@@ -148,7 +148,7 @@ class CachedUNet:
 
     def __init__(self, model: SourceModel, outputs: int = 1) -> None:
         self.model = model
-        self.call = UNetCall(model.unet, [condition.name for condition in model.conditions])
+        self.call = UNetCall(model.unet, model.conditions)
         self.blocks: list[Cacheable] = []
         self.rows = 0  # of all samples that it has evaluated; guidance takes two an image
         self._outputs = outputs

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blockcache.export.unet.configs import read_json
+from blockcache.export.unet.extra_inputs import find_extra_inputs
 from blockcache.export.unet.hub import local_folder, model_name, single_file
 from blockcache.export.unet.lora import (
     Lora,
@@ -35,6 +36,7 @@ def load_model(
     cached: str = "transformers",
     variant: str | None = None,
     loras: Sequence[Lora] = (),
+    extra_inputs: str | None = None,
 ) -> SourceModel:
     """Load the U-Net of a diffusers folder or hub id in ``dtype``, ready for inference.
 
@@ -45,6 +47,10 @@ def load_model(
         cached: what the blocks are, a key of ``BLOCK_CLASSES``.
         variant: of the weights, such as "ema"; default the plain ones, else fp16 or bf16.
         loras: merged into the weights, in this order.
+        extra_inputs: what a U-Net with more input channels reads in them: "inpaint",
+            "instruct-pix2pix", "depth2img", "upscale", or names and channels, such as
+            "mask:1,masked_image_latents:4". By default what the pipeline's class says, or, where
+            there is none, the number of channels.
 
     Raises:
         ConfigError: no such folder, one without a U-Net, weights that are not whole, or a LoRA that
@@ -68,6 +74,8 @@ def load_model(
         )
     config = read_json(unet_folder / "config.json")
     check_supported(config)
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    extra = find_extra_inputs(config, kind, extra_inputs)
     if (folder / "model_index.json").is_file():
         require_parts(loras, folder, config)
     adapters = adapters_of(loras, "unet", config)
@@ -83,6 +91,7 @@ def load_model(
         cached=cached,
         pooled=read_json(folder / "text_encoder_2" / "config.json").get("projection_dim"),
         loras=loras,
+        extra_inputs=extra,
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from blockcache.export.unet.extra_inputs import ExtraInput, find_extra_inputs
 from blockcache.export.unet.lora import Lora
 from blockcache.runtime.errors import ConfigError, UnsupportedModelError
 from blockcache.runtime.plan import WHOLE, Dim, LoraFacts, Sizes
@@ -62,6 +63,7 @@ class Condition:
     name: str
     shape: tuple[int | str, ...]  # ints, or sizes as ``Dim`` writes them: "batch", "8*height"
     dtype: str  # "model": the model's own floating dtype; else "int64"
+    beside_sample: bool = False  # a picture whose channels are laid behind the sample's
 
     @property
     def dims(self) -> tuple[Dim, ...]:
@@ -135,6 +137,11 @@ class SourceModel:
         return found
 
     @property
+    def channels(self) -> int:
+        """C of the sample and of the model output; the U-Net may read more, see ``Condition``."""
+        return int(self.unet.config.out_channels)
+
+    @property
     def downsampling(self) -> int:
         """Height and width of the latents are multiples of this."""
         return int(2 ** (len(self.unet.config.block_out_channels) - 1))
@@ -155,18 +162,22 @@ class UNetCall(torch.nn.Module):
     """The U-Net as a function of positional tensors, the same for export and reference.
 
     ``forward(sample [N,C,H,W], timestep [N], *conditions)`` gives the model output [N,C,H,W].
+    Pictures that the U-Net reads beside the sample are conditions like others.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, names: Sequence[str]) -> None:
+    def __init__(self, unet: UNet2DConditionModel, conditions: Sequence[Condition]) -> None:
         super().__init__()
         self.unet = unet
-        self.names = tuple(names)
+        self.names = tuple(condition.name for condition in conditions)
+        self.beside = tuple(c.name for c in conditions if c.beside_sample)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, *conditions: torch.Tensor
     ) -> torch.Tensor:
         """One evaluation of the U-Net."""
         named = dict(zip(self.names, conditions, strict=True))
+        if self.beside:
+            sample = torch.cat([sample, *(named.pop(name) for name in self.beside)], dim=1)
         arguments: dict[str, Any] = {
             key: named.pop(key) for key in ("encoder_hidden_states", "class_labels") if key in named
         }
@@ -186,16 +197,19 @@ def describe(
     cached: str = "transformers",
     pooled: int | None = None,
     loras: Sequence[Lora] = (),
+    extra_inputs: Sequence[ExtraInput] | None = None,
 ) -> SourceModel:
     """Wrap a U-Net that is in memory already; refuses unsupported features by name.
 
     ``pooled`` is the width of ``text_embeds`` where the model takes them and it is known; ``loras``
-    have been merged into the weights.
+    have been merged into the weights; ``extra_inputs`` is what it reads beside the sample, by
+    default what its number of channels says.
     """
     if cached not in BLOCK_CLASSES:
         raise ConfigError(f"Expected blocks of {tuple(BLOCK_CLASSES)}, got {cached!r}.")
     config = dict(unet.config)
     check_supported({**config, "_class_name": type(unet).__name__})
+    extra = find_extra_inputs(config) if extra_inputs is None else tuple(extra_inputs)
     unet.eval().requires_grad_(False)
     blocks = find_blocks(unet, BLOCK_CLASSES[cached])
     if not blocks:
@@ -206,12 +220,14 @@ def describe(
     digest = sha256 or _hash_module(unet)
     if cached != "transformers":  # the same weights cut elsewhere are another model to all stages
         digest = hashlib.sha256(f"{digest} {cached}".encode()).hexdigest()
+    if extra:  # and so are the same weights with inputs of other names
+        digest = hashlib.sha256(f"{digest} {', '.join(map(str, extra))}".encode()).hexdigest()
     return SourceModel(
         name=name,
         unet=unet,
         scheduler=dict(scheduler or {}),
         blocks=blocks,
-        conditions=_conditions(config, pooled),
+        conditions=(*_conditions(config, pooled), *map(_beside_sample, extra)),
         tokens=tokens,
         sha256=digest,
         loras=tuple(LoraFacts(lora.path.name, lora.sha256, lora.scale) for lora in loras),
@@ -299,8 +315,6 @@ def check_supported(config: Mapping[str, Any]) -> None:
         "class embedding concatenated to the time embedding": bool(
             config.get("class_embeddings_concat")
         ),
-        f"{config.get('in_channels')} input for {config.get('out_channels')} output channels "
-        f"(inpainting, image-conditioned)": config.get("in_channels") != config.get("out_channels"),
     }
     for feature, present in refusals.items():
         if present:
@@ -309,6 +323,12 @@ def check_supported(config: Mapping[str, Any]) -> None:
                 f"text-conditioned U-Nets such as Stable Diffusion 1.x, 2.x and XL; ControlNet "
                 f"residuals and adapters cannot be exported either."
             )
+
+
+def _beside_sample(extra: ExtraInput) -> Condition:
+    """A picture that the U-Net reads beside the sample."""
+    shape = ("batch", extra.channels, "height", "width")
+    return Condition(extra.name, shape, "model", beside_sample=True)
 
 
 def _conditions(config: Mapping[str, Any], pooled: int | None) -> tuple[Condition, ...]:

@@ -36,7 +36,7 @@ from blockcache.runtime.provenance import Provenance
 from blockcache.runtime.solvers.recorded import SCHEDULER
 
 FORMAT = "blockcache-bundle"
-VERSION = 3
+VERSION = 4
 MANIFEST = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
 
@@ -252,16 +252,38 @@ def _model_facts(field: Field) -> ModelFacts:
         blocks=tuple(_block_facts(block) for block in found["blocks"].items()),
         sizes=_sizes(found["sizes"]),
         conditions=conditions,
+        extra_inputs=_extra_inputs(found["extra_inputs"], conditions),
         classes=classes,
     )
+
+
+def _extra_inputs(field: Field, conditions: Sequence[TensorSpec]) -> tuple[str, ...]:
+    """Names of conditions that are pictures as large as the sample."""
+    size = (Dim.parse("batch"), Dim.parse("height"), Dim.parse("width"))
+    pictures = [
+        spec.name
+        for spec in conditions
+        if len(spec.dims) == 4
+        and (spec.dims[0], *spec.dims[2:]) == size
+        and not spec.dims[1].axes
+        and spec.dtype != "int64"
+    ]
+    names = tuple(each.choice(pictures) for each in field.items())
+    field.require(len(set(names)) == len(names), "each condition once")
+    return names
 
 
 def _unet_config(field: Field, model: ModelFacts) -> Mapping[str, object]:
     """A config that says of the model what the manifest says."""
     found = field.table()
-    for name in ("in_channels", "out_channels"):
+    extra = sum(model.extra_channels.values())
+    for name, wanted, told in (
+        ("in_channels", model.channels + extra, "with extra_inputs" if extra else ""),
+        ("out_channels", model.channels, ""),
+    ):
         channels = field.fields([name], optional=list(found))[name].whole(1, 1 << 16)
-        found[name].require(channels == model.channels, f"{model.channels}, as model.channels")
+        said = " ".join(filter(None, (f"{wanted}, as model.channels", told)))
+        found[name].require(channels == wanted, said)
     return {name: option.value for name, option in found.items()}
 
 

@@ -59,11 +59,14 @@ def run_segments(bundle, inputs, sizes):
 
 @pytest.mark.parametrize(
     "kind",
-    ["sd", "sdxl", "refiner", "pooled-prompt", "two-layers", "one-level", "class-conditioned"],
+    [
+        *("sd", "sdxl", "refiner", "pooled-prompt", "two-layers", "one-level"),
+        *("class-conditioned", "inpaint", "instruct-pix2pix", "depth2img", "upscale"),
+    ],
 )
 def test_segments_equal_the_whole_pytorch_unet(compiled, conditions_of, kind):
     model, bundle = compiled(kind)
-    call = UNetCall(model.unet, [c.name for c in model.conditions])
+    call = UNetCall(model.unet, model.conditions)
     for batch, height, width in SHAPES:
         rng = np.random.default_rng(batch)
         sample = rng.standard_normal((batch, 4, height, width)).astype(np.float32)
@@ -106,6 +109,8 @@ def random_preset(preset, seed, outputs):
         ("sd", 2, (-1, 0, 1, 2)),
         ("sdxl", 1, (-1, 0, 2, 4)),
         ("two-layers", 2, (1, 3)),
+        ("inpaint", 2, (0, 2)),
+        ("upscale", 1, ()),
     ],
 )
 @settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -310,7 +315,7 @@ def test_the_reference_is_the_model_itself_when_nothing_is_reused(tiny_models, c
     model = tiny_models("sd")
     sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     conditions = [torch.from_numpy(v) for v in conditions_of(model, 2).values()]
-    call = UNetCall(model.unet, [c.name for c in model.conditions])
+    call = UNetCall(model.unet, model.conditions)
     plain = call(sample, torch.full((2,), 7.0), *conditions)
     with CachedUNet(model) as cached:
         fresh, kept = cached(sample, 7.0, conditions)

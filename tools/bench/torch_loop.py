@@ -43,7 +43,7 @@ class TorchLoop:
         # The plain Module.to: diffusers' own warns of modules to keep in float32 where none are.
         self.unet = torch.nn.Module.to(model.unet, self.device, self.dtype).eval()
         self.images = images
-        self._call = UNetCall(self.unet, [condition.name for condition in model.conditions])
+        self._call = UNetCall(self.unet, model.conditions)
         generator = torch.Generator().manual_seed(0)
         sizes = model.sizes(batch=2 * images)
         self.conditions = []
@@ -52,7 +52,7 @@ class TorchLoop:
             whole = condition.dtype == "int64"
             made = torch.zeros(shape) if whole else torch.randn(shape, generator=generator)
             self.conditions.append(made.to(self.device, torch.int64 if whole else self.dtype))
-        latents = [images, model.unet.config.in_channels, *model.sample_size]
+        latents = [images, model.channels, *model.sample_size]
         self.noise = torch.randn(latents, generator=generator).to(self.device)
 
     def evaluate(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

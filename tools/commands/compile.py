@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from blockcache.export import (
+        Calibration,
         Compiled,
         CompileOptions,
-        Lora,
         Parts,
         PresetOptions,
         Processor,
+        SourceModel,
     )
 
 DEFAULT_PRESETS = ("dpm:20:0.5", "dpm:20")
@@ -124,6 +125,17 @@ Variant = Annotated[
 ]
 
 
+ExtraInputs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND|NAME:CHANNELS,...",
+        help="What a U-Net with more input channels reads in them: inpaint, instruct-pix2pix, "
+        "depth2img, upscale, or names and channels (mask:1,masked_image_latents:4). Default what "
+        "the pipeline's class says; without one, the number of channels.",
+    ),
+]
+
+
 def compile_bundle(
     model: Annotated[str, typer.Argument(help="A diffusers folder, a hub id, or 'demo'.")],
     out: Annotated[Path, typer.Argument(help="The bundle's folder; resumed if it is there.")],
@@ -131,6 +143,7 @@ def compile_bundle(
     variant: Variant = None,
     lora: Loras = None,
     like: Like = None,
+    extra_inputs: ExtraInputs = None,
     recommend: Recommended = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale of later requests.")] = 5.0,
     target: EngineTarget = None,
@@ -173,7 +186,8 @@ def compile_bundle(
     from blockcache.export import PresetOptions, read_timings
     from blockcache.runtime import Bundle
     from blockcache.tools.commands.names import precision_for, warn_of_float32
-    from blockcache.tools.sources.models import load_parts_of
+    from blockcache.tools.sources.models import load_parts_of, load_source
+    from blockcache.tools.sources.prompts import calibration_for
 
     theirs = None if like is None else Bundle.open(like)
     wanted = preset or (() if theirs is not None else DEFAULT_PRESETS)
@@ -219,7 +233,16 @@ def compile_bundle(
         ),
     )
     beside = None if parts == "unet" else partial(load_parts_of, model, clip_skip, loras)
-    made = _compile(model, out, options, calibration, prompts, blocks, variant, loras, beside)
+    load = partial(
+        load_source,
+        model,
+        cached=blocks,
+        variant=variant,
+        loras=loras,
+        extra_inputs=extra_inputs,
+    )
+    encode = partial(calibration_for, model, calibration, prompts, loras)
+    made = _compile(load, out, options, encode, beside)
     _report(made, as_json=as_json)
 
 
@@ -279,29 +302,23 @@ def _check(
 
 
 def _compile(
-    model: str,
+    load: Callable[[str], SourceModel],
     out: Path,
     options: CompileOptions,
-    calibration: Path | None,
-    prompts: Path | None,
-    blocks: str,
-    variant: str | None,
-    loras: tuple[Lora, ...],
+    encode: Callable[[], Calibration],
     beside: Callable[[], Parts] | None,
 ) -> Compiled:
     """Load, encode and compile under a progress bar."""
     from blockcache.export import Parts, compile_model
     from blockcache.tools.report.progress import StageProgress
-    from blockcache.tools.sources.models import load_source
-    from blockcache.tools.sources.prompts import calibration_for
 
     with StageProgress() as progress:
         progress("load", 0, 1)
         measured = any(made.calibrated for made in options.presets)
         # Profiles are measured in float32; the export converts the weights afterwards.
         dtype = "float32" if measured else options.export.precision
-        source = load_source(model, dtype, blocks, variant, loras)
-        encoded = calibration_for(model, calibration, prompts, loras) if measured else None
+        source = load(dtype)
+        encoded = encode() if measured else None
         parts = Parts(parts=()) if beside is None else beside()
         progress("load", 1, 1)
         return compile_model(source, out, options, encoded, progress, parts)

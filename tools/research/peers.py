@@ -306,9 +306,8 @@ def draw(sampling: Sampling, peer: Peer, jobs: Sequence[Job]) -> np.ndarray:
     """Latents float32 [N, C, H, W] of jobs, with guidance, under a cacher."""
     model, solver = sampling.model, steps_of(sampling.solver, [job_seed(job) for job in jobs])
     picked = sampling.calibration.pick([prompt for prompt, _ in jobs], guided=True)
-    names = [condition.name for condition in model.conditions]
-    conditions = [picked[name] for name in names]
-    unet = UNetCall(model.unet, names)
+    conditions = [picked[condition.name] for condition in model.conditions]
+    unet = UNetCall(model.unet, model.conditions)
 
     def call(_step: int, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = unet(sample, timestep, *conditions)

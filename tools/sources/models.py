@@ -43,6 +43,7 @@ def load_source(
     cached: str = "transformers",
     variant: str | None = None,
     loras: Sequence[Lora] = (),
+    extra_inputs: str | None = None,
 ) -> SourceModel:
     """The source model of ``demo``, a diffusers folder or a hub id.
 
@@ -52,6 +53,7 @@ def load_source(
         cached: what its blocks are: "transformers" or "resnets".
         variant: of a folder's or hub id's weights, as ``load_model`` has it.
         loras: merged into its weights.
+        extra_inputs: what a U-Net with more input channels reads in them, as ``load_model`` has it.
     """
     from blockcache.export import load_model
 
@@ -59,7 +61,9 @@ def load_source(
         from blockcache.tools.demo.model import weights_dir
 
         return load_model(weights_dir(), dtype=dtype, name=DEMO, cached=cached, loras=loras)
-    return load_model(model, dtype=dtype, cached=cached, variant=variant, loras=loras)
+    return load_model(
+        model, dtype=dtype, cached=cached, variant=variant, loras=loras, extra_inputs=extra_inputs
+    )
 
 
 def load_parts_of(model: str, clip_skip: int | None = None, loras: Sequence[Lora] = ()) -> Parts:

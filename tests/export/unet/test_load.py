@@ -14,7 +14,9 @@ from blockcache.runtime import ConfigError, MissingExtraError, UnsupportedModelE
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 from blockcache.export.unet import load as loading  # noqa: E402
+from blockcache.export.unet.extra_inputs import ExtraInput  # noqa: E402
 from blockcache.export.unet.load import load_model  # noqa: E402
+from blockcache.export.unet.model import describe  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +136,37 @@ def test_other_variants_do_not_count_in_the_hash(saved, tmp_path):
 
 def test_an_unsupported_folder_is_refused_before_its_weights_are_read(saved, tmp_path):
     config = json.loads((saved / "unet" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "in_channels": 9}))
-    assert "inpainting" in refusal(UnsupportedModelError, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attention_type": "gated"}))
+    assert "GLIGEN" in refusal(UnsupportedModelError, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "in_channels": 6}))
+    assert "6 input channels for 4" in refusal(UnsupportedModelError, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "names"),
+    [
+        ("StableDiffusionXLInpaintPipeline", None, ["mask", "masked_image_latents"]),
+        (None, None, ["mask", "masked_image_latents"]),
+        (
+            "PaintByExamplePipeline",
+            "masked_image_latents:4,mask:1",
+            ["masked_image_latents", "mask"],
+        ),
+    ],
+)
+def test_a_folder_says_what_its_extra_channels_hold(tiny_models, tmp_path, kind, given, names):
+    tiny_models("inpaint").unet.save_pretrained(tmp_path / "unet")
+    if kind is not None:
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    model = load_model(tmp_path, extra_inputs=given)
+    assert [c.name for c in model.conditions if c.beside_sample] == names
+    assert model.channels == 4
+
+
+def test_the_names_of_extra_inputs_are_part_of_the_models_key(tiny_models):
+    unet = tiny_models("inpaint").unet
+    other = describe(unet, name="other", extra_inputs=[ExtraInput("five", 5)])
+    assert other.sha256 != describe(unet, name="same").sha256 == tiny_models("inpaint").sha256
 
 
 def test_missing_diffusers_is_named_with_the_pip_command(saved, monkeypatch):

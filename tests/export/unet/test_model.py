@@ -22,12 +22,6 @@ REFUSED = {
     "guidance embedding (time_cond_proj_dim)": {"time_cond_proj_dim": 256},
     "dual cross attention": {"dual_cross_attention": True},
     "class embedding concatenated to the time embedding": {"class_embeddings_concat": True},
-    **{
-        f"{count} input for 4 output channels (inpainting, image-conditioned)": {
-            "in_channels": count
-        }
-        for count in (5, 7, 8, 9)
-    },
 }
 
 

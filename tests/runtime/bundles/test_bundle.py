@@ -207,11 +207,11 @@ def test_another_format_is_refused_by_name(tmp_path, text):
     )
 
 
-@pytest.mark.parametrize("version", [0, 2, 4, "3", None])
+@pytest.mark.parametrize("version", [0, 3, 5, "4", None])
 def test_another_version_is_refused_with_both_versions(tmp_path, version):
     folder = small_bundle(tmp_path, lambda content: content.update(version=version))
     text = refusal(BundleFormatError, folder)
-    assert "Expected bundle format version 3" in text
+    assert "Expected bundle format version 4" in text
     assert f"has version {version}." in text
     assert "Compile the model again with this blockcache, or install the version" in text
 

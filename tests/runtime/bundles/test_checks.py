@@ -150,6 +150,19 @@ CONTRADICTIONS = {
     "a config of other channels": (
         lambda c: c["unet_config"].update(in_channels=9), "expected 4, as model.channels for "
         "'unet_config.in_channels', got 9."),
+    "an extra input that is no condition": (
+        lambda c: c["model"].update(extra_inputs=["mask"]), "expected one of [] for "
+        "'model.extra_inputs[0]', got 'mask'."),
+    "an extra input that is no picture of the sample's size": (
+        lambda c: (c["model"]["conditions"].append(
+            {"name": "mask", "dtype": "float32", "dims": ["batch", 1, "height", "2*width"]}),
+                   c["model"].update(extra_inputs=["mask"])),
+        "expected one of [] for 'model.extra_inputs[0]', got 'mask'."),
+    "an extra input of more channels than the config has": (
+        lambda c: (c["model"]["conditions"].append(
+            {"name": "mask", "dtype": "float32", "dims": ["batch", 1, "height", "width"]}),
+                   c["model"].update(extra_inputs=["mask"])),
+        "expected 5, as model.channels with extra_inputs for 'unet_config.in_channels', got 4."),
     "a config without channels": (
         lambda c: c["unet_config"].pop("out_channels"), "expected an object with 'out_channels' "
         "for 'unet_config'"),

@@ -436,7 +436,7 @@ def _takes_classes(model: SourceModel) -> bool:
 
 
 def _model_facts(model: SourceModel, options: ExportOptions) -> ModelFacts:
-    dtypes = {"model": options.precision, "int64": "int64"}
+    dtypes = {"model": options.precision, "float32": "float32", "int64": "int64"}
     return ModelFacts(
         name=model.name,
         sha256=model.sha256,

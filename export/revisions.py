@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 _MODEL = (
+    "export/unet/control.py",
     "export/unet/extra_inputs.py",
     "export/unet/lora.py",
     "export/unet/model.py",
@@ -51,7 +52,7 @@ class Revision:
 REVISIONS: Mapping[str, Revision] = {
     "export": Revision(
         5,
-        "1a224a78103bc8e9",
+        "8d61826b6a0564a7",
         (
             *_MODEL,
             "export/graph/passes/*.py",
@@ -69,23 +70,23 @@ REVISIONS: Mapping[str, Revision] = {
             "export/parts/*.py",
         ),
     ),
-    "profile": Revision(2, "fa7af907311bfb9f", (*_SAMPLING, "export/measure/change.py")),
+    "profile": Revision(2, "2f7ec99b202ff60f", (*_SAMPLING, "export/measure/change.py")),
     "converged": Revision(
         5,
-        "0275b62f6cf5ee1a",
+        "17aee37130bf5fc2",
         (*_SAMPLING, "export/measure/converged.py", "export/measure/residuals.py"),
     ),
-    "sensitivity": Revision(2, "a1d7c2ead444365c", (*_SAMPLING, "export/measure/sensitivity.py")),
+    "sensitivity": Revision(2, "880e4ebbc74cb602", (*_SAMPLING, "export/measure/sensitivity.py")),
     "residuals": Revision(
         2,
-        "9a973ddf785adad6",
+        "e2c72264b489776d",
         (*_SAMPLING, "export/measure/residuals.py", "export/measure/reuse.py"),
     ),
-    "alignment": Revision(3, "0dbf9ace1a72e506", (*_SAMPLING, "export/align/*.py")),
-    "trial": Revision(4, "0dbf9ace1a72e506", (*_SAMPLING, "export/align/*.py")),
+    "alignment": Revision(3, "f95966e9f6ab6d5b", (*_SAMPLING, "export/align/*.py")),
+    "trial": Revision(4, "f95966e9f6ab6d5b", (*_SAMPLING, "export/align/*.py")),
     "yardstick": Revision(
         2,
-        "0275b62f6cf5ee1a",
+        "17aee37130bf5fc2",
         (*_SAMPLING, "export/measure/converged.py", "export/measure/residuals.py"),
     ),
     "engine": Revision(

@@ -22,6 +22,13 @@ AXES = ("batch", "height", "width", "tokens")
 MOST_SIZE = 1 << 16
 """Nothing along an axis is longer than this; what claims to be is damaged."""
 
+CONTROL_SCALE = "control_scale"
+"""How the conditions that say how strongly a ControlNet acts begin: float32 [N, 3], the scale, and
+the timesteps between which it holds, the greater first."""
+
+LAST_TIMESTEP = 1e6
+"""Greater than any timestep."""
+
 WHOLE = -1
 """The cut behind the last convolution: its branch is the whole U-Net."""
 
@@ -45,6 +52,17 @@ def block_output_name(k: int) -> str:
 def previous_output_name(k: int) -> str:
     """The output of block k computed before the last one (alignment with history only)."""
     return f"block_{k}_before"
+
+
+def control_names(index: int) -> tuple[str, str]:
+    """The conditions of a ControlNet, its picture and its scale; ``index`` counts from 0.
+
+    Examples:
+        >>> control_names(0), control_names(1)
+        (('control_image', 'control_scale'), ('control_image_2', 'control_scale_2'))
+    """
+    suffix = f"_{index + 1}" if index else ""
+    return f"control_image{suffix}", f"{CONTROL_SCALE}{suffix}"
 
 
 def coefficient_names(k: int, outputs: int) -> tuple[str, ...]:
@@ -178,15 +196,27 @@ class TensorSpec:
         return DTYPE_BYTES[self.dtype] * int(np.prod(self.shape(sizes), dtype=np.int64))
 
 
+def default_condition(name: str) -> np.ndarray | None:
+    """A condition that may be left out, float32 [1, ...]; None for all others.
+
+    A ControlNet acts fully and at every step.
+    """
+    if name.startswith(CONTROL_SCALE):
+        return np.array([[1.0, LAST_TIMESTEP, -LAST_TIMESTEP]], np.float32)
+    return None
+
+
 def default_negative(name: str, values: np.ndarray) -> np.ndarray | None:
     """What diffusers feeds guidance's unconditional half for a condition that is not given.
 
-    Pictures [N, C, H, W], sizes (``time_ids``) and class numbers are those of the prompt. An image
-    embedding (unCLIP's ``class_labels``, float [N, width]) is zeros. Prompts have no default: None.
+    Pictures [N, C, H, W], sizes (``time_ids``), class numbers and scales of ControlNets are those
+    of the prompt. An image embedding (unCLIP's ``class_labels``, float [N, width]) is zeros.
+    Prompts have no default: None.
     """
     if name == "class_labels" and values.ndim == 2:
         return np.zeros_like(values)
-    return values if values.ndim == 4 or name in ("class_labels", "time_ids") else None
+    plain = name in ("class_labels", "time_ids") or name.startswith(CONTROL_SCALE)
+    return values if values.ndim == 4 or plain else None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,14 @@ from blockcache.runtime.devices.device import Guidance
 from blockcache.runtime.devices.dlpack import Lent
 from blockcache.runtime.devices.interop import host_array
 from blockcache.runtime.errors import InputError
-from blockcache.runtime.plan import MOST_SIZE, ModelFacts, Sizes, TensorSpec, default_negative
+from blockcache.runtime.plan import (
+    MOST_SIZE,
+    ModelFacts,
+    Sizes,
+    TensorSpec,
+    default_condition,
+    default_negative,
+)
 
 PROMPT = "encoder_hidden_states"
 """The condition that every model has."""
@@ -331,7 +338,10 @@ def _half(
     side: str,
 ) -> np.ndarray | Lent:
     """One half of a condition, [N, ...]; a single image's value serves all."""
-    if spec.name not in given:
+    values = given.get(spec.name)
+    if values is None:
+        values = default_condition(spec.name)
+    if values is None:
         raise InputError(
             f"{side}{spec.name}: expected a tensor, got none. Give it, or set "
             f"guidance_scale=1 to run without guidance."
@@ -339,7 +349,6 @@ def _half(
             else f"{spec.name}: this model needs it in conditions={{...}}, got none."
         )
     shape = spec.shape(replace(sizes, batch=images))
-    values = given[spec.name]
     if isinstance(values, Lent) and values.shape in (tuple(shape), (1, *shape[1:])):
         return values
     if isinstance(values, np.ndarray) and values.shape == (1, *shape[1:]):

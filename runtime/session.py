@@ -26,6 +26,7 @@ import numpy as np
 
 from blockcache.runtime.arguments import whole_number
 from blockcache.runtime.bundles.bundle import Bundle
+from blockcache.runtime.control import control_window
 from blockcache.runtime.devices.device import modes_of
 from blockcache.runtime.devices.graphs import GraphPlayer, LoopGraphs
 from blockcache.runtime.devices.interop import where_it_lies
@@ -38,7 +39,7 @@ from blockcache.runtime.evaluation import take_conditions
 from blockcache.runtime.fork import keep_in_children
 from blockcache.runtime.loop import Denoised, Progress, denoise
 from blockcache.runtime.open_request import OpenRequest
-from blockcache.runtime.plan import LOOP_ROLES, Preset, Segment, Sizes
+from blockcache.runtime.plan import CONTROL_SCALE, LOOP_ROLES, Preset, Segment, Sizes
 from blockcache.runtime.program import MemoryReport, Program
 from blockcache.runtime.request import (
     CLASSES,
@@ -220,6 +221,22 @@ class Session:
             InputError: no seeds, or a number that is not whole or too small.
         """
         return starting_noise(self.bundle.model, seeds, height, width)
+
+    def control_scale(
+        self, scale: float = 1.0, start: float = 0.0, end: float = 1.0, *, start_step: int = 0
+    ) -> np.ndarray:
+        """The condition ``control_scale`` of a ControlNet, float32 [1, 3]; see ``control_window``.
+
+        Args:
+            scale: diffusers' ``controlnet_conditioning_scale``; 0 is no control at all.
+            start: ``control_guidance_start``, the share of the steps before the first it acts at.
+            end: ``control_guidance_end``, the share of the steps up to the last it acts at.
+            start_step: of the request; shares are of the steps that it executes, as in diffusers.
+
+        Raises:
+            InputError: numbers out of range.
+        """
+        return control_window(self._timesteps, scale, start, end, start_step)
 
     def memory(self, images: int = 1, guided: bool = True) -> MemoryReport:
         """Bytes held for the model's default sizes and ``images`` images."""
@@ -582,8 +599,10 @@ class Session:
         """
         if check_finite:
             return given
-        small = (CLASSES, "time_ids")  # the other half of guidance may be made of these
-        specs = {c.name: c.dtype for c in self.bundle.model.conditions if c.name not in small}
+        small = (CLASSES, "time_ids", CONTROL_SCALE)  # guidance's other half may be made of these
+        specs = {
+            c.name: c.dtype for c in self.bundle.model.conditions if not c.name.startswith(small)
+        }
         device = self.backend.device
         return {n: where_it_lies(device, values, specs.get(n)) for n, values in given.items()}
 

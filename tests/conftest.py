@@ -54,6 +54,14 @@ _SMALL: dict[str, Any] = {
 
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "sd": _BASE,
+    "small": {**_BASE, **_SMALL},
+    "sdxl-small": {
+        **_BASE,
+        **_SMALL,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
+    },
     "sdxl": {
         **_BASE,
         "addition_embed_type": "text_time",
@@ -98,6 +106,10 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "depth2img": {**_BASE, **_SMALL, "in_channels": 5},
     "upscale": {**_BASE, **_SMALL, "in_channels": 7, "num_class_embeds": 5},
 }
+
+
+CONTROLLED = {"controlled": ("small", 1), "sdxl-controlled": ("sdxl-small", 2)}
+"""Of such a kind: the U-Net's kind, and the number of ControlNets."""
 
 
 class SharedTraces:
@@ -173,6 +185,19 @@ def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
+def make_controlnet(unet: Any, seed: int = 0) -> Any:
+    """A ControlNet for a U-Net; its zero convolutions are random, so that it does something."""
+    import torch
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(seed)
+    embedding = (8, 16, 16)  # two downsamplings: pictures are four times as large as latents
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=embedding)
+    for parameter in net.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return net
+
+
 def make_tiny_model(kind: str, precision: str = "float32") -> Any:
     """A randomly initialised U-Net of one of the kinds, as a SourceModel."""
     torch = pytest.importorskip("torch")
@@ -181,10 +206,15 @@ def make_tiny_model(kind: str, precision: str = "float32") -> Any:
 
     torch.set_num_threads(1)  # tiny operations: a second thread only waits
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(**TINY_CONFIGS[kind])
+    base, nets = CONTROLLED.get(kind, (kind, 0))
+    unet = diffusers.UNet2DConditionModel(**TINY_CONFIGS[base])
+    controlnets = [make_controlnet(unet, seed) for seed in range(nets)]
     if precision != "float32":
-        unet = unet.to(getattr(torch, precision))
-    return describe(unet, name=f"tiny-{kind}", tokens=7, scheduler=SCHEDULER)
+        for network in (unet, *controlnets):
+            network.to(getattr(torch, precision))
+    return describe(
+        unet, name=f"tiny-{kind}", tokens=7, scheduler=SCHEDULER, controlnets=controlnets
+    )
 
 
 def make_conditions(
@@ -201,6 +231,8 @@ def make_conditions(
         shape = condition.sized(sizes)
         if condition.dtype == "int64":
             made[condition.name] = rng.integers(0, 5, shape)
+        elif condition.name.startswith("control_scale"):  # off at the first and the last steps
+            made[condition.name] = np.tile(np.float32([0.8, 800, 200]), (count, 1))
         else:
             made[condition.name] = rng.standard_normal(shape).astype(np.float32)
     return made

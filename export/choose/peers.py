@@ -27,7 +27,8 @@ def deepcache(steps: int, paths: Sequence[str], interval: int) -> Schedule:
 
     The blocks at the highest resolution, first down and last up stage, always run. Down and up
     stages are taken to mirror each other, as in every Stable Diffusion: where the first down stage
-    has no block (SDXL), the last up stage has none either.
+    has no block (SDXL), the last up stage has none either. ControlNets are no part of it and
+    always run.
 
     Args:
         steps: S.
@@ -38,7 +39,10 @@ def deepcache(steps: int, paths: Sequence[str], interval: int) -> Schedule:
     down = [int(stage[1]) for stage in stages if stage[0] == "down_blocks"]
     up = [int(stage[1]) for stage in stages if stage[0] == "up_blocks"]
     last = max(up, default=0) + min(down, default=0)
-    shallow = [stage in (["down_blocks", "0"], ["up_blocks", str(last)]) for stage in stages]
+    shallow = [
+        stage in (["down_blocks", "0"], ["up_blocks", str(last)]) or stage[0] == "controlnet"
+        for stage in stages
+    ]
     return Schedule(_every(steps, interval)[:, None] | np.array(shallow))
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from blockcache.runtime.engines.onnxruntime_library import ort
 from blockcache.runtime.errors import MissingExtraError
-from blockcache.runtime.plan import Segment
+from blockcache.runtime.plan import LOOP_ROLES, Segment
 
 _HALF = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 _FLOAT = ir.TensorType(ir.DataType.FLOAT)
@@ -18,7 +18,7 @@ _FLOAT = ir.TensorType(ir.DataType.FLOAT)
 def time_tables(
     segments: tuple[Segment, ...], folder: Path, timesteps: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Rows of every hoisted tensor: name to float32 [S, ...].
+    """Rows of every hoisted tensor, and of the timestep where the loop reads it: float32 [S, ...].
 
     The segment is evaluated in float32 whatever the model's precision: it is small, it runs once,
     and rounding the sinusoids of the timestep would cost more than rounding the result.
@@ -29,8 +29,11 @@ def time_tables(
         timesteps: float32 [S].
     """
     found = [segment for segment in segments if segment.role == "time"]
-    if not found:  # not hoisted: the loop reads the timestep itself
-        return {"timestep": timesteps.astype(np.float32)[:, None]}
+    loop = [segment for segment in segments if segment.role in LOOP_ROLES]
+    reads = any(spec.name == "timestep" for segment in loop for spec in segment.inputs)
+    plain = {"timestep": timesteps.astype(np.float32)[:, None]} if reads else {}
+    if not found:  # not hoisted
+        return plain
     if ort is None:
         raise MissingExtraError.of("onnxruntime", "cpu", "Evaluating time tables")
     path = folder / found[0].file
@@ -49,7 +52,7 @@ def time_tables(
     )
     names = [spec.name for spec in found[0].outputs]
     rows = session.run(names, {"timestep": timesteps.astype(np.float32)})
-    return dict(zip(names, rows, strict=True))
+    return {**dict(zip(names, rows, strict=True)), **plain}
 
 
 def _to_float32(graph: ir.Graph) -> bool:

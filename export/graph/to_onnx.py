@@ -28,7 +28,7 @@ from blockcache.export.graph.passes.symbolic import SizeCode, generalize
 from blockcache.export.graph.passes.unify import unify
 from blockcache.export.graph.work import graph_flops
 from blockcache.export.observer import Observer, unobserved
-from blockcache.export.unet.model import BRANCH, SourceModel, UNetCall
+from blockcache.export.unet.model import BRANCH, TORCH_DTYPES, SourceModel
 from blockcache.export.unet.precision import converted
 from blockcache.runtime.bundles.manifest import PRECISIONS, WEIGHTS_FILE
 from blockcache.runtime.errors import ConfigError, ExportError
@@ -71,7 +71,7 @@ def export_segments(
     ``observer`` hears how many of ``EXPORT_PARTS`` are done, stage "export".
     """
     folder.mkdir(parents=True, exist_ok=True)
-    given = model.unet
+    given = model.call()
     model = converted(model.cut_at(options.cuts), options.precision)
     code = _code_for(model)
     traced = folder / "traced.onnx"
@@ -79,7 +79,7 @@ def export_segments(
     program = _trace(model, code)
     observer("export", EXPORT_PARTS.index("weights"), len(EXPORT_PARTS))
     ir.save(program, traced, external_data=WEIGHTS_FILE)
-    let_go(program, model.unet, kept=given)
+    let_go(program, model.call(), kept=given)
     del program
     observer("export", EXPORT_PARTS.index("cut"), len(EXPORT_PARTS))
     try:
@@ -89,7 +89,7 @@ def export_segments(
 
 
 def _code_for(model: SourceModel) -> SizeCode:
-    sizes = {size for tensor in model.unet.parameters() for size in tensor.shape}
+    sizes = {size for tensor in model.call().parameters() for size in tensor.shape}
     sizes |= {dim.coefficient.numerator for c in model.conditions for dim in c.dims}
     pooled = model.unet.config.addition_embed_type == "text"  # with a token for the whole prompt
     return SizeCode.avoiding(sizes, model.downsampling, one_more=pooled)
@@ -98,6 +98,7 @@ def _code_for(model: SourceModel) -> SizeCode:
 def _example(model: SourceModel, code: SizeCode) -> tuple[torch.Tensor, ...]:
     """Inputs of the prime-coded shapes; their values do not matter."""
     dtype = next(model.unet.parameters()).dtype
+    dtypes = {"model": dtype, "int64": torch.int64, **TORCH_DTYPES}
     sizes = Sizes(
         batch=code.batch,
         height=code.height * code.downsampling,
@@ -107,9 +108,7 @@ def _example(model: SourceModel, code: SizeCode) -> tuple[torch.Tensor, ...]:
     shape = (sizes.batch, model.channels, sizes.height, sizes.width)
     sample = torch.zeros(shape, dtype=dtype)
     conditions = [
-        torch.zeros(
-            condition.sized(sizes), dtype=torch.int64 if condition.dtype == "int64" else dtype
-        )
+        torch.zeros(condition.sized(sizes), dtype=dtypes[condition.dtype])
         for condition in model.conditions
     ]
     return (sample, torch.zeros(code.batch), *conditions)
@@ -120,7 +119,7 @@ def _trace(model: SourceModel, code: SizeCode) -> ir.Model:
     names = [condition.name for condition in model.conditions]
     with quiet():
         program = torch.onnx.export(
-            UNetCall(model.unet, model.conditions),
+            model.call(),
             _example(model, code),
             input_names=["sample", "timestep", *names],
             output_names=["model_output"],

@@ -89,7 +89,7 @@ class Sampling:
             outputs: how many computed outputs of a block are kept: 1, or 2 for history.
         """
         model = rounded(self.model, self.precision)
-        with CachedUNet(model, outputs) as cached, on_gpu(model.unet):
+        with CachedUNet(model, outputs) as cached, on_gpu(cached.call):
             try:
                 yield cached
             finally:

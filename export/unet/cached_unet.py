@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from blockcache.export.unet.model import BRANCH, SourceModel, UNetCall
+from blockcache.export.unet.model import BRANCH, SourceModel, module_path
 from blockcache.export.unet.steps import Past, Steps
 from blockcache.export.unet.torch_kernels import scale_shift_residual
 from blockcache.runtime.plan import WHOLE, Alignment, Schedule
@@ -148,14 +148,14 @@ class CachedUNet:
 
     def __init__(self, model: SourceModel, outputs: int = 1) -> None:
         self.model = model
-        self.call = UNetCall(model.unet, model.conditions)
+        self.call = model.call()
         self.blocks: list[Cacheable] = []
         self.rows = 0  # of all samples that it has evaluated; guidance takes two an image
         self._outputs = outputs
 
     def __enter__(self) -> CachedUNet:
         for block in self.model.blocks:
-            inner, outputs = self.model.unet.get_submodule(block.path), self._outputs
+            inner, outputs = self.call.get_submodule(module_path(block.path)), self._outputs
             cacheable: Cacheable
             if block.kind != BRANCH:
                 cacheable = CacheableBlock(inner, outputs)
@@ -174,8 +174,8 @@ class CachedUNet:
         self.blocks = []
 
     def _install(self, path: str, module: torch.nn.Module) -> None:
-        parent, _, name = path.rpartition(".")
-        setattr(self.model.unet.get_submodule(parent), name, module)
+        parent, _, name = module_path(path).rpartition(".")
+        setattr(self.call.get_submodule(parent), name, module)
 
     def __call__(
         self,

@@ -5,10 +5,12 @@ The folder holds ``unet/`` and, optionally, ``scheduler/`` and ``tokenizer/``; o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from blockcache.export.unet.configs import read_json
+from blockcache.export.unet.control import check_controlnet
 from blockcache.export.unet.extra_inputs import find_extra_inputs
 from blockcache.export.unet.hub import local_folder, model_name, single_file
 from blockcache.export.unet.lora import (
@@ -23,9 +25,13 @@ from blockcache.export.unet.model import (
     SourceModel,
     check_supported,
     describe,
+    hash_models,
 )
 from blockcache.export.unet.weights import hash_part, load_part
 from blockcache.runtime.errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
 
 
 def load_model(
@@ -37,6 +43,7 @@ def load_model(
     variant: str | None = None,
     loras: Sequence[Lora] = (),
     extra_inputs: str | None = None,
+    controlnets: Sequence[str | Path] = (),
 ) -> SourceModel:
     """Load the U-Net of a diffusers folder or hub id in ``dtype``, ready for inference.
 
@@ -51,11 +58,12 @@ def load_model(
             "instruct-pix2pix", "depth2img", "upscale", or names and channels, such as
             "mask:1,masked_image_latents:4". By default what the pipeline's class says, or, where
             there is none, the number of channels.
+        controlnets: folders or hub ids of ControlNets, which run with the U-Net and add up.
 
     Raises:
-        ConfigError: no such folder, one without a U-Net, weights that are not whole, or a LoRA that
-            does not fit.
-        UnsupportedModelError: the U-Net has a feature that the exporter refuses.
+        ConfigError: no such folder, one without a U-Net, weights that are not whole, or a LoRA or
+            a ControlNet that does not fit.
+        UnsupportedModelError: U-Net or ControlNet has a feature that the exporter refuses.
         MissingExtraError: diffusers is not installed.
     """
     try:
@@ -79,6 +87,9 @@ def load_model(
     if (folder / "model_index.json").is_file():
         require_parts(loras, folder, config)
     adapters = adapters_of(loras, "unet", config)
+    beside = [local_folder(each) for each in controlnets]
+    for each in beside:
+        _check_control_folder(each, config)
     unet = load_part(
         UNet2DConditionModel, unet_folder, TORCH_DTYPES[dtype], variant, adapters=adapters
     )
@@ -87,12 +98,33 @@ def load_model(
         name=name or model_name(folder),
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
         tokens=_tokens(folder),
-        sha256=merged_sha256(hash_part(unet_folder, variant), adapters),
+        sha256=hash_models(
+            [merged_sha256(hash_part(unet_folder, variant), adapters), *map(hash_part, beside)]
+        ),
         cached=cached,
         pooled=read_json(folder / "text_encoder_2" / "config.json").get("projection_dim"),
         loras=loras,
         extra_inputs=extra,
+        controlnets=[_load_controlnet(each, dtype) for each in beside],
     )
+
+
+def _check_control_folder(folder: Path, unet_config: Mapping[str, Any]) -> None:
+    """Refuse what is no ControlNet for this U-Net, by its config alone."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"Expected a ControlNet's folder with config.json at {folder}; it has none. Give the "
+            f"folder that save_pretrained wrote."
+        )
+    check_controlnet(read_json(folder / "config.json"), unet_config)
+
+
+def _load_controlnet(folder: Path, dtype: str) -> ControlNetModel:
+    """A ControlNet in ``dtype``."""
+    from diffusers import ControlNetModel
+
+    net: ControlNetModel = load_part(ControlNetModel, folder, TORCH_DTYPES[dtype])
+    return net
 
 
 def _tokens(folder: Path) -> int:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from blockcache.export.unet.control import check_controlnet, control_factor, picture_factor
 from blockcache.export.unet.extra_inputs import ExtraInput, find_extra_inputs
 from blockcache.export.unet.lora import Lora
 from blockcache.runtime.errors import ConfigError, UnsupportedModelError
-from blockcache.runtime.plan import WHOLE, Dim, LoraFacts, Sizes
+from blockcache.runtime.plan import WHOLE, Dim, LoraFacts, Sizes, control_names
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+    from diffusers import ControlNetModel, UNet2DConditionModel
 
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -50,7 +51,7 @@ class Block:
     output is that of the convolution at ``path``.
     """
 
-    path: str  # module path inside the U-Net, e.g. "mid_block.attentions.0"
+    path: str  # of the module: "mid_block.attentions.0", "controlnet.0.mid_block.attentions.0"
     channels: int  # C_k, of its output
     kind: str = "transformers"  # a key of ``BLOCK_CLASSES``, or ``BRANCH``
     depth: int = 0  # skips above it: a branch of depth d holds all that is deeper than d
@@ -62,7 +63,7 @@ class Condition:
 
     name: str
     shape: tuple[int | str, ...]  # ints, or sizes as ``Dim`` writes them: "batch", "8*height"
-    dtype: str  # "model": the model's own floating dtype; else "int64"
+    dtype: str  # "model": the model's own floating dtype; else "float32" or "int64"
     beside_sample: bool = False  # a picture whose channels are laid behind the sample's
 
     @property
@@ -87,6 +88,11 @@ class SourceModel:
     tokens: int
     sha256: str  # of the config and the weights: the key of every later stage
     loras: tuple[LoraFacts, ...] = ()  # merged into the weights
+    controlnets: tuple[ControlNetModel, ...] = ()  # they run with the U-Net, and add up
+
+    def call(self) -> UNetCall:
+        """U-Net and ControlNets as one module, which shares theirs."""
+        return UNetCall(self.unet, self.conditions, self.controlnets)
 
     def cut_at(self, depths: Sequence[int]) -> SourceModel:
         """The same model with branches behind its blocks, the shallowest first.
@@ -162,12 +168,19 @@ class UNetCall(torch.nn.Module):
     """The U-Net as a function of positional tensors, the same for export and reference.
 
     ``forward(sample [N,C,H,W], timestep [N], *conditions)`` gives the model output [N,C,H,W].
-    Pictures that the U-Net reads beside the sample are conditions like others.
+    Pictures that the U-Net reads beside the sample are conditions like others. With ControlNets
+    each of them sees the sample and a picture of its own; what they make of them adds up.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, conditions: Sequence[Condition]) -> None:
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        conditions: Sequence[Condition],
+        controlnets: Sequence[ControlNetModel] = (),
+    ) -> None:
         super().__init__()
         self.unet = unet
+        self.controlnet = torch.nn.ModuleList(controlnets)
         self.names = tuple(condition.name for condition in conditions)
         self.beside = tuple(c.name for c in conditions if c.beside_sample)
 
@@ -176,15 +189,47 @@ class UNetCall(torch.nn.Module):
     ) -> torch.Tensor:
         """One evaluation of the U-Net."""
         named = dict(zip(self.names, conditions, strict=True))
-        if self.beside:
-            sample = torch.cat([sample, *(named.pop(name) for name in self.beside)], dim=1)
+        beside = [named.pop(name) for name in self.beside]
+        controls = [
+            [named.pop(name) for name in control_names(index)]
+            for index in range(len(self.controlnet))
+        ]
         arguments: dict[str, Any] = {
             key: named.pop(key) for key in ("encoder_hidden_states", "class_labels") if key in named
         }
         if named:
             arguments["added_cond_kwargs"] = named
+        residuals = [
+            net(
+                sample,
+                timestep,
+                controlnet_cond=picture,
+                conditioning_scale=control_factor(scale, timestep),
+                return_dict=False,
+                **arguments,
+            )
+            for net, (picture, scale) in zip(self.controlnet, controls, strict=True)
+        ]
+        if residuals:
+            down = zip(*(skips for skips, _ in residuals), strict=True)
+            arguments["down_block_additional_residuals"] = [_sum(each, sample) for each in down]
+            middle = [middle for _, middle in residuals]
+            arguments["mid_block_additional_residual"] = _sum(middle, sample)
+        if beside:
+            sample = torch.cat([sample, *beside], dim=1)
         output: torch.Tensor = self.unet(sample, timestep, return_dict=False, **arguments)[0]
         return output
+
+
+def module_path(path: str) -> str:
+    """Where the module of a block stands in a ``UNetCall``."""
+    return path if path.startswith("controlnet.") else f"unet.{path}"
+
+
+def _sum(residuals: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """What ControlNets add to one skip; each is scaled in float32 and rounded once."""
+    first, *others = (residual.to(like.dtype) for residual in residuals)
+    return sum(others, start=first)
 
 
 def describe(
@@ -198,26 +243,35 @@ def describe(
     pooled: int | None = None,
     loras: Sequence[Lora] = (),
     extra_inputs: Sequence[ExtraInput] | None = None,
+    controlnets: Sequence[ControlNetModel] = (),
 ) -> SourceModel:
     """Wrap a U-Net that is in memory already; refuses unsupported features by name.
 
     ``pooled`` is the width of ``text_embeds`` where the model takes them and it is known; ``loras``
     have been merged into the weights; ``extra_inputs`` is what it reads beside the sample, by
-    default what its number of channels says.
+    default what its number of channels says. ``controlnets`` run with the U-Net; a ``sha256`` that
+    is given is of all of them.
     """
     if cached not in BLOCK_CLASSES:
         raise ConfigError(f"Expected blocks of {tuple(BLOCK_CLASSES)}, got {cached!r}.")
     config = dict(unet.config)
     check_supported({**config, "_class_name": type(unet).__name__})
     extra = find_extra_inputs(config) if extra_inputs is None else tuple(extra_inputs)
-    unet.eval().requires_grad_(False)
+    for net in controlnets:
+        check_controlnet({**net.config, "_class_name": type(net).__name__}, config)
+    for network in (unet, *controlnets):
+        network.eval().requires_grad_(False)
     blocks = find_blocks(unet, BLOCK_CLASSES[cached])
     if not blocks:
         raise UnsupportedModelError(
             f"Expected a U-Net with {cached} ({BLOCK_CLASSES[cached]}); {name} has none, so there "
             f"is nothing to cache."
         )
-    digest = sha256 or _hash_module(unet)
+    for index, net in reversed([*enumerate(controlnets)]):  # they run before the U-Net
+        theirs = find_blocks(net, BLOCK_CLASSES[cached])
+        named = [replace(block, path=f"controlnet.{index}.{block.path}") for block in theirs]
+        blocks = (*named, *blocks)
+    digest = sha256 or hash_models([_hash_module(network) for network in (unet, *controlnets)])
     if cached != "transformers":  # the same weights cut elsewhere are another model to all stages
         digest = hashlib.sha256(f"{digest} {cached}".encode()).hexdigest()
     if extra:  # and so are the same weights with inputs of other names
@@ -227,17 +281,22 @@ def describe(
         unet=unet,
         scheduler=dict(scheduler or {}),
         blocks=blocks,
-        conditions=(*_conditions(config, pooled), *map(_beside_sample, extra)),
+        conditions=(
+            *_conditions(config, pooled),
+            *map(_beside_sample, extra),
+            *_control_conditions(controlnets),
+        ),
         tokens=tokens,
         sha256=digest,
         loras=tuple(LoraFacts(lora.path.name, lora.sha256, lora.scale) for lora in loras),
+        controlnets=tuple(controlnets),
     )
 
 
 def find_blocks(
-    unet: UNet2DConditionModel, class_name: str = BLOCK_CLASSES["transformers"]
+    unet: UNet2DConditionModel | ControlNetModel, class_name: str = BLOCK_CLASSES["transformers"]
 ) -> tuple[Block, ...]:
-    """The cacheable blocks in execution order: down, middle, up."""
+    """The cacheable blocks in execution order: down, middle, up; a ControlNet has no up path."""
     kind = next(kind for kind, name in BLOCK_CLASSES.items() if name == class_name)
     depths = _depths(unet)
     found = []
@@ -272,8 +331,11 @@ def find_branches(unet: UNet2DConditionModel) -> tuple[Block, ...]:
     )
 
 
-def _depths(unet: UNet2DConditionModel) -> dict[str, int]:
-    """How many skips lie above each layer of the U-Net, by module path."""
+def _depths(unet: UNet2DConditionModel | ControlNetModel) -> dict[str, int]:
+    """How many skips lie above each layer, by module path.
+
+    A layer of a ControlNet feeds the skips that the same layer of the U-Net does.
+    """
     depths: dict[str, int] = {}
     skips = 1  # the first is conv_in's
     for i, down in enumerate(unet.down_blocks):
@@ -284,7 +346,7 @@ def _depths(unet: UNet2DConditionModel) -> dict[str, int]:
         skips += bool(down.downsamplers)
     middle = [f"mid_block.{kind}.{j}" for kind in ("resnets", "attentions") for j in range(9)]
     depths.update(dict.fromkeys(middle, skips))
-    for i, up in enumerate(unet.up_blocks):
+    for i, up in enumerate(unet.up_blocks if hasattr(unet, "up_blocks") else ()):
         for j in range(len(up.resnets)):
             skips -= 1
             layer = {f"up_blocks.{i}.{kind}.{j}": skips for kind in ("resnets", "attentions")}
@@ -355,6 +417,17 @@ def _conditions(config: Mapping[str, Any], pooled: int | None) -> tuple[Conditio
     return tuple(found)
 
 
+def _control_conditions(controlnets: Sequence[ControlNetModel]) -> list[Condition]:
+    """A picture and a scale for each, see ``control_factor``."""
+    found = []
+    for index, net in enumerate(controlnets):
+        picture, scale = control_names(index)
+        factor, channels = picture_factor(net.config), net.config.conditioning_channels
+        shape = ("batch", int(channels), f"{factor}*height", f"{factor}*width")
+        found += [Condition(picture, shape, "model"), Condition(scale, ("batch", 3), "float32")]
+    return found
+
+
 def _added_widths(config: Mapping[str, Any], width: int, pooled: int | None) -> tuple[int, int]:
     """Widths of ``time_ids`` and ``text_embeds``; the config tells only that of both together.
 
@@ -373,6 +446,12 @@ def _added_widths(config: Mapping[str, Any], width: int, pooled: int | None) -> 
         f"{pooled}; got {both} numbers in all (projection_class_embeddings_input_dim). Check the "
         f"configs of U-Net and text encoder."
     )
+
+
+def hash_models(digests: Sequence[str]) -> str:
+    """One digest of those of a U-Net and its ControlNets; the U-Net's own where it stands alone."""
+    own, *others = digests
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest() if others else own
 
 
 def _hash_module(module: torch.nn.Module) -> str:

@@ -40,7 +40,8 @@ def rounded(model: SourceModel, precision: str) -> SourceModel:
 def _mapped(model: SourceModel, *dtypes: torch.dtype) -> SourceModel:
     """The model with every floating weight cast to one type after the other."""
     changed: dict[int, torch.Tensor] = {}
-    for tensor in itertools.chain(model.unet.parameters(), model.unet.buffers()):
+    networks = model.call()
+    for tensor in itertools.chain(networks.parameters(), networks.buffers()):
         new = tensor.detach()
         for dtype in dtypes if tensor.is_floating_point() else ():
             new = new.to(dtype)
@@ -52,4 +53,5 @@ def _mapped(model: SourceModel, *dtypes: torch.dtype) -> SourceModel:
     if all(key == id(new) for key, new in changed.items()):
         return model
     # deepcopy looks here first, so it copies the modules and takes these as their weights.
-    return replace(model, unet=copy.deepcopy(model.unet, changed))
+    unet, controlnets = copy.deepcopy((model.unet, model.controlnets), changed)
+    return replace(model, unet=unet, controlnets=controlnets)

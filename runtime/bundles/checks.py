@@ -7,7 +7,7 @@ role           reads                                              writes
 =============  =================================================  ================================
 ``time``       the timestep                                       rows: one a step
 ``prompt``     conditions                                         conditions that are projected
-``condition``  rows, at least one, and conditions                 both in one
+``condition``  rows, or the timestep as one, and conditions       both in one
 ``trunk``      what depends on the sample, and all of the above   tensors that do; model output
 ``block``      the same                                           its output, ``block_<k>``
 (a branch)     a ``trunk`` that ends one                          its output, ``block_<k>``
@@ -59,7 +59,7 @@ _Kind: TypeAlias = Literal["timestep", "row", "condition", "both", "sample"]
 _MAY_READ: dict[Role, tuple[_Kind, ...]] = {
     "time": ("timestep",),
     "prompt": ("condition",),
-    "condition": ("row", "both", "condition"),
+    "condition": ("row", "both", "condition", "timestep"),
     "trunk": ("sample", "row", "both", "condition"),
     "block": ("sample", "row", "both", "condition"),
     "whole": ("sample", "timestep", "condition"),
@@ -67,7 +67,7 @@ _MAY_READ: dict[Role, tuple[_Kind, ...]] = {
 _MUST_READ: dict[Role, tuple[_Kind, ...]] = {
     "time": ("timestep",),
     "prompt": ("condition",),
-    "condition": ("row", "both"),
+    "condition": ("row", "both", "timestep"),
     "trunk": ("sample",),
     "block": ("sample",),
     "whole": ("sample",),

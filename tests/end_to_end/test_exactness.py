@@ -15,7 +15,7 @@ ort = pytest.importorskip("onnxruntime")
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.change import relative_change  # noqa: E402
 from blockcache.export.unet.cached_unet import CachedUNet, Denoiser  # noqa: E402
-from blockcache.export.unet.model import BRANCH, UNetCall  # noqa: E402
+from blockcache.export.unet.model import BRANCH  # noqa: E402
 from blockcache.export.unet.steps import TableSteps  # noqa: E402
 from blockcache.runtime import Alignment, Schedule, Session  # noqa: E402
 from blockcache.runtime.plan import Sizes  # noqa: E402
@@ -66,7 +66,7 @@ def run_segments(bundle, inputs, sizes):
 )
 def test_segments_equal_the_whole_pytorch_unet(compiled, conditions_of, kind):
     model, bundle = compiled(kind)
-    call = UNetCall(model.unet, model.conditions)
+    call = model.call()
     for batch, height, width in SHAPES:
         rng = np.random.default_rng(batch)
         sample = rng.standard_normal((batch, 4, height, width)).astype(np.float32)
@@ -315,7 +315,7 @@ def test_the_reference_is_the_model_itself_when_nothing_is_reused(tiny_models, c
     model = tiny_models("sd")
     sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     conditions = [torch.from_numpy(v) for v in conditions_of(model, 2).values()]
-    call = UNetCall(model.unet, model.conditions)
+    call = model.call()
     plain = call(sample, torch.full((2,), 7.0), *conditions)
     with CachedUNet(model) as cached:
         fresh, kept = cached(sample, 7.0, conditions)

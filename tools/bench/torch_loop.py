@@ -18,7 +18,7 @@ from typing import TypeAlias
 import torch
 
 from blockcache.export import SourceModel
-from blockcache.export.unet.model import TORCH_DTYPES, UNetCall
+from blockcache.export.unet.model import TORCH_DTYPES
 from blockcache.runtime import EngineError, MissingExtraError, Preset, SolverConfig
 from blockcache.runtime.solvers.solver import SolverTables, solver_tables
 from blockcache.tools.bench.contestants import Contestant, Entry, Kind
@@ -41,9 +41,9 @@ class TorchLoop:
         # Half precision is slower than float32 on most CPUs, and the engines there run float32.
         self.dtype = TORCH_DTYPES[precision if cuda else "float32"]
         # The plain Module.to: diffusers' own warns of modules to keep in float32 where none are.
-        self.unet = torch.nn.Module.to(model.unet, self.device, self.dtype).eval()
+        self._call = torch.nn.Module.to(model.call(), self.device, self.dtype).eval()
+        self.unet = self._call.unet
         self.images = images
-        self._call = UNetCall(self.unet, model.conditions)
         generator = torch.Generator().manual_seed(0)
         sizes = model.sizes(batch=2 * images)
         self.conditions = []
@@ -51,7 +51,8 @@ class TorchLoop:
             shape = condition.sized(sizes)
             whole = condition.dtype == "int64"
             made = torch.zeros(shape) if whole else torch.randn(shape, generator=generator)
-            self.conditions.append(made.to(self.device, torch.int64 if whole else self.dtype))
+            dtypes = {"model": self.dtype, "int64": torch.int64, **TORCH_DTYPES}
+            self.conditions.append(made.to(self.device, dtypes[condition.dtype]))
         latents = [images, model.channels, *model.sample_size]
         self.noise = torch.randn(latents, generator=generator).to(self.device)
 

@@ -132,7 +132,7 @@ def _residual_adds(graph: ir.Graph, block_paths: Sequence[str]) -> list[tuple[ir
         inside = [value for value in node.inputs if value is not None and _is_inside(value, path)]
         # A ResBlock also adds its time projection, but uses the sum itself.
         users = [user for user, _ in node.outputs[0].uses()]
-        if len(inside) == 1 and not all(f"unet.{path}" in _scopes(user) for user in users):
+        if len(inside) == 1 and not all(_scope(path) in _scopes(user) for user in users):
             found[path].append((node, inside[0]))
     for path, adds in found.items():
         if len(adds) != 1:
@@ -141,6 +141,11 @@ def _residual_adds(graph: ir.Graph, block_paths: Sequence[str]) -> list[tuple[ir
                 f"diffusers may compute this module in a new way; please report its version."
             )
     return [found[path][0] for path in block_paths]
+
+
+def _scope(path: str) -> str:
+    """The scope of a module in the traced graph."""
+    return path if path.startswith("controlnet.") else f"unet.{path}"
 
 
 def _scopes(node: ir.Node) -> list[str]:
@@ -153,7 +158,7 @@ def _is_inside(value: ir.Value, path: str) -> bool:
     """Whether a value is computed by the residual branch of the module at ``path``."""
     producer = value.producer()
     scopes = [] if producer is None else _scopes(producer)
-    return f"unet.{path}" in scopes and f"unet.{path}.conv_shortcut" not in scopes
+    return _scope(path) in scopes and f"{_scope(path)}.conv_shortcut" not in scopes
 
 
 def _rewrite(

@@ -84,6 +84,14 @@ def test_deepcache_caches_every_block_of_a_model_with_none_at_the_highest_resolu
     assert always_run(SDXL) == set()
 
 
+def test_deepcache_always_runs_a_controlnet():
+    names = [f"controlnet.0.{SD15[0]}", "controlnet.0.mid_block.attentions.0", *SD15]
+    assert deepcache(4, names, 2).recompute[:, :2].all()
+    np.testing.assert_array_equal(
+        deepcache(4, names, 2).recompute[:, 2:], deepcache(4, SD15, 2).recompute
+    )
+
+
 def test_deepcache_works_on_blocks_of_one_side_only():
     assert always_run(["mid_block.attentions.0"]) == set()
     assert always_run(paths([(0, 1), (1, 1)], [])) == {"down_blocks.0.attentions.0"}

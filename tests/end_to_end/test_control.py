@@ -1,0 +1,193 @@
+"""ControlNets compiled with a U-Net: exact, under one schedule, as in diffusers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("diffusers")
+
+from blockcache.export.measure.calibration import Calibration  # noqa: E402
+from blockcache.export.unet.cached_unet import CachedUNet, Denoiser  # noqa: E402
+from blockcache.export.unet.model import BRANCH  # noqa: E402
+from blockcache.export.unet.steps import TableSteps  # noqa: E402
+from blockcache.runtime import Alignment, Schedule, Session  # noqa: E402
+from blockcache.runtime.run_table import run_table  # noqa: E402
+from blockcache.runtime.solvers.solver import SolverConfig, solver_tables  # noqa: E402
+
+CUTS = (-1, 0, 1, 2)
+PROMPT = "encoder_hidden_states"
+
+
+@pytest.fixture(scope="module")
+def two_nets(compiled):
+    """An SDXL-like U-Net with two ControlNets, which may be cut everywhere, and its bundle."""
+    model, bundle = compiled("sdxl-controlled", 2, cuts=CUTS)
+    return model.cut_at(CUTS), bundle
+
+
+def relative(ours, reference):
+    return float(np.abs(ours - reference).max() / np.abs(reference).max())
+
+
+def others(conditions):
+    return {name: values for name, values in conditions.items() if name != PROMPT}
+
+
+def predicted(session, sample, conditions, step=1):
+    """The model output at a step, everything computed."""
+    batch, _, height, width = sample.shape
+    with session.begin(
+        conditions[PROMPT], conditions=others(conditions), batch=batch, height=height, width=width
+    ) as request:
+        return request.predict(step, sample)
+
+
+def in_diffusers(model, sample, timestep, conditions, scales):
+    """U-Net and ControlNets by the classes of diffusers, as their pipelines call them."""
+    given_ = {name: torch.from_numpy(values) for name, values in conditions.items()}
+    added = {name: given_[name] for name in ("text_embeds", "time_ids")}
+    shared = {"encoder_hidden_states": given_[PROMPT], "added_cond_kwargs": added}
+    from diffusers import MultiControlNetModel
+
+    with torch.no_grad():
+        time = torch.tensor(float(timestep))
+        down, middle = MultiControlNetModel(model.controlnets)(
+            torch.from_numpy(sample),
+            time,
+            controlnet_cond=[given_["control_image"], given_["control_image_2"]],
+            conditioning_scale=list(scales),
+            return_dict=False,
+            **shared,
+        )
+        residuals = {
+            "down_block_additional_residuals": down,
+            "mid_block_additional_residual": middle,
+        }
+        output = model.unet(torch.from_numpy(sample), time, **shared, **residuals)
+    return output.sample.numpy()
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 16, 16), (3, 10, 18)])
+def test_segments_equal_diffusers_own_classes(two_nets, conditions_of, batch, height, width):
+    model, bundle = two_nets
+    session = Session.open(bundle, preset="ddim-4", verify=False)
+    sample = session.noise(range(batch), height, width)
+    conditions = conditions_of(model, batch, size=(height, width))
+    conditions["control_scale_2"] = session.control_scale(1.25)
+    time = session.timesteps[1]
+    assert 200 <= time <= 800, "the first one's control acts between these"
+    reference = in_diffusers(model, sample, time, conditions, (0.8, 1.25))
+    assert relative(predicted(session, sample, conditions), reference) <= 1e-5
+    plain = in_diffusers(model, sample, time, conditions, (0.0, 0.0))
+    assert relative(plain, reference) > 0.05, "the control does something"
+
+
+def test_a_scale_of_zero_is_no_control(two_nets, conditions_of):
+    model, bundle = two_nets
+    session = Session.open(bundle, preset="ddim-4", verify=False)
+    sample, off = session.noise([0]), session.control_scale(0)
+    conditions = {
+        **conditions_of(model, 1),
+        "control_scale": off,
+        "control_scale_2": off,
+    }
+    ours = predicted(session, sample, conditions)
+    blank = {name: np.zeros_like(v) for name, v in conditions.items() if "image" in name}
+    np.testing.assert_array_equal(ours, predicted(session, sample, {**conditions, **blank}))
+    given_ = {name: torch.from_numpy(values) for name, values in conditions.items()}
+    added = {name: given_[name] for name in ("text_embeds", "time_ids")}
+    time = torch.tensor(float(session.timesteps[1]))
+    reference = model.unet(
+        torch.from_numpy(sample), time, given_[PROMPT], added_cond_kwargs=added
+    ).sample.numpy()
+    assert relative(ours, reference) <= 1e-5
+
+
+def random_preset(preset, seed):
+    """A random schedule and random alignment on a preset's solver."""
+    rng = np.random.default_rng(seed)
+    steps, blocks = preset.schedule.recompute.shape
+    recompute = rng.random((steps, blocks)) < rng.uniform(0.3, 0.9)
+    recompute[0] = True
+    tables = []
+    for k, table in enumerate(preset.alignment.tables):
+        made = 0.1 * rng.standard_normal(table.shape).astype(np.float32)
+        made[:, 0] += 1.0
+        made[recompute[:, k]] = Alignment.identity(1, (table.shape[2],), 2).tables[0][0]
+        tables.append(made)
+    return dataclasses.replace(
+        preset, schedule=Schedule(recompute), alignment=Alignment(tuple(tables))
+    )
+
+
+@settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32 - 1))
+def test_the_loop_equals_the_reference_under_any_schedule(two_nets, conditions_of, seed):
+    model, bundle = two_nets
+    session = Session.open(bundle, preset="dpm-20", verify=False)
+    preset = random_preset(session.preset, seed)
+    session = Session(bundle, preset, session.backend)
+    positive, negative = conditions_of(model, 2, seed=1), conditions_of(model, 1, seed=2)
+    negative = {PROMPT: negative[PROMPT]} | {
+        name: negative[name] for name in ("text_embeds", "time_ids")
+    }
+    noise = session.noise([0, 1])
+    ours = session.denoise(
+        noise,
+        positive[PROMPT],
+        negative[PROMPT],
+        conditions=others(positive),
+        negative_conditions=others(negative),
+        guidance_scale=3.0,
+    )
+    tables = solver_tables(SolverConfig.from_json(preset.solver))
+    picked = Calibration(positive, negative).pick([0, 1], guided=True)
+    with CachedUNet(model, 2) as cached:
+        denoiser = Denoiser(cached, TableSteps(tables), picked, 3.0)
+        drawn = denoiser.denoise(torch.from_numpy(noise), preset.schedule, preset.alignment)
+    assert relative(ours.latents, drawn.numpy()) <= 1e-4
+    np.testing.assert_array_equal(ours.record.ran, run_table(ours.record.segments, preset.schedule))
+
+
+def test_a_reused_branch_takes_the_controlnets_layers_along(two_nets):
+    """What feeds only skips below the cut does not run, in the ControlNets as in the U-Net."""
+    model, bundle = two_nets
+    loop = [segment for segment in bundle.segments if segment.role in ("trunk", "block")]
+    blocks = model.blocks
+    assert [b.path for b in blocks if b.path.startswith("controlnet.1")] == [
+        "controlnet.1.down_blocks.0.attentions.0",
+        "controlnet.1.mid_block.attentions.0",
+    ]
+    for cut in CUTS:
+        recompute = np.ones((2, len(blocks)), bool)
+        recompute[1, [(b.kind, b.depth) for b in blocks].index((BRANCH, cut))] = False
+        ran = {
+            segment.block
+            for segment, runs in zip(loop, run_table(loop, Schedule(recompute))[1], strict=True)
+            if runs and segment.block is not None
+        }
+        plain = {k for k, block in enumerate(blocks) if block.kind != BRANCH}
+        assert ran == {k for k in plain if blocks[k].depth <= cut}
+
+
+def test_pictures_and_scales_are_checked_by_name(two_nets, conditions_of):
+    model, bundle = two_nets
+    session = Session.open(bundle, preset="ddim-4", verify=False)
+    conditions = conditions_of(model, 1)
+    sample = session.noise([0])
+    from blockcache.runtime import InputError
+
+    with pytest.raises(InputError, match=r"control_image_2: expected shape \[1, 3, 64, 64\]"):
+        predicted(session, sample, {**conditions, "control_image_2": sample})
+    lacking = {name: v for name, v in conditions.items() if name != "control_image"}
+    with pytest.raises(InputError, match="control_image: this model needs it in conditions"):
+        predicted(session, sample, lacking)
+    with pytest.raises(InputError, match=r"control_scale: expected shape \[1, 3\]"):
+        predicted(session, sample, {**conditions, "control_scale": np.float32([[1]])})

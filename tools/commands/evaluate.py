@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias, cast
 
 import typer
 
@@ -17,6 +17,7 @@ from blockcache.tools.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from blockcache.tools.evaluation.options import Yardstick
     from blockcache.tools.evaluation.subject import Subject
 
 
@@ -46,6 +47,13 @@ Reference: TypeAlias = Annotated[
         "Default: the uncached run of each preset's own step count.",
     ),
 ]
+YardstickName: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        metavar="converged|uncached",
+        help="What distances are taken to: the same noise in 100 steps, or the uncached run.",
+    ),
+]
 OnlyTiming: TypeAlias = Annotated[
     bool, typer.Option(help="Time the presets and stop; a later run reads the result.")
 ]
@@ -56,6 +64,7 @@ def evaluate(
     model: ModelName = None,
     preset: Presets = None,
     reference: Reference = None,
+    yardstick: YardstickName = "converged",
     images: Annotated[int, typer.Option(help="Images drawn with every preset.")] = 256,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("evaluation"),
     work: Work = None,
@@ -92,7 +101,9 @@ def evaluate(
         images=images, seed=seed, batch=batch, guidance=guidance, backend=backend, threads=threads
     )
     timing = TimingOptions(rounds=rounds, images=timed_images)
-    options = EvaluationOptions(draw=draw, timing=timing, resamples=resamples)
+    options = EvaluationOptions(
+        draw=draw, timing=timing, resamples=resamples, yardstick=cast("Yardstick", yardstick)
+    )
     check_folder(out)
     opened = Bundle.open(bundle)
     names = tuple(preset_of(opened, name) for name in preset or ())

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from blockcache.runtime.run_table import flops_run
 from blockcache.tools.sources.references import uncached
 
 UNCACHED, FEWER = "uncached", "fewer steps"
+OTHER_GRID = "uncached, other grid"
 PLAIN = "none"
 THRESHOLD = "threshold"
 JOINT = "steps and reuse together"
@@ -76,11 +77,42 @@ class Group:
     name: str  # "dpm-20"
     reference: Contestant
     others: tuple[Contestant, ...]  # fewer uncached steps first, then by method, dearest first
+    converged: Preset | None = None  # what distances are taken to; None: the reference
 
     @property
     def contestants(self) -> tuple[Contestant, ...]:
         """The reference first."""
         return (self.reference, *self.others)
+
+    @property
+    def yardstick(self) -> Preset:
+        """What distances are taken to."""
+        return self.converged or self.reference.preset
+
+    def own_uncached(self, contestant: Contestant) -> Preset | None:
+        """The uncached run on a cached contestant's own steps; None for an uncached one.
+
+        The reference itself, where it is that run.
+        """
+        preset = contestant.preset
+        if _is_uncached(preset):
+            return None
+        if dict(preset.solver) == dict(self.reference.preset.solver):
+            return self.reference.preset
+        return dataclasses.replace(
+            uncached(preset),
+            name=f"{preset.name}-{UNCACHED}",
+            provenance=Provenance(kind=UNCACHED),
+        )
+
+    @property
+    def drawn(self) -> tuple[Preset, ...]:
+        """Every preset that the comparison needs, the contestants first."""
+        presets = tuple(contestant.preset for contestant in self.contestants)
+        if self.converged is None:
+            return presets
+        own = (self.own_uncached(contestant) for contestant in self.contestants)
+        return (*presets, self.converged, *(preset for preset in own if preset is not None))
 
 
 @dataclass(frozen=True)
@@ -93,7 +125,11 @@ class Pairing:
 
 
 def make_groups(
-    bundle: Bundle, names: Sequence[str] = (), reference: str | None = None
+    bundle: Bundle,
+    names: Sequence[str] = (),
+    reference: str | None = None,
+    *,
+    any_grid: bool = False,
 ) -> list[Group]:
     """Groups of the named presets, or of all; references are added where not named.
 
@@ -105,20 +141,26 @@ def make_groups(
     group, with its longest run as the reference. Where the bundle lacks the uncached preset of a
     group, it is made from a cached one, with every block recomputed.
 
+    With ``any_grid``, presets of one solver compete wherever their steps lie, and the reference is
+    the run on the steps of the model's own scheduler. That is fair where all are judged by the
+    converged run, which is the same for every grid.
+
     Raises:
         ConfigError: ``reference`` is no uncached preset, or a named preset does not compete with
             it; or a joint preset's full number of steps is in no other preset.
     """
+    solver_of = _family if any_grid else _all_but_steps
     if reference is not None:
-        return [_reference_group(bundle, names, reference)]
+        return [_reference_group(bundle, names, reference, solver_of)]
     chosen = [bundle.preset(name) for name in names or bundle.preset_names]
     everything = [bundle.preset(name) for name in bundle.preset_names]
     groups = []
-    for solver in dict.fromkeys(map(_solver, chosen)):
-        mine = [preset for preset in chosen if _solver(preset) == solver]
+    for solver in dict.fromkeys(map(solver_of, chosen)):
+        mine = [preset for preset in chosen if solver_of(preset) == solver]
         cached = [preset for preset in mine if not _is_uncached(preset)]
         steps = {p.replaced_steps for p in cached} or {max(p.replaced_steps for p in mine)}
-        references = [p for p in everything if _is_reference(p) and _solver(p) == solver]
+        references = [p for p in everything if _is_reference(p) and solver_of(p) == solver]
+        references.sort(key=lambda preset: not _on_own_grid(preset))
         groups += [_group(bundle, mine, references, count) for count in sorted(steps)]
     return groups
 
@@ -126,14 +168,13 @@ def make_groups(
 def pairings(group: Group) -> list[Pairing]:
     """The comparisons that the paper's claims are about."""
     found = []
-    fewer = [contestant for contestant in group.others if contestant.method == FEWER]
+    fewer = [c for c in group.others if c.method in (FEWER, OTHER_GRID)]
     thresholds = [contestant for contestant in group.others if contestant.kind == THRESHOLD]
     for contestant in group.others:
         found.append(Pairing(contestant, group.reference, UNCACHED))
-        if contestant.method == FEWER:
+        if contestant in fewer:
             continue
-        if fewer:
-            found.append(Pairing(contestant, _nearest(contestant, fewer), FEWER))
+        found += [Pairing(contestant, other, FEWER) for other in _all_nearest(contestant, fewer)]
         if contestant.alignment != PLAIN:
             found += [
                 Pairing(contestant, p, "unaligned") for p in group.others if _plain(p, contestant)
@@ -154,7 +195,6 @@ def image_flops(bundle: Bundle, preset: Preset) -> tuple[float, float]:
 
 def _group(bundle: Bundle, mine: list[Preset], references: list[Preset], steps: int) -> Group:
     cached = [p for p in mine if not _is_uncached(p) and p.replaced_steps == steps]
-    fewer = [p for p in mine if _is_uncached(p) and p.schedule.steps < steps]
     of_steps = [p for p in (*references, *cached) if p.schedule.steps == steps]
     if not of_steps:
         joint = next(p for p in mine if p.replaced_steps == steps)
@@ -168,10 +208,15 @@ def _group(bundle: Bundle, mine: list[Preset], references: list[Preset], steps: 
         reference = dataclasses.replace(
             uncached(reference), name=f"{name}-{UNCACHED}", provenance=Provenance(kind=UNCACHED)
         )
-    return _around(bundle, name, reference, [*fewer, *cached])
+    most = reference.schedule.steps
+    plain = [p for p in mine if _is_uncached(p) and p.schedule.steps <= most]
+    others = [p for p in plain if p.name != reference.name and _differs(p, reference)]
+    return _around(bundle, name, reference, [*others, *cached])
 
 
-def _reference_group(bundle: Bundle, names: Sequence[str], name: str) -> Group:
+def _reference_group(
+    bundle: Bundle, names: Sequence[str], name: str, solver: Callable[[Preset], str]
+) -> Group:
     """One group of all step counts up to the reference's."""
     everything = [bundle.preset(known) for known in bundle.preset_names]
     references = {preset.name: preset for preset in everything if _is_reference(preset)}
@@ -182,14 +227,14 @@ def _reference_group(bundle: Bundle, names: Sequence[str], name: str) -> Group:
         )
     reference = references[name]
     named = [bundle.preset(other) for other in names if other != name]
-    strange = [preset.name for preset in named if not _competes(preset, reference)]
+    strange = [preset.name for preset in named if not _competes(preset, reference, solver)]
     if strange:
         raise ConfigError(
             f"--reference {name}: expected presets of the same solver and solver options with at "
             f"most {reference.schedule.steps} steps, cached if with as many; got "
             f"{', '.join(strange)}. Leave them out, or name another reference."
         )
-    others = named if names else [p for p in everything if _competes(p, reference)]
+    others = named if names else [p for p in everything if _competes(p, reference, solver)]
     return _around(bundle, name, reference, others)
 
 
@@ -198,7 +243,11 @@ def _around(bundle: Bundle, name: str, reference: Preset, others: Sequence[Prese
     steps = reference.schedule.steps
     made = [_contestant(bundle, preset, _method(preset, steps)) for preset in others]
     made.sort(
-        key=lambda contestant: (contestant.method != FEWER, contestant.method, -contestant.flops)
+        key=lambda contestant: (
+            contestant.method not in (FEWER, OTHER_GRID),
+            contestant.method,
+            -contestant.flops,
+        )
     )
     return Group(name, _contestant(bundle, reference, UNCACHED), tuple(made))
 
@@ -210,10 +259,11 @@ def _contestant(bundle: Bundle, preset: Preset, method: str) -> Contestant:
 def _method(preset: Preset, steps: int) -> str:
     """What makes it cheaper than the uncached run of ``steps`` steps."""
     fewer = preset.schedule.steps < steps and _kind(preset) != JOINT
-    parts = [FEWER] if fewer or _is_uncached(preset) else []
-    if not _is_uncached(preset):
-        alignment = _alignment(preset)
-        parts += [_kind(preset)] if alignment == PLAIN else [_kind(preset), alignment]
+    if _is_uncached(preset):
+        return FEWER if preset.schedule.steps < steps else OTHER_GRID
+    parts = [FEWER] if fewer else []
+    alignment = _alignment(preset)
+    parts += [_kind(preset)] if alignment == PLAIN else [_kind(preset), alignment]
     return " + ".join(parts)
 
 
@@ -236,16 +286,31 @@ def _is_reference(preset: Preset) -> bool:
     return _is_uncached(preset) and preset.replaced_steps == preset.schedule.steps
 
 
-def _competes(preset: Preset, reference: Preset) -> bool:
+def _competes(preset: Preset, reference: Preset, solver: Callable[[Preset], str]) -> bool:
     """Whether the preset wants to be cheaper than the uncached reference, by the same solver."""
-    steps, most = preset.schedule.steps, reference.schedule.steps
-    cheaper = steps < most or (steps == most and not _is_uncached(preset))
-    return cheaper and _solver(preset) == _solver(reference)
+    few = preset.schedule.steps <= reference.schedule.steps
+    return few and _differs(preset, reference) and solver(preset) == solver(reference)
 
 
-def _solver(preset: Preset) -> str:
+def _differs(preset: Preset, reference: Preset) -> bool:
+    """Whether a preset of its own: not the reference once more."""
+    return not _is_uncached(preset) or dict(preset.solver) != dict(reference.solver)
+
+
+def _all_but_steps(preset: Preset) -> str:
     """The solver with all its options but the number of steps."""
     return json.dumps({k: v for k, v in preset.solver.items() if k != "steps"}, sort_keys=True)
+
+
+def _family(preset: Preset) -> str:
+    """The solver and the model's training, wherever the steps lie."""
+    kept = {key: preset.solver.get(key) for key in ("solver", "prediction", "noise")}
+    return json.dumps(kept, sort_keys=True)
+
+
+def _on_own_grid(preset: Preset) -> bool:
+    """Whether the steps lie where the model's own scheduler puts them."""
+    return preset.solver.get("grid") is None
 
 
 def _plain(candidate: Contestant, contestant: Contestant) -> bool:
@@ -261,4 +326,14 @@ def _comparable(threshold: Contestant, contestant: Contestant) -> bool:
 
 def _nearest(contestant: Contestant, others: Sequence[Contestant]) -> Contestant:
     """The closest in FLOPs of the whole U-Net."""
-    return min(others, key=lambda other: abs(math.log(other.flops / contestant.flops)))
+    return min(others, key=lambda other: _away(contestant, other))
+
+
+def _all_nearest(contestant: Contestant, others: Sequence[Contestant]) -> list[Contestant]:
+    """The closest in FLOPs, every one of them where several grids have as many steps."""
+    least = min((_away(contestant, other) for other in others), default=0)
+    return [other for other in others if _away(contestant, other) == least]
+
+
+def _away(contestant: Contestant, other: Contestant) -> float:
+    return abs(math.log(other.flops / contestant.flops))

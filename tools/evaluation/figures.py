@@ -58,7 +58,8 @@ def _speeds(rows: Sequence[Row]) -> list[_Speed]:
 
 def _shown(group: GroupReport) -> list[tuple[str, str]]:
     """Metrics of the frontier: distance, and Fréchet distance where there are pictures."""
-    titles = {"distance": "distance to the uncached run"}
+    uncached = group.yardstick == group.rows[0].preset
+    titles = {"distance": f"distance to the {'uncached' if uncached else 'converged'} run"}
     titles["frechet"] = "Fréchet distance, difference to the uncached run"
     return [(key, titles[key]) for key in titles if key in group.rows[0].quality]
 
@@ -90,7 +91,12 @@ def _line(
 
 
 def _to_uncached(group: GroupReport, key: str, row: Row) -> Interval:
-    """The paired difference where there is one: far narrower than two intervals side by side."""
+    """The paired difference where there is one: far narrower than two intervals side by side.
+
+    A distance is one already.
+    """
+    if key == "distance":
+        return row.quality[key]
     for comparison in group.comparisons:
         if comparison.subject == row.preset and comparison.against == UNCACHED:
             finding = comparison.findings.get(key)
@@ -105,6 +111,9 @@ def _grid(
     """Rows presets, columns prompts, the same noise in a column (paper, Fig. 6)."""
     count = min(COLUMNS, len(subject.prompts))
     rows = [(_caption(row), drawn[row.preset].pictures[:count]) for row in found.rows]
+    if group.converged is not None:
+        name = group.converged.name
+        rows.insert(0, (f"{name} run\n", drawn[name].pictures[:count]))
     save_grid(rows, [subject.caption(image) for image in range(count)], file)
 
 

@@ -49,13 +49,26 @@ def _notes(report: Report) -> str:
             "its caption score is the ceiling."
         )
     lines.append(
-        f"Distance: relative L2 of the final latents to the uncached run from the same noise, mean "
-        f"over images (standard deviation over images behind ±). In brackets: 90 % intervals from "
-        f"{report.options.resamples} random halves of the images, the same halves for every "
-        f"preset. A difference is called better or worse where its paired interval leaves out 0; "
-        f"the verdict needs more than the Fréchet distance. Fractions are of the uncached run."
+        f"{_distance(report)} Mean over images (standard deviation over images behind ±). In "
+        f"brackets: 90 % intervals from {report.options.resamples} random halves of the images, "
+        f"the same halves for every preset. A difference is called better or worse where its "
+        f"paired interval leaves out 0; the verdict needs more than the Fréchet distance. "
+        f"Fractions are of the uncached run."
     )
     return "  \n".join(lines)
+
+
+def _distance(report: Report) -> str:
+    """What the distance is."""
+    if report.options.yardstick == "uncached":
+        return "Distance: relative L2 of the final latents to the uncached run from the same noise."
+    return (
+        "Distance: relative L2 of the final latents to the converged run: the same noise in so "
+        "many steps that more change nothing. Beside it stands the distance to the uncached run on "
+        "the preset's own steps. (Solvers that add noise at every step have no converged run: "
+        "there the distance is to the uncached run.) Presets of one solver compete wherever their "
+        "steps lie."
+    )
 
 
 def _rows(group: GroupReport) -> str:
@@ -72,7 +85,7 @@ def _rows(group: GroupReport) -> str:
         cells = [f"`{row.preset}`", row.method, f"{row.flops_fraction:.0%}"]
         cells += [f"{row.blocks_fraction:.0%}", f"{row.speedup_flops:.2f}x"]
         cells += [_spread(row.speedup_wall, "x"), _spread(row.images_per_s)] if timed else []
-        lines.append(cells + [_quality(row, metric, group.rows[0]) for metric in metrics])
+        lines.append(cells + [_quality(row, metric, group.yardstick) for metric in metrics])
     return markdown_table(head, lines, words=2)
 
 
@@ -85,13 +98,13 @@ def _floor(group: GroupReport, metric: Metric) -> str:
     return "" if ceiling is None else metric.layout.format(ceiling)
 
 
-def _quality(row: Row, metric: Metric, reference: Row) -> str:
+def _quality(row: Row, metric: Metric, yardstick: str) -> str:
     if metric.key not in row.quality:
         return ""
-    if row is reference and metric.key == "psnr_db":
+    if row.preset == yardstick and metric.key == "psnr_db":
         return ""
     found = row.quality[metric.key]
-    if row is reference and metric.key == "distance":
+    if row.preset == yardstick and metric.key == "distance":
         return metric.layout.format(found.value)
     text = metric.layout.format(found.value)
     if metric.key == "distance":

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
 
 from blockcache.runtime.errors import ConfigError
+
+Yardstick: TypeAlias = Literal["converged", "uncached"]
+"""What distances are taken to: the same noise in so many steps that more change nothing, or the
+uncached run that a preset takes the place of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +45,13 @@ class EvaluationOptions:
     draw: DrawOptions = field(default_factory=DrawOptions)
     timing: TimingOptions = field(default_factory=TimingOptions)
     resamples: int = 200  # random halves of the images behind every interval
+    yardstick: Yardstick = "converged"
 
     def __post_init__(self) -> None:
+        if self.yardstick not in get_args(Yardstick):
+            raise ConfigError(
+                f"Expected a yardstick of {list(get_args(Yardstick))}, got {self.yardstick!r}."
+            )
         if self.resamples < 20:
             raise ConfigError(
                 f"Expected 20 resamples or more for a 90 % interval, got {self.resamples}."

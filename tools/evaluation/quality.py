@@ -32,13 +32,14 @@ METRICS = (
     Metric("top1", "caption top-1", True, "{:.1%}"),
     Metric("top5", "caption top-5", True, "{:.1%}"),
     Metric("distance", "distance", False, "{:.4f}"),
+    Metric("own_distance", "distance to own steps uncached", False, "{:.4f}"),
     Metric("psnr_db", "PSNR dB", True, "{:.1f}"),
 )
 BY_KEY = {metric.key: metric for metric in METRICS}
 
 
 class Judge:
-    """Measures presets of one group against one reference set and one uncached run."""
+    """Measures presets of one group against one reference set and one yardstick."""
 
     def __init__(
         self,
@@ -48,16 +49,20 @@ class Judge:
         sets: SetDistances | None,
         captions: Captions | None = None,
     ) -> None:
-        """The uncached run is given by its ``latents`` and, where decoded, ``reference``."""
+        """The yardstick is given by its ``latents`` and, where decoded, ``reference``."""
         self._halves = halves
         self._latents = latents
         self._reference = reference
         self._sets = sets
         self._captions = captions
 
-    def measure(self, latents: np.ndarray, drawn: Drawn | None) -> dict[str, Resampled]:
-        """Every metric that applies, by key."""
+    def measure(
+        self, latents: np.ndarray, drawn: Drawn | None, own: np.ndarray | None = None
+    ) -> dict[str, Resampled]:
+        """Every metric that applies, by key; ``own``: latents of the same steps, uncached."""
         found = {"distance": self._mean(relative_distance(latents, self._latents))}
+        if own is not None:
+            found["own_distance"] = self._mean(relative_distance(latents, own))
         if drawn is None:
             return found
         if self._sets is not None:
@@ -104,7 +109,7 @@ class Captions:
 
 
 def relative_distance(latents: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Relative L2 of every image's latents to the uncached run's: float64 [N]."""
+    """Relative L2 of every image's latents to those of a reference: float64 [N]."""
     count = len(latents)
     wide, base = (x.reshape(count, -1).astype(np.float64) for x in (latents, reference))
     return np.linalg.norm(wide - base, axis=1) / np.linalg.norm(base, axis=1)

@@ -8,15 +8,18 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from blockcache.tools.evaluation.contest import UNCACHED, Contestant, Group, pairings
+from blockcache.tools.evaluation.contest import Contestant, Group, pairings
 from blockcache.tools.evaluation.options import EvaluationOptions
 from blockcache.tools.evaluation.resampling import Interval, Resampled
 from blockcache.tools.evaluation.timing import Seconds, images_per_second, speedup
 from blockcache.tools.evaluation.verdict import Finding, compare, overall
 from blockcache.tools.report.spread import Spread
 
-TO_UNCACHED = ("distance", "psnr_db")
-"""Metrics that compare with the uncached run: they say nothing about that run itself."""
+TO_YARDSTICK = ("distance", "psnr_db")
+"""Metrics that compare with the yardstick: they say nothing about that run itself."""
+
+OWN = ("own_distance",)
+"""Distances to different runs cannot be compared with each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,7 @@ class GroupReport:
     """An uncached run, the first row, and everything compared with it."""
 
     name: str
+    yardstick: str  # the preset that distances are taken to: "converged", or the first row's
     floor: Mapping[str, Sequence[float]]  # real against real, repeated
     ceiling: Mapping[str, float]  # caption score of the real pictures
     rows: Sequence[Row]
@@ -110,7 +114,7 @@ def group_report(
         findings = compare(
             measured[subject.name],
             measured[other.name],
-            TO_UNCACHED if pairing.against == UNCACHED else (),
+            (*OWN, *TO_YARDSTICK) if other.name == group.yardstick.name else OWN,
         )
         comparisons.append(
             Comparison(
@@ -123,7 +127,12 @@ def group_report(
             )
         )
     return GroupReport(
-        name=group.name, floor=floor, ceiling=ceiling, rows=rows, comparisons=comparisons
+        name=group.name,
+        yardstick=group.yardstick.name,
+        floor=floor,
+        ceiling=ceiling,
+        rows=rows,
+        comparisons=comparisons,
     )
 
 

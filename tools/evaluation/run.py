@@ -11,7 +11,7 @@ import numpy as np
 
 from blockcache.export import Observer
 from blockcache.export.observer import unobserved
-from blockcache.runtime import Bundle
+from blockcache.runtime import Bundle, Preset
 from blockcache.runtime.files import write_text
 from blockcache.tools.evaluation import figures, timing
 from blockcache.tools.evaluation.contest import Contestant, Group, make_groups
@@ -27,6 +27,7 @@ from blockcache.tools.evaluation.report import (
 from blockcache.tools.evaluation.stages import Judged, Stages
 from blockcache.tools.evaluation.subject import Subject
 from blockcache.tools.report.machine import machine_facts
+from blockcache.tools.sources.converged import converged_preset, has_converged_run
 
 WORK = "work"
 
@@ -42,7 +43,7 @@ def measure_times(
 ) -> timing.Seconds:
     """The timing alone: a later ``evaluate`` with the same presets and options reads it."""
     return Stages(bundle, subject, options, work, observer).time(
-        _contestants(make_groups(bundle, names, reference))
+        _contestants(_groups(bundle, options, names, reference))
     )
 
 
@@ -72,13 +73,14 @@ def evaluate(
     Raises:
         ConfigError, BundleError, MissingExtraError: before anything is drawn.
     """
-    groups = make_groups(bundle, names, reference)
+    groups = _groups(bundle, options, names, reference)
     stages = Stages(bundle, subject, options, work or out / WORK, observer)
     stages.check()
     contestants = _contestants(groups)
     seconds = stages.time(contestants)
-    latents = stages.draw(contestants)
-    drawn = stages.decode(latents)
+    latents = stages.draw(_drawn(groups))
+    shown = {*(contestant.name for contestant in contestants), *(g.yardstick.name for g in groups)}
+    drawn = stages.decode({name: latents[name] for name in latents if name in shown})
     judged = stages.judge(groups, latents, drawn)
     reports = [
         _group(group, found, latents, seconds, options)
@@ -89,6 +91,25 @@ def evaluate(
     write_text(out / "evaluation.md", markdown(report))
     figures.draw(report, groups, subject, drawn, out)
     return report
+
+
+def _groups(
+    bundle: Bundle, options: EvaluationOptions, names: Sequence[str], reference: str | None
+) -> list[Group]:
+    """Who competes with whom, and what they are held against."""
+    converged = options.yardstick == "converged"
+    groups = make_groups(bundle, names, reference, any_grid=converged)
+    return [
+        replace(group, converged=converged_preset(bundle, group.reference.preset))
+        if converged and has_converged_run(group.reference.preset)
+        else group
+        for group in groups
+    ]
+
+
+def _drawn(groups: Sequence[Group]) -> list[Preset]:
+    """Every preset to draw, once."""
+    return list({preset.name: preset for group in groups for preset in group.drawn}.values())
 
 
 def _contestants(groups: Sequence[Group]) -> list[Contestant]:
@@ -107,7 +128,7 @@ def _group(
     seconds: timing.Seconds,
     options: EvaluationOptions,
 ) -> GroupReport:
-    base = latents[group.reference.name]
+    base = latents[group.yardstick.name]
     captions = judged.against.captions
     return group_report(
         group,
@@ -124,11 +145,12 @@ def _group(
 
 
 def _frame(bundle: Bundle, subject: Subject, options: EvaluationOptions, decoded: bool) -> Report:
-    reference = (
-        f"{len(subject.real.pictures)} real pictures"
-        if subject.real is not None
-        else "pictures of the uncached run from other noise, there being no real ones"
-    )
+    if subject.real is not None:
+        reference = f"{len(subject.real.pictures)} real pictures"
+    elif options.yardstick == "converged":
+        reference = "the converged run's own pictures, there being no real ones"
+    else:
+        reference = "pictures of the uncached run from other noise, there being no real ones"
     return Report(
         bundle=bundle.folder.name,
         model=bundle.model.name,

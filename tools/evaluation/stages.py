@@ -10,7 +10,7 @@ import numpy as np
 
 from blockcache.export import Observer
 from blockcache.export.observer import unobserved
-from blockcache.runtime import Bundle
+from blockcache.runtime import Bundle, Preset
 from blockcache.tools.evaluation import distances, timing
 from blockcache.tools.evaluation.contest import Contestant, Group
 from blockcache.tools.evaluation.distances import SetDistances
@@ -85,21 +85,19 @@ class Stages:
             lambda done, total: self._observer("timing", done, total),
         )
 
-    def draw(self, contestants: Sequence[Contestant]) -> dict[str, np.ndarray]:
+    def draw(self, presets: Sequence[Preset]) -> dict[str, np.ndarray]:
         """Latents by preset name."""
-        return self._draw(self._drawings, contestants, "images drawn")
+        return self._draw(self._drawings, presets, "images drawn")
 
     def _draw(
-        self, drawings: Drawings, contestants: Sequence[Contestant], stage: str
+        self, drawings: Drawings, presets: Sequence[Preset], stage: str
     ) -> dict[str, np.ndarray]:
-        missing = {
-            contestant.name: drawings.missing(contestant.preset) for contestant in contestants
-        }
+        missing = {preset.name: drawings.missing(preset) for preset in presets}
         total, before, latents = sum(missing.values()), 0, {}
-        for contestant in contestants:
+        for preset in presets:
             observe = _Offset(self._observer, stage, before, total)
-            latents[contestant.name] = drawings.draw(contestant.preset, observe)
-            before += missing[contestant.name]
+            latents[preset.name] = drawings.draw(preset, observe)
+            before += missing[preset.name]
         return latents
 
     def decode(self, latents: Mapping[str, np.ndarray]) -> dict[str, Drawn]:
@@ -127,20 +125,23 @@ class Stages:
         shared = None if real is None else self._real_reference(real)
         total, done, found = sum(len(group.contestants) for group in groups), 0, []
         for group in groups:
-            reference = group.reference.name
-            against = shared or self._drawn_reference(group.reference)
+            yardstick = group.yardstick.name
+            against = shared or self._drawn_reference(group, drawn)
             judge = Judge(
                 self._halves,
-                latents[reference],
-                drawn.get(reference),
+                latents[yardstick],
+                drawn.get(yardstick),
                 against.sets,
                 against.captions,
             )
             measured = {}
             for contestant in group.contestants:
                 self._observer("quality", done, total)
+                own = group.own_uncached(contestant) if group.converged else None
                 measured[contestant.name] = judge.measure(
-                    latents[contestant.name], drawn.get(contestant.name)
+                    latents[contestant.name],
+                    drawn.get(contestant.name),
+                    None if own is None else latents[own.name],
                 )
                 done += 1
             found.append(Judged(measured, against))
@@ -161,16 +162,17 @@ class Stages:
         captions = Captions(self._subject.real, features)
         return Reference(SetDistances(features), captions, self._floor(features))
 
-    def _drawn_reference(self, contestant: Contestant) -> Reference:
-        """The uncached run on the same prompts, from other noise."""
+    def _drawn_reference(self, group: Group, drawn: Mapping[str, Drawn]) -> Reference:
+        """The converged run's own pictures; else the uncached run's, from other noise."""
         if self._gallery is None:
             return Reference()
-        stage = f"{contestant.name} from other noise"
-        latents = self._draw(self._independent, [contestant], stage)
-        features = self._decode(self._gallery, latents, f"{stage}: features")[
-            contestant.name
-        ].features
-        return Reference(SetDistances(features))
+        if group.converged is not None:
+            return Reference(SetDistances(drawn[group.converged.name].features))
+        preset = group.reference.preset
+        stage = f"{preset.name} from other noise"
+        latents = self._draw(self._independent, [preset], stage)
+        found = self._decode(self._gallery, latents, f"{stage}: features")
+        return Reference(SetDistances(found[preset.name].features))
 
     def _floor(self, features: np.ndarray) -> dict[str, list[float]]:
         draw = self._options.draw

@@ -28,26 +28,14 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from blockcache.export import Calibration, ConvergedOptions, SourceModel
-from blockcache.export.graph.time_tables import time_tables
-from blockcache.export.measure.converged import converged_solver
+from blockcache.export import Calibration, SourceModel
 from blockcache.export.measure.sampling import Job, Sampling, job_seed
-from blockcache.runtime import (
-    Alignment,
-    Bundle,
-    ConfigError,
-    Preset,
-    Provenance,
-    Schedule,
-    Session,
-    SolverConfig,
-)
+from blockcache.runtime import Bundle, ConfigError, Preset, Session, SolverConfig
 from blockcache.runtime.bundles.tensor_files import preset_bytes
 from blockcache.runtime.engines.ort import OrtBackend
 from blockcache.runtime.files import write_bytes, write_text
 from blockcache.runtime.plan import LOOP_ROLES
 from blockcache.runtime.run_table import flops_run
-from blockcache.runtime.solvers.solver import solver_tables
 from blockcache.tools.demo.concepts import caption
 from blockcache.tools.demo.prompts import STYLES
 from blockcache.tools.evaluation.quality import relative_distance
@@ -55,6 +43,7 @@ from blockcache.tools.report.errors import one_line_errors
 from blockcache.tools.report.progress import StageProgress
 from blockcache.tools.report.tables import markdown_table
 from blockcache.tools.sources.codecs import DemoCodec
+from blockcache.tools.sources.converged import converged_preset
 from blockcache.tools.sources.models import DEMO, load_source
 from blockcache.tools.sources.references import uncached
 
@@ -183,22 +172,6 @@ def _row(bundle: Bundle, preset: Preset, draw: Draws, sampling: Sampling, far: n
         cached=cached,
         to_converged=relative_distance(latents, far),
         to_uncached=None if reference is None else relative_distance(latents, reference),
-    )
-
-
-def converged_preset(bundle: Bundle, like: Preset) -> Preset:
-    """The uncached run on a grid so fine that more steps change nothing."""
-    solver = converged_solver(SolverConfig.from_json(like.solver), ConvergedOptions().levels)
-    tables = solver_tables(solver)
-    channels = tuple(block.channels for block in bundle.model.blocks)
-    return dataclasses.replace(
-        like,
-        name="converged",
-        solver=solver.to_json(),
-        schedule=Schedule.uncached(solver.steps, len(channels)),
-        alignment=Alignment.identity(solver.steps, channels, like.alignment.outputs),
-        time_tables=time_tables(bundle.segments, bundle.folder, tables.timesteps),
-        provenance=Provenance(kind="uncached"),
     )
 
 

@@ -38,5 +38,5 @@ for group in "${@:-dpm-20}"; do
   for preset in $presets; do options+=(--preset "$solver:$preset"); done
   .venv/bin/blockcache compile demo "$out/$group/bundle" --guidance 3 --profile-seeds 1 "${options[@]}"
   .venv/bin/blockcache evaluate "$out/$group/bundle" --images "${IMAGES:-256}" --out "$out/$group" \
-    --reference-work "$work/cpu"
+    --reference-work "$work/cpu" --yardstick uncached
 done

@@ -108,6 +108,41 @@ def test_a_threshold_is_one_however_its_delta_was_chosen(bundle):
     assert not any(p.subject.name == p.other.name for p in pairings(group))
 
 
+def test_on_any_grid_presets_of_one_solver_compete(preset_of, presets_only):
+    """The reference is the run on the scheduler's own grid, whichever was compiled first."""
+
+    def on_grid(name, steps, recompute=None, **policy):
+        made = preset_of(name, steps, recompute, **policy)
+        return dataclasses.replace(made, solver={**made.solver, "grid": {"name": "auto"}})
+
+    policy = {"kind": "joint", "value": 1.5, "replaced_steps": 4, "alignment": "history"}
+    bundle = presets_only(
+        [
+            on_grid("dpm-auto-4", 4),
+            preset_of("dpm-4", 4),
+            preset_of("dpm-3", 3),
+            on_grid("dpm-auto-3", 3),
+            on_grid("dpm-4-x1.5", 3, THIRD, **policy),
+        ]
+    )
+    (group,) = make_groups(bundle, any_grid=True)
+    assert [(c.name, c.method) for c in group.contestants] == [
+        ("dpm-4", "uncached"),
+        ("dpm-3", "fewer steps"),
+        ("dpm-auto-3", "fewer steps"),
+        ("dpm-auto-4", "uncached, other grid"),
+        ("dpm-4-x1.5", "steps and reuse together + history"),
+    ]
+    found = {(p.subject.name, p.against, p.other.name) for p in pairings(group)}
+    assert {other for subject, against, other in found if subject == "dpm-4-x1.5"} == {
+        "dpm-4", "dpm-3", "dpm-auto-3",
+    }  # fmt: skip
+    own = group.own_uncached(group.contestants[4])
+    assert (own.name, own.schedule.recompute.all()) == ("dpm-4-x1.5-uncached", True)
+    assert group.own_uncached(group.reference) is None
+    assert len(make_groups(presets_only([bundle.preset(n) for n in ("dpm-4", "dpm-auto-4")]))) == 2
+
+
 @pytest.fixture
 def with_joint(preset_of, presets_only):
     """Presets that take the place of 4 steps with fewer, one of them without any caching."""

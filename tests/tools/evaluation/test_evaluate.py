@@ -82,10 +82,23 @@ OPTIONS = EvaluationOptions(
 )
 
 
-@pytest.mark.parametrize("with_real", [False, True], ids=["drawn reference", "real pictures"])
+@pytest.mark.parametrize(
+    ("with_real", "yardstick"),
+    [(False, "converged"), (False, "uncached"), (True, "uncached")],
+    ids=["converged", "drawn reference", "real pictures"],
+)
 def test_everything_is_written_and_a_second_run_computes_nothing(
-    bundle, compiled, conditions_of, subject_of, fake_extractor, tmp_path, monkeypatch, with_real
+    bundle,
+    compiled,
+    conditions_of,
+    subject_of,
+    fake_extractor,
+    tmp_path,
+    monkeypatch,
+    with_real,
+    yardstick,
 ):
+    options = dataclasses.replace(OPTIONS, yardstick=yardstick)
     monkeypatch.setattr(figures, "COLUMNS", 2)
     rng = np.random.default_rng(0)
     real = RealPictures(
@@ -97,7 +110,7 @@ def test_everything_is_written_and_a_second_run_computes_nothing(
     )
     more = {"decode": decode, "decoder": "d", "real": real if with_real else None}
     subject = subject_of(compiled("sd")[0], conditions_of, 6, **more)
-    report = run.evaluate(bundle, subject, OPTIONS, tmp_path / "out")
+    report = run.evaluate(bundle, subject, options, tmp_path / "out")
     assert fake_extractor.seen == (4 * 6 + 24 if with_real else 5 * 6)
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {
@@ -107,14 +120,22 @@ def test_everything_is_written_and_a_second_run_computes_nothing(
     (group,) = report.groups
     rows = {row.preset: row for row in group.rows}
     assert list(rows) == ["ddim-4", "ddim-2", "ddim-4-d0.1", "ddim-4-d0.9"]
-    assert rows["ddim-4"].quality["distance"].value == 0
+    assert group.yardstick == ("converged" if yardstick == "converged" else "ddim-4")
+    assert (rows["ddim-4"].quality["distance"].value == 0) == (yardstick == "uncached")
     assert rows["ddim-4-d0.1"].quality["distance"].value > 0
     metrics = {"frechet", "kid", "distance", "psnr_db"} | ({"top1", "top5"} if with_real else set())
-    assert set(rows["ddim-4-d0.9"].quality) == metrics
+    assert set(rows["ddim-2"].quality) == metrics
+    own = {"own_distance"} if yardstick == "converged" else set()
+    assert set(rows["ddim-4-d0.9"].quality) == metrics | own
+    compared = {c.subject: set(c.findings) for c in group.comparisons if c.against == "uncached"}
+    judged = {"frechet", "kid"} | (
+        {"distance", "psnr_db"} if own else metrics - {"distance", "psnr_db"}
+    )
+    assert compared["ddim-4-d0.9"] == judged
     assert bool(group.floor) == with_real
 
     first = (tmp_path / "out" / "evaluation.json").read_text()
-    run.evaluate(bundle, subject, OPTIONS, tmp_path / "out")
+    run.evaluate(bundle, subject, options, tmp_path / "out")
     assert (tmp_path / "out" / "evaluation.json").read_text() == first
     assert fake_extractor.seen == (4 * 6 + 24 if with_real else 5 * 6)
 
@@ -129,6 +150,7 @@ def test_the_command_compares_latents_of_encoded_prompts(
     arguments = ["evaluate", opened.folder, "--embeddings", tmp_path / "encoded.safetensors"]
     arguments += ["--preset", "ddim-4", "--images", 3, "--rounds", 1, "--timed-images", 1]
     arguments += ["--out", tmp_path / "out", "--json", "--reference", "ddim-4"]
+    arguments += ["--yardstick", "uncached"]
     monkeypatch.setattr(sys, "argv", ["blockcache", *map(str, [*arguments, "--only-timing"])])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
@@ -146,7 +168,7 @@ def test_the_command_compares_latents_of_encoded_prompts(
     seconds = json.loads(timed)["ddim-4"]
     assert row["images_per_s"]["median"] == pytest.approx(1 / seconds[0])
 
-    monkeypatch.setattr(sys, "argv", ["blockcache", *map(str, arguments[:-1]), "ddim-9"])
+    monkeypatch.setattr(sys, "argv", ["blockcache", *map(str, arguments), "--reference", "ddim-9"])
     with pytest.raises(SystemExit, match="1"):
         cli.main()
     assert "Expected a preset of ['ddim-4', 'dpm-20'], got 'ddim-9'" in capsys.readouterr().err
@@ -159,6 +181,7 @@ def test_the_command_compares_latents_of_encoded_prompts(
         (["--model", "demo", "--reference-work", "nowhere"], "error: Expected the demo's pictures"),
         (["--model", "nowhere"], "error: Expected a diffusers folder or a hub id"),
         (["--images", "1"], "error: Expected 2 images or more, for a spread"),
+        (["--yardstick", "x"], "error: Expected a yardstick of ['converged', 'uncached'], got 'x'"),
         (["--resamples", "3"], "error: Expected 20 resamples or more for a 90 % interval, got 3."),
         (
             ["--model", "m", "--reference-work", "w"],

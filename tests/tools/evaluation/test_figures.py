@@ -88,7 +88,9 @@ def test_latents_alone_show_the_distance_alone(group, monkeypatch, tmp_path):
 def test_a_single_delta_is_no_curve(group, monkeypatch, tmp_path):
     made = reported(group, {})
     rows = [row for row in made.rows if row.preset != "dpm-4-d0.1"]
-    fewer = type(made)(name="n", floor={}, ceiling={}, rows=rows, comparisons=made.comparisons)
+    fewer = type(made)(
+        name="n", yardstick="dpm-4", floor={}, ceiling={}, rows=rows, comparisons=made.comparisons
+    )
     assert drawn(fewer, monkeypatch, tmp_path)[1] == []
 
 

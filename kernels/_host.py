@@ -45,6 +45,7 @@ def bind_guided_solver_step(
     previous_x0: FloatArray | None = None,
     earlier_x0: FloatArray | None = None,
     guidance: FloatArray | float | None = None,
+    image_guidance: FloatArray | float | None = None,
     rescale: FloatArray | None = None,
     seeds: SeedArray | None = None,
     dtype: str | None = None,
@@ -57,7 +58,8 @@ def bind_guided_solver_step(
     Args:
         next_sample: float32 [N, ...], written; may be `sample`.
         sample: float32 [N, ...].
-        model_out: T [2N, ...] with guidance, the unconditional half first, else [N, ...]. None
+        model_out: T [2N, ...] with guidance, the unconditional half first; [3N, ...] with image
+            guidance too, what is conditioned on the image alone in the middle; else [N, ...]. None
             where no step that will be run reads it.
         table: float32 [S, 8], rows (c_sample, c_model, c_previous, c_earlier, d_sample, d_model,
             next_input_scale, c_noise).
@@ -67,6 +69,8 @@ def bind_guided_solver_step(
         previous_x0: float32 [N, ...]; None where its coefficient is 0.
         earlier_x0: float32 [N, ...]; None where its coefficient is 0.
         guidance: the guidance scale, one or float32 [N]; None: no guidance.
+        image_guidance: InstructPix2Pix's second scale, one or float32 [N], beside the first; None:
+            two halves.
         rescale: float32 [N] of `guidance_rescale_factors`.
         seeds: uint64 [N], one a sample; None where no step adds noise.
         dtype: T by name, where the arrays do not tell.
@@ -87,7 +91,16 @@ def bind_guided_solver_step(
         "earlier_x0": earlier_x0,
     }
     scales = None if guidance is None else _per_sample(guidance, next_sample.shape[:1])
-    uniform = {"table": table, "guidance": scales, "rescale": rescale, "seeds": seeds}
+    images = None if image_guidance is None else _per_sample(image_guidance, next_sample.shape[:1])
+    if images is not None and scales is None:
+        raise KernelError("image_guidance: expected guidance beside it, got none")
+    uniform = {
+        "table": table,
+        "guidance": scales,
+        "image_guidance": images,
+        "rescale": rescale,
+        "seeds": seeds,
+    }
     return _bind(floats, uniform, {"model_out": model_out, "next_input": next_input}, dtype)
 
 
@@ -108,12 +121,13 @@ def _bind(
         T = "uint64" if name == "seeds" else "float32"
         require(name, array, (S, ROW) if name == "table" else (N,), T)
     T = "float32"
-    doubled = shape if uniform["guidance"] is None else (2 * N, *shape[1:])
+    parts = 1 + sum(uniform[name] is not None for name in ("guidance", "image_guidance"))
+    batched = (parts * N, *shape[1:])
     for name, array in typed.items():
         if array is not None:
             T = dtype_name(name, array, dtype)
     for name, array in typed.items():
-        require(name, array, doubled, T, dtype, write=name in _WRITTEN)
+        require(name, array, batched, T, dtype, write=name in _WRITTEN)
 
     arrays = {**floats, **uniform, **typed}
     args = GuidedSolverStepArgs(N=N, M=M, S=S, dtype=DTYPES[T])
@@ -147,13 +161,15 @@ def guided_solver_step(
     previous_x0: FloatArray | None = None,
     earlier_x0: FloatArray | None = None,
     guidance: FloatArray | float | None = None,
+    image_guidance: FloatArray | float | None = None,
     rescale: FloatArray | None = None,
     seeds: SeedArray | None = None,
     dtype: str | None = None,
 ) -> None:
     """Guidance, solver update, x0 and next model input in one pass over memory.
 
-    With u and c the halves of `model_out` and g = rescale * (u + guidance * (c - u)), or
+    With u and c the halves of `model_out` and g = rescale * (u + guidance * (c - u)), or with u, i
+    and c its thirds g = rescale * (u + image_guidance * (i - u) + guidance * (c - i)), or
     g = model_out without guidance: next_sample = c_sample * sample + c_model * g
     + c_previous * previous_x0 + c_earlier * earlier_x0 + c_noise * z, in float32 and in that order,
     z being standard normal noise of each sample's seed and the step. Arrays whose coefficients are
@@ -171,6 +187,7 @@ def guided_solver_step(
         previous_x0: see there.
         earlier_x0: see there.
         guidance: see there.
+        image_guidance: see there.
         rescale: see there.
         seeds: see there.
         dtype: see there.
@@ -188,6 +205,7 @@ def guided_solver_step(
         previous_x0=previous_x0,
         earlier_x0=earlier_x0,
         guidance=guidance,
+        image_guidance=image_guidance,
         rescale=rescale,
         seeds=seeds,
         dtype=dtype,

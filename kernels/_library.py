@@ -8,7 +8,7 @@ from ctypes import POINTER, c_char_p, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any, Final
 
-ABI_VERSION: Final = 3
+ABI_VERSION: Final = 4
 """`BC_ABI_VERSION` of the header this file was written against."""
 
 ROW: Final = 8
@@ -42,14 +42,15 @@ class GuidedSolverStepArgs(ctypes.Structure):
     _fields_ = (
         ("next_sample", c_void_p),  # float32 [N, M]
         ("x0_out", c_void_p),  # float32 [N, M] or None
-        ("next_input", c_void_p),  # T [2N or N, M] or None
+        ("next_input", c_void_p),  # T, shaped as model_out, or None
         ("sample", c_void_p),  # float32 [N, M]
-        ("model_out", c_void_p),  # T [2N or N, M]
+        ("model_out", c_void_p),  # T [3N, 2N or N, M]
         ("previous_x0", c_void_p),  # float32 [N, M] or None
         ("earlier_x0", c_void_p),  # float32 [N, M] or None
         ("table", c_void_p),  # float32 [S, ROW]
         ("step_counter", c_void_p),  # int32 [1] or None
         ("guidance", c_void_p),  # float32 [N] or None
+        ("image_guidance", c_void_p),  # float32 [N] or None
         ("rescale", c_void_p),  # float32 [N] or None
         ("seeds", c_void_p),  # uint64 [N] or None
         ("N", c_int64),

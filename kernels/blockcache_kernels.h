@@ -27,7 +27,7 @@ extern "C" {
 #define BC_API __attribute__((visibility("default")))
 
 /* Raised whenever a struct or a signature below changes; a loader refuses another number. */
-#define BC_ABI_VERSION 3
+#define BC_ABI_VERSION 4
 
 /* Values of `dtype`. */
 #define BC_FLOAT32 0
@@ -70,12 +70,15 @@ BC_API const char *bc_error_string(int32_t code);
  * guided_solver_step: guidance, solver update, x0 and the next model input in one pass.
  *
  *   g           = u + guidance * (c - u)     u, c the two halves of model_out, unconditional first
+ *   g           = u + image_guidance * (i - u) + guidance * (c - i)
+ *                                            with image guidance too: u, i, c the three thirds, i
+ *                                            being conditioned on the image alone (InstructPix2Pix)
  *   g           = m                          without guidance
  *   g           = rescale * g                with rescale
  *   next_sample = c_sample * x + c_model * g + c_previous * h0 + c_earlier * h1
  *                 + c_noise * z
  *   x0_out      = d_sample * x + d_model * g
- *   next_input  = next_input_scale * next_sample, rounded to T, in both halves with guidance
+ *   next_input  = next_input_scale * next_sample, rounded to T, in every half or third with guidance
  *
  * z are standard normal numbers: Philox 4x32-10 under the sample's seed, counted by the step and the
  * element in groups of four, then Box and Muller.
@@ -89,14 +92,15 @@ BC_API const char *bc_error_string(int32_t code);
 typedef struct bc_guided_solver_step_args {
   float *next_sample;          /* float32 [N, M] */
   float *x0_out;               /* float32 [N, M], or NULL: not wanted */
-  void *next_input;            /* T [2N, M] with guidance, else [N, M]; or NULL: not wanted */
+  void *next_input;            /* T, shaped as model_out; or NULL: not wanted */
   const float *sample;         /* float32 [N, M] */
-  const void *model_out;       /* T [2N, M] with guidance, else [N, M] */
+  const void *model_out;       /* T [2N, M] with guidance, [3N, M] with image guidance, else [N, M] */
   const float *previous_x0;    /* float32 [N, M], or NULL where its coefficient is 0 */
   const float *earlier_x0;     /* float32 [N, M], or NULL where its coefficient is 0 */
   const float *table;          /* float32 [S, BC_ROW] */
   const int32_t *step_counter; /* int32 [1]: read in place of `step`; or NULL */
   const float *guidance;       /* float32 [N], one scale per sample; or NULL: no guidance */
+  const float *image_guidance; /* float32 [N], only with guidance; or NULL: two halves */
   const float *rescale;        /* float32 [N] of guidance_rescale_factors; or NULL: off */
   const uint64_t *seeds;       /* [N], one a sample; or NULL where no step adds noise */
   int64_t N;

@@ -5,6 +5,8 @@
 // once and written once; the row, the guidance and the rescale factor are uniform over a block. Noise
 // is computed from a counter where it is added and takes no memory.
 //
+// Guidance by text and by image (InstructPix2Pix) reads three thirds instead of two halves.
+//
 // Bytes per latent element with guidance and T of b bytes: read 4 (x) + 2b (u, c) + 4 per x0
 // used, write 4 (next x) + 4 (x0) + 2b (next input). DPM-Solver++ 2M in bf16: 24 bytes.
 // The torch operations in tools/bench/kernels/cuda.py move 172 bytes in 17 launches.
@@ -60,12 +62,17 @@ BC_INLINE Row read_row(const Args &args, int32_t step) {
   return row;
 }
 
+// How often a sample stands in model_out: once, or once for each half or third of guidance.
+BC_INLINE int64_t parts(const Args &args) {
+  return 1 + (args.guidance != nullptr ? 1 : 0) + (args.image_guidance != nullptr ? 1 : 0);
+}
+
 // V elements of sample n from element i on. All reads come before the first write, which is what
 // makes the allowed aliasing safe. The host and the device run this very function.
 template <class T, int V>
 BC_INLINE void update(const Args &args, const Row &row, int64_t n, int64_t i) {
   const int64_t at = n * args.M + i;
-  const int64_t half = args.N * args.M;
+  const int64_t part = args.N * args.M;
   float x[V], g[V] = {}, h[V], next[V];
   load(x, args.sample + at);
   for (int j = 0; j < V; ++j) next[j] = row.c_sample * x[j];
@@ -76,8 +83,18 @@ BC_INLINE void update(const Args &args, const Row &row, int64_t n, int64_t i) {
     if (args.guidance != nullptr) {
       const float guidance = args.guidance[n];
       float c[V];
-      load(c, model_out + half + at);
-      for (int j = 0; j < V; ++j) g[j] = g[j] + guidance * (c[j] - g[j]);
+      if (args.image_guidance != nullptr) {
+        const float image_guidance = args.image_guidance[n];
+        float k[V];  // conditioned on the image alone
+        load(k, model_out + part + at);
+        load(c, model_out + 2 * part + at);
+        for (int j = 0; j < V; ++j) {
+          g[j] = g[j] + image_guidance * (k[j] - g[j]) + guidance * (c[j] - k[j]);
+        }
+      } else {
+        load(c, model_out + part + at);
+        for (int j = 0; j < V; ++j) g[j] = g[j] + guidance * (c[j] - g[j]);
+      }
     }
     if (args.rescale != nullptr) {
       const float rescale = args.rescale[n];
@@ -110,7 +127,7 @@ BC_INLINE void update(const Args &args, const Row &row, int64_t n, int64_t i) {
     T *next_input = static_cast<T *>(args.next_input);
     for (int j = 0; j < V; ++j) next[j] = row.next_input_scale * next[j];
     store(next_input + at, next);
-    if (args.guidance != nullptr) store(next_input + half + at, next);
+    for (int64_t p = 1; p < parts(args); ++p) store(next_input + p * part + at, next);
   }
 }
 
@@ -120,21 +137,23 @@ inline int32_t check(const Args *given, int32_t step) {
   if (args.next_sample == nullptr || args.sample == nullptr || args.table == nullptr) {
     return BC_ERROR_NULL;
   }
+  if (args.image_guidance != nullptr && args.guidance == nullptr) return BC_ERROR_NULL;
   if (args.dtype < BC_FLOAT32 || args.dtype > BC_BFLOAT16) return BC_ERROR_DTYPE;
   if (bad_sizes(args.N, args.M) || args.S < 1) return BC_ERROR_SIZE;
 
   const int64_t elements = args.N * args.M;
-  const int64_t doubled = args.guidance != nullptr ? 2 * elements : elements;
+  const int64_t batched = parts(args) * elements;
   const int64_t bytes = dtype_bytes(args.dtype);
   constexpr int kOutputs = 3;  // then the tensors they may be written over, then the small ones
   constexpr int kTensors = 7;
   const Span spans[] = {
       {args.next_sample, elements, 4},   {args.x0_out, elements, 4},
-      {args.next_input, doubled, bytes}, {args.sample, elements, 4},
-      {args.model_out, doubled, bytes},  {args.previous_x0, elements, 4},
+      {args.next_input, batched, bytes}, {args.sample, elements, 4},
+      {args.model_out, batched, bytes},  {args.previous_x0, elements, 4},
       {args.earlier_x0, elements, 4},    {args.table, int64_t{BC_ROW} * args.S, 4},
       {args.step_counter, 1, 4},         {args.guidance, args.N, 4},
-      {args.rescale, args.N, 4},         {args.seeds, args.N, 8},
+      {args.image_guidance, args.N, 4},  {args.rescale, args.N, 4},
+      {args.seeds, args.N, 8},
   };
   int position = 0;
   for (const Span &span : spans) {

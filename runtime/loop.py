@@ -159,8 +159,9 @@ def _set_latents(device: Device, program: Program, request: Request, tables: Sol
     """Put the sample and the model input of the first step in place."""
     start = start_latents(request, tables)
     device.upload(program.tensors["latents"], start)
-    halves = [start * tables.input_scale[request.first]] * (1 if request.guidance is None else 2)
-    device.upload(program.tensors["sample"], np.concatenate(halves))
+    rows = request.sizes.batch // request.images
+    inputs = [start * tables.input_scale[request.first]] * rows
+    device.upload(program.tensors["sample"], np.concatenate(inputs))
 
 
 def start_latents(request: Request, tables: SolverTables) -> np.ndarray:

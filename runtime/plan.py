@@ -41,6 +41,8 @@ ROLES: tuple[Role, ...] = ("trunk", "block", "prompt", "condition", "time", "who
 """Of the U-Net's segments."""
 PART_ROLES: tuple[Role, ...] = ("text_encoder", "decoder", "encoder")
 """Of what stands beside the U-Net in a pipeline."""
+IMAGE_LATENTS = "image_latents"
+"""The extra input of InstructPix2Pix, which guidance may weigh by itself."""
 LOOP_ROLES: tuple[Role, ...] = ("condition", "trunk", "block")
 
 
@@ -464,6 +466,11 @@ class ModelFacts:
         """Channels of the pictures that the U-Net reads beside the sample, in their order."""
         specs = {spec.name: spec for spec in self.conditions}
         return {name: int(specs[name].dims[1].coefficient) for name in self.extra_inputs}
+
+    @property
+    def most_rows(self) -> int:
+        """How often an image stands in a batch at most: three times where its picture is guided."""
+        return 3 if IMAGE_LATENTS in self.extra_inputs else 2
 
     @property
     def block_channels(self) -> tuple[int, ...]:

@@ -9,11 +9,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from blockcache.runtime.arguments import finite_number, whole_number
-from blockcache.runtime.devices.device import Guidance
+from blockcache.runtime.devices.device import Guidance, modes_of
 from blockcache.runtime.devices.dlpack import Lent
 from blockcache.runtime.devices.interop import host_array
 from blockcache.runtime.errors import InputError
 from blockcache.runtime.plan import (
+    IMAGE_LATENTS,
     MOST_SIZE,
     ModelFacts,
     Sizes,
@@ -30,8 +31,8 @@ CLASSES = "class_labels"
 
 
 Condition: TypeAlias = "np.ndarray | tuple[np.ndarray | Lent, ...]"
-"""[batch, ...], the unconditional half first; or the halves, [N or 1, ...] each, where one of them
-lies on the session's GPU."""
+"""[batch, ...], the unconditional half first; or the halves (thirds with guidance by an image), [N
+or 1, ...] each, where one of them lies on the session's GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,22 +101,25 @@ def checked_request(
     positive = {name: host_array(values) for name, values in positive.items()}
     negative = {name: host_array(values) for name, values in negative.items()}
     _refuse_unknown(model, (*positive, *negative))
+    _require_guidance(model, guidance)
     sizes = replace(
-        model.sizes.for_images(shape[0], guided=guidance is not None),
+        model.sizes,
+        batch=shape[0] * modes_of(guidance)[0],
         height=shape[2],
         width=shape[3],
         tokens=_tokens(model, positive[PROMPT]),
     )
     conditions: dict[str, Condition] = {}
     for spec in model.conditions:
-        halves = [_half(check, spec, sizes, shape[0], positive, "")]
-        if guidance is not None:
-            given = _default_negative(spec, halves[0])
-            defaults = {} if given is None else {spec.name: given}
-            halves.insert(
-                0, _half(check, spec, sizes, shape[0], {**defaults, **negative}, "negative ")
-            )
-        conditions[spec.name] = _joined(model, spec, halves)
+        half = _half(check, spec, sizes, shape[0], positive, "")
+        if guidance is None:
+            conditions[spec.name] = _joined(model, spec, [half])
+            continue
+        given = _default_negative(spec, half, guidance)
+        defaults = {} if given is None else {spec.name: given}
+        other = _half(check, spec, sizes, shape[0], {**defaults, **negative}, "negative ")
+        between = [half if spec.name == IMAGE_LATENTS else other] * (guidance.rows - 2)
+        conditions[spec.name] = _joined(model, spec, [other, *between, half])
     return Request(
         sizes=sizes,
         images=shape[0],
@@ -192,14 +196,16 @@ def starting_noise(
     return np.stack(images)
 
 
-def guidance_of(scale: object, rescale: object) -> Guidance | None:
+def guidance_of(scale: object, rescale: object, image_scale: object = 1.0) -> Guidance | None:
     """Classifier-free guidance, or None where it is off: at a scale of 1 or less, as in diffusers.
 
     Raises:
-        InputError: one of them is no finite number, or the rescale is not within 0 and 1.
+        InputError: one of them is no finite number or out of range.
     """
     guidance = Guidance(
-        finite_number("guidance_scale", scale), finite_number("guidance_rescale", rescale)
+        finite_number("guidance_scale", scale),
+        finite_number("guidance_rescale", rescale),
+        finite_number("image_guidance_scale", image_scale),
     )
     return guidance if guidance.scale > 1 else None
 
@@ -311,8 +317,24 @@ def _require_classes(model: ModelFacts, labels: np.ndarray) -> None:
         )
 
 
-def _default_negative(spec: TensorSpec, values: np.ndarray | Lent) -> np.ndarray | Lent | None:
-    """``default_negative``, also of what is lent, which is a prompt's or a picture."""
+def _require_guidance(model: ModelFacts, guidance: Guidance | None) -> None:
+    """Refuse guidance by an image where the model reads none."""
+    if guidance is not None and guidance.rows > model.most_rows:
+        raise InputError(
+            f"image_guidance_scale: expected 1, as {model.name!r} has no {IMAGE_LATENTS} to guide "
+            f"by, got {guidance.image_scale}. It is for InstructPix2Pix; leave it out."
+        )
+
+
+def _default_negative(
+    spec: TensorSpec, values: np.ndarray | Lent, guidance: Guidance
+) -> np.ndarray | Lent | None:
+    """``default_negative``, also of what is lent, which is a prompt's or a picture.
+
+    Where guidance weighs the image by itself, what is unconditional has none: zeros.
+    """
+    if spec.name == IMAGE_LATENTS and guidance.rows == 3:
+        return np.zeros(values.shape, np.float32)
     if isinstance(values, Lent):
         return values if len(values.shape) == 4 else None
     return default_negative(spec.name, values)

@@ -264,6 +264,7 @@ class Session:
         negative_conditions: Mapping[str, np.ndarray] | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
+        image_guidance_scale: float = 1.0,
         seeds: Sequence[int] | None = None,
         image_latents: np.ndarray | None = None,
         start_step: int = 0,
@@ -288,6 +289,8 @@ class Session:
             guidance_scale: classifier-free guidance; default the preset's. 1 or less turns it off,
                 as in diffusers.
             guidance_rescale: 0 (off) to 1, as in diffusers (arXiv 2305.08891, section 3.4).
+            image_guidance_scale: InstructPix2Pix: how far to follow ``image_latents``; 1 (off) or
+                more, as in diffusers. It runs three samples an image instead of two.
             seeds: N whole numbers, one an image; needed by presets whose solver adds noise at every
                 step (euler-a, dpm-sde, lcm), not read by others. With the same seed an image gets
                 the same noise, alone and in a batch.
@@ -314,7 +317,7 @@ class Session:
             noise=noise,
             positive=self._placed({PROMPT: prompt_embeds, **(conditions or {})}, check_finite),
             negative=self._placed(negative, check_finite),
-            guidance=guidance_of(scale, guidance_rescale),
+            guidance=guidance_of(scale, guidance_rescale, image_guidance_scale),
             seeds=seeds,
             needs_seeds=stochastic,
             image_latents=image_latents,

@@ -223,8 +223,17 @@ class CachedUNet:
         )
 
 
-def guided_output(output: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
-    """Guidance between the halves of [2N, ...] and its rescale (arXiv 2305.08891, section 3.4)."""
+def guided_output(
+    output: torch.Tensor, scale: float, rescale: float, image_scale: float = 1.0
+) -> torch.Tensor:
+    """Guidance between the halves of [2N, ...] and its rescale (arXiv 2305.08891, section 3.4).
+
+    With an ``image_scale`` other than 1, between thirds, as InstructPix2Pix has it.
+    """
+    if image_scale != 1:
+        nothing, image, both = output.chunk(3)
+        weighed: torch.Tensor = nothing + image_scale * (image - nothing) + scale * (both - image)
+        return weighed
     unconditional, conditional = output.chunk(2)
     guided: torch.Tensor = unconditional + scale * (conditional - unconditional)
     if rescale:
@@ -261,10 +270,11 @@ class Denoiser:
     Args:
         cached: the entered CachedUNet.
         solver: the solver's part.
-        conditions: by name, [2N, ...] with the unconditional half first, or [N, ...] where
-            ``guidance_scale`` is 1 or less.
+        conditions: by name, [2N, ...] with the unconditional half first, [3N, ...] with an
+            ``image_guidance_scale``, or [N, ...] where ``guidance_scale`` is 1 or less.
         guidance_scale: 1 or less turns guidance off, as in diffusers.
         guidance_rescale: 0 (off) to 1, as ``Session.denoise`` has it.
+        image_guidance_scale: the same, of InstructPix2Pix; 1: off.
     """
 
     def __init__(
@@ -274,11 +284,14 @@ class Denoiser:
         conditions: Mapping[str, torch.Tensor],
         guidance_scale: float,
         guidance_rescale: float = 0.0,
+        image_guidance_scale: float = 1.0,
     ) -> None:
         self.cached = cached
         self.solver = solver
         self._conditions = [conditions[c.name] for c in cached.model.conditions]
-        self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
+        self._scales = (guidance_scale, guidance_rescale, image_guidance_scale)
+        thirds = image_guidance_scale != 1
+        self._rows = 1 if guidance_scale <= 1 else 3 if thirds else 2
 
     def start(
         self, noise: torch.Tensor, image_latents: torch.Tensor | None = None, start_step: int = 0
@@ -305,17 +318,16 @@ class Denoiser:
         ``recompute`` and ``coefficients`` as of ``CachedUNet``.
         """
         sample = self.solver.model_input(state.latents, state.past, step)
-        guided = self._guidance_scale > 1
         output, kept = self.cached(
-            torch.cat([sample, sample]) if guided else sample,
+            torch.cat([sample] * self._rows),
             float(self.solver.timesteps[step]),
             self._conditions,
             state.kept,
             recompute,
             coefficients,
         )
-        if guided:
-            output = guided_output(output, self._guidance_scale, self._guidance_rescale)
+        if self._rows > 1:
+            output = guided_output(output, *self._scales)
         return output, kept
 
     def advance(self, state: State, output: torch.Tensor, kept: Kept, step: int) -> State:

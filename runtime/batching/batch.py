@@ -226,6 +226,7 @@ class ContinuousBatch:
         negative_conditions: Mapping[str, np.ndarray] | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
+        image_guidance_scale: float = 1.0,
         seeds: Sequence[int] | None = None,
         image_latents: np.ndarray | None = None,
         start_step: int = 0,
@@ -245,6 +246,7 @@ class ContinuousBatch:
             negative_conditions: the same for the unconditional half.
             guidance_scale: default the preset's. 1 or less turns guidance off.
             guidance_rescale: 0 (off) to 1.
+            image_guidance_scale: InstructPix2Pix; 1 (off) or more.
             seeds: one whole number, for presets whose solver adds noise at every step.
             image_latents: float32 [1, C, H, W] to start from, noised to ``start_step``'s level.
             start_step: the first step to execute; it recomputes every block.
@@ -271,7 +273,7 @@ class ContinuousBatch:
                 **(negative_conditions or {}),
                 **({} if negative_prompt_embeds is None else {PROMPT: negative_prompt_embeds}),
             },
-            guidance=(guidance_scale, guidance_rescale),
+            guidance=(guidance_scale, guidance_rescale, image_guidance_scale),
             seeds=seeds,
             image_latents=image_latents,
             start_step=start_step,
@@ -357,7 +359,7 @@ class ContinuousBatch:
         positive: Mapping[str, Any],
         negative: Mapping[str, Any],
         *,
-        guidance: tuple[float | None, float],
+        guidance: tuple[float | None, float, float],
         **others: Any,
     ) -> Request:
         """A request of one image, of the batch's sizes, in finite numbers."""
@@ -369,7 +371,7 @@ class ContinuousBatch:
             noise=noise,
             positive=positive,
             negative=negative,
-            guidance=guidance_of(scale, guidance[1]),
+            guidance=guidance_of(scale, *guidance[1:]),
             needs_seeds=bool(tables.coefficients[:, 7].any()),
             check_finite=True,
             **others,

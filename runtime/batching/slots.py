@@ -1,8 +1,8 @@
 """Where the tensors of a batch lie: one allocation, made when it opens.
 
 A *slot* holds what one image needs from its first step to its last: conditions, latents, cached
-outputs. It has two rows, for the halves of guidance. What segments hand each other within a tick
-lies beside the slots, sharing memory by lifetime.
+outputs. It has two rows, for the halves of guidance, or three (InstructPix2Pix). What segments hand
+each other within a tick lies beside the slots, sharing memory by lifetime.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.memory import Lifetime, aligned, plan_arena
 from blockcache.runtime.plan import Dim, ModelFacts, Segment, Sizes, TensorSpec
 from blockcache.runtime.program import grouped
-
-ROWS = 2
-"""Of a slot: guidance runs an image twice."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,8 @@ class SlotMemory:
         sizes: Sizes,
         slots: int,
     ) -> None:
-        self.rows = ROWS * slots
+        self.rows_a_slot = model.most_rows  # guidance runs an image as often
+        self.rows = self.rows_a_slot * slots
         self.outputs = model.outputs
         self._device = device
         self._sizes = replace(sizes, batch=self.rows)
@@ -120,7 +118,7 @@ class SlotMemory:
             offset = slot * (whole.bytes // whole.shape[0])
         else:
             shape = (rows, *whole.shape[1:])
-            offset = ROWS * slot * (whole.bytes // whole.shape[0])
+            offset = self.rows_a_slot * slot * (whole.bytes // whole.shape[0])
         return self._device.tensor(self._memory, self._offsets[name] + offset, shape, whole.dtype)
 
     def _reserve(self, name: str, count: int, total: int) -> int:

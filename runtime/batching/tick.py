@@ -16,7 +16,7 @@ from time import perf_counter_ns
 import numpy as np
 
 from blockcache.runtime.batching.presets import PresetTables, Way
-from blockcache.runtime.batching.slots import ROWS, SlotMemory
+from blockcache.runtime.batching.slots import SlotMemory
 from blockcache.runtime.devices.device import StepFunction
 from blockcache.runtime.devices.host import HostDevice
 from blockcache.runtime.devices.tensor import Tensor
@@ -33,7 +33,7 @@ class ActiveRequest:
 
     request: Request
     slot: int
-    rows: np.ndarray  # int64 [1 or 2], of the slots' tensors
+    rows: np.ndarray  # int64 [1, 2 or 3], of the slots' tensors
     way: Way
     solver: StepFunction
     step: int  # the next to run
@@ -170,7 +170,8 @@ class Ticker:
             parts["model_output"],
             parts["sample"],
         )
-        rows = np.arange(ROWS * slot, ROWS * slot + count)
+        first = self._slots.rows_a_slot * slot
+        rows = np.arange(first, first + count)
         counts = dict.fromkeys(self._slots.cached, 0)
         return ActiveRequest(request, slot, rows, way, solver, request.first, counts)
 

@@ -75,7 +75,7 @@ class SolverKernel:
         device: Device,
         stream: int,
         steps: int,
-        guided: bool,
+        rows: int,
         rescaled: bool,
         latents: Tensor,
         past_x0: Tensor,
@@ -85,7 +85,9 @@ class SolverKernel:
         self._library, self._stream = cuda_library(), stream
         images, M = latents.shape[0], math.prod(latents.shape[1:])
         self._table = _floats(device, steps, kernels.ROW)
-        self._guidance, self._phi, self._factors = (_floats(device, images) for _ in range(3))
+        self._guidance, self._image_guidance, self._phi, self._factors = (
+            _floats(device, images) for _ in range(4)
+        )
         dtype = kernels.DTYPES[model_output.dtype]
         self._rescale: tuple[int, ...] | None = None
         if rescaled:
@@ -103,7 +105,8 @@ class SolverKernel:
                 previous_x0=previous,
                 earlier_x0=earlier,
                 table=self._table.pointer,
-                guidance=self._guidance.pointer if guided else None,
+                guidance=self._guidance.pointer if rows > 1 else None,
+                image_guidance=self._image_guidance.pointer if rows == 3 else None,
                 rescale=self._factors.pointer if rescaled else None,
                 seeds=self._seeds.pointer,
                 N=images,
@@ -126,7 +129,11 @@ class SolverKernel:
         if seeds is not None:
             device.upload(self._seeds, seeds.view(np.int64))  # the same bits
         if guidance is not None:
-            for target, value in ((self._guidance, guidance.scale), (self._phi, guidance.rescale)):
+            for target, value in (
+                (self._guidance, guidance.scale),
+                (self._image_guidance, guidance.image_scale),
+                (self._phi, guidance.rescale),
+            ):
                 device.upload(target, np.full(target.shape, value, np.float32))
 
     def step(self, step: int) -> None:
@@ -153,8 +160,10 @@ def bind_model_input(
     rows[:, _C_SAMPLE], rows[:, _NEXT_INPUT_SCALE] = 1.0, scales
     table = _floats(device, *rows.shape)
     device.upload(table, rows)
-    doubled = model_input.shape[0] != images
-    guidance = _floats(device, images) if doubled else None  # only says that there are two halves
+    parts = model_input.shape[0] // images
+    scales_of = _floats(
+        device, images
+    )  # not read: that they are there says how many rows there are
     arguments = kernels.GuidedSolverStepArgs(
         next_sample=latents.pointer,
         x0_out=None,
@@ -164,7 +173,8 @@ def bind_model_input(
         previous_x0=None,
         earlier_x0=None,
         table=table.pointer,
-        guidance=None if guidance is None else guidance.pointer,
+        guidance=scales_of.pointer if parts > 1 else None,
+        image_guidance=scales_of.pointer if parts == 3 else None,
         rescale=None,
         seeds=None,
         N=images,
@@ -173,7 +183,7 @@ def bind_model_input(
         dtype=kernels.DTYPES[model_input.dtype],
     )
 
-    def write(step: int, _keep_alive: object = (latents, model_input, table, guidance)) -> None:
+    def write(step: int, _keep_alive: object = (latents, model_input, table, scales_of)) -> None:
         code = library.bc_cuda_guided_solver_step(arguments, step, stream)
         if code:
             _fail(library, "bc_cuda_guided_solver_step", code)

@@ -27,15 +27,34 @@ class Guidance:
 
     scale: float
     rescale: float = 0.0  # phi of arXiv 2305.08891, section 3.4; 0: off
+    image_scale: float = 1.0  # InstructPix2Pix's, of the image; at 1 the image is in both halves
 
     def __post_init__(self) -> None:
         if not 0 <= self.rescale <= 1:
             raise InputError(f"guidance_rescale: expected 0 (off) to 1, got {self.rescale}.")
+        if self.image_scale < 1:
+            raise InputError(
+                f"image_guidance_scale: expected 1 (off) or more, got {self.image_scale}."
+            )
+        if self.rescale and self.image_scale != 1:
+            raise InputError(
+                f"guidance_rescale: expected 0 beside an image_guidance_scale, got {self.rescale}. "
+                f"Leave one of them out."
+            )
+
+    @property
+    def rows(self) -> int:
+        """How often an image stands in the batch.
+
+        Twice, the unconditional half first; or three times: without anything, with the image alone,
+        with image and prompt.
+        """
+        return 2 if self.image_scale == 1 else 3
 
 
-def modes_of(guidance: Guidance | None) -> tuple[bool, bool]:
-    """(guided, rescaled): what decides which kernels a step launches."""
-    return guidance is not None, guidance is not None and guidance.rescale != 0
+def modes_of(guidance: Guidance | None) -> tuple[int, bool]:
+    """(rows an image, rescaled): what decides which kernels a step launches."""
+    return (1, False) if guidance is None else (guidance.rows, guidance.rescale != 0)
 
 
 class Device(Protocol):
@@ -99,7 +118,8 @@ class Device(Protocol):
             latents: float32 [N, C, H, W], read and written.
             past_x0: float32 [2, N, C, H, W], what the last two steps predicted. Step s reads both
                 and writes its own to ``past_x0[s % 2]``.
-            model_output: [2N, C, H, W], the unconditional half first, or [N, ...] without guidance.
+            model_output: [2N, C, H, W], the unconditional half first; [3N, ...] with guidance by
+                the image, see ``Guidance.rows``; or [N, ...] without.
             model_input: shaped alike; the next step's is written.
         """
 

@@ -168,6 +168,7 @@ def _bind_kernels(
         earlier_x0=earlier if is_multistep else None,
         next_input=following,
         guidance=None if guidance is None else guidance.scale,
+        image_guidance=guidance.image_scale if guidance and guidance.rows == 3 else None,
         rescale=factors,
         seeds=seeds,
     )
@@ -206,9 +207,21 @@ def _bind_numpy(
             assert seeds is not None
             noise = standard_normal(seeds, step, sample.shape[1])
         past = (previous, earlier)
-        solver_step_numpy(row, scale, sample, *past, output, following, scratch, noise)
+        if guidance is not None and guidance.rows == 3:
+            guided = _guided_by_image_too(output, guidance)
+            solver_step_numpy(row, None, sample, *past, guided, following, scratch, noise)
+        else:
+            solver_step_numpy(row, scale, sample, *past, output, following, scratch, noise)
 
     return step_in_numpy
+
+
+def _guided_by_image_too(output: np.ndarray, guidance: Guidance) -> np.ndarray:
+    """[N, M] of the thirds of ``output`` [3N, M], as InstructPix2Pix combines them."""
+    nothing, image, both = output.reshape(3, -1, output.shape[1])
+    scales = np.float32(guidance.image_scale), np.float32(guidance.scale)
+    guided: np.ndarray = nothing + scales[0] * (image - nothing) + scales[1] * (both - image)
+    return guided
 
 
 def _rescale_in_numpy(output: np.ndarray, guidance: Guidance) -> None:

@@ -400,7 +400,7 @@ def solver_step_numpy(
     The step's own x0 takes the place of ``earlier_x0`` [N, M], so that the next step finds it as
     its ``previous_x0`` with the two exchanged; both are None for a solver that keeps none.
     ``model_output`` is [N, M], or with guidance [2N, M], the unconditional half first; likewise
-    ``next_input``, whose halves are equal. ``scratch`` [N, M] is overwritten; ``noise`` [N, M] is
+    ``next_input``, whose parts are equal. ``scratch`` [N, M] is overwritten; ``noise`` [N, M] is
     read where the row adds any. Nothing is allocated.
     """
     if earlier_x0 is None or previous_x0 is None:
@@ -421,8 +421,9 @@ def solver_step_numpy(
         assert noise is not None
         sample += np.multiply(noise, row[7], out=scratch)
     if next_input is not None:
-        np.multiply(sample, row[6], out=next_input[: len(sample)])
-        next_input[len(sample) :] = next_input[: len(next_input) - len(sample)]
+        parts = next_input.reshape(-1, *sample.shape)
+        np.multiply(sample, row[6], out=parts[0])
+        parts[1:] = parts[0]
 
 
 def _guided(output: Float32, scale: float | None, factor: np.float32, out: Float32) -> Float32:

@@ -17,7 +17,7 @@ from blockcache.export.measure.change import relative_change  # noqa: E402
 from blockcache.export.unet.cached_unet import CachedUNet, Denoiser  # noqa: E402
 from blockcache.export.unet.model import BRANCH  # noqa: E402
 from blockcache.export.unet.steps import TableSteps  # noqa: E402
-from blockcache.runtime import Alignment, Schedule, Session  # noqa: E402
+from blockcache.runtime import Alignment, ContinuousBatch, Schedule, Session  # noqa: E402
 from blockcache.runtime.plan import Sizes  # noqa: E402
 from blockcache.runtime.run_table import run_table  # noqa: E402
 from blockcache.runtime.solvers.grid import Grid  # noqa: E402
@@ -142,6 +142,46 @@ def test_the_loop_equals_the_reference_under_any_schedule(
     reference = drawn.numpy()
     assert relative(ours.latents, reference) <= 1e-4
     np.testing.assert_array_equal(ours.record.ran, run_table(ours.record.segments, preset.schedule))
+
+
+def test_guidance_by_an_image_equals_the_reference(compiled, conditions_of):
+    """InstructPix2Pix: three samples an image, alone and among other requests of a batch."""
+    model, bundle = compiled("instruct-pix2pix")
+    opened = Session.open(bundle, preset="ddim-4", verify=False)
+    preset = random_preset(opened.preset, 6, 1)
+    session, noise = Session(bundle, preset, opened.backend), opened.noise([0, 1], 8, 24)
+    positive, negative = (conditions_of(model, 2, seed=s, size=(8, 24)) for s in (1, 2))
+    prompts = [side.pop("encoder_hidden_states") for side in (positive, negative)]
+    request = {"guidance_scale": 3.0, "image_guidance_scale": 1.5}
+    ours = session.denoise(noise, *prompts, conditions=positive, **request).latents
+    image = positive["image_latents"]
+    thirds = {
+        "encoder_hidden_states": np.concatenate([prompts[1], prompts[1], prompts[0]]),
+        "image_latents": np.concatenate([np.zeros_like(image), image, image]),
+    }
+    tensors = {name: torch.from_numpy(values) for name, values in thirds.items()}
+    tables = solver_tables(SolverConfig.from_json(preset.solver))
+    with CachedUNet(model) as cached:
+        denoiser = Denoiser(cached, TableSteps(tables), tensors, 3.0, 0.0, 1.5)
+        drawn = denoiser.denoise(torch.from_numpy(noise), preset.schedule, preset.alignment)
+    assert relative(ours, drawn.numpy()) <= 1e-4
+    uncached = opened.denoise(noise, *prompts, conditions=positive, **request).latents
+    with ContinuousBatch.open(
+        bundle, slots=3, presets=["ddim-4"], height=8, width=24, backend=opened.backend
+    ) as batch:
+        plain = {**request, "image_guidance_scale": 1.0}
+        futures = [
+            batch.submit(
+                noise[at : at + 1],
+                *(prompt[at : at + 1] for prompt in prompts),
+                conditions={"image_latents": image[at : at + 1]},
+                **how,
+            )
+            for at, how in ((0, request), (0, plain), (1, request))
+        ]
+        first, other, second = (future.result().latents for future in futures)
+    assert relative(np.concatenate([first, second]), uncached) <= 1e-4
+    assert relative(other, uncached[:1]) > 1e-2
 
 
 @pytest.mark.parametrize("solver", ["unipc", "euler-a", "dpm-sde", "lcm"])

@@ -45,9 +45,11 @@ def formula(case, row, number, noise):
     g = m
     with np.errstate(all="ignore"):
         if case["guidance"] is not None:
-            N = len(x)
-            u, c = m[:N], m[N:]
-            g = u + as_number["guidance"][:, None] * (c - u)
+            u, *i, c = np.split(m, len(m) // len(x))
+            scale = as_number["guidance"][:, None]
+            g = u + scale * (c - u)
+            if i:
+                g = u + as_number["image_guidance"][:, None] * (i[0] - u) + scale * (c - i[0])
         if case["rescale"] is not None:
             g = as_number["rescale"][:, None] * g
         next_sample = row[0] * x + row[1] * g
@@ -66,16 +68,17 @@ def cases(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     N, M = draw(st.integers(1, 3)), draw(st.integers(1, 700))
     T = draw(st.sampled_from(list(DTYPES)))
-    guided = draw(st.booleans())
+    parts = draw(st.sampled_from([1, 2, 3]))  # without guidance, with it, and with the image's
+    guided = parts > 1
     histories = draw(st.integers(0, 2))
     offset = draw(st.integers(0, 3))
-    rows = 2 * N if guided else N
     case = {
         "sample": array(rng, (N, M), offset=offset),
-        "model_out": array(rng, (rows, M), DTYPES[T], offset),
+        "model_out": array(rng, (parts * N, M), DTYPES[T], offset),
         "previous_x0": array(rng, (N, M), offset=offset) if histories > 0 else None,
         "earlier_x0": array(rng, (N, M), offset=offset) if histories > 1 else None,
         "guidance": array(rng, N) * 8 if guided else None,
+        "image_guidance": array(rng, N) * 2 if parts == 3 else None,
         "rescale": array(rng, N) if guided and draw(st.booleans()) else None,
         "seeds": rng.integers(0, 2**64, N, np.uint64) if draw(st.booleans()) else None,
     }
@@ -104,13 +107,13 @@ def test_equals_the_float32_formula_bit_for_bit(drawn):
     )
     assert_same(next_sample, expected_next)
     assert_same(x0, expected_x0)
-    for half in np.split(next_input, 2 if case["guidance"] is not None else 1):
-        assert_same(half, expected_input.astype(DTYPES[T]))
+    for part in np.split(next_input, len(next_input) // len(next_sample)):
+        assert_same(part, expected_input.astype(DTYPES[T]))
 
 
 @given(cases())
 def test_is_close_to_the_float64_formula(drawn):
-    """At most 9 roundings on a path: 3 guidance, 1 rescale, 1 product, 4 sums (6 for the x0).
+    """At most 10 roundings on a path: 4 guidance, 1 rescale, 1 product, 4 sums (7 for the x0).
 
     Each is within UNIT of the magnitudes that enter it, the formula's value for absolute values.
     """
@@ -120,16 +123,19 @@ def test_is_close_to_the_float64_formula(drawn):
     exact_next, exact_x0, _ = formula(case, table[step], np.float64, noise)
     g = np.abs(case["model_out"].astype(np.float64))
     if case["guidance"] is not None:
-        u, c = np.split(g, 2)
-        g = u + np.abs(case["guidance"])[:, None] * (c + u)
+        u, *i, c = np.split(g, len(g) // len(next_sample))
+        scale = np.abs(case["guidance"])[:, None]
+        g = u + scale * (c + u)
+        if i:
+            g = u + np.abs(case["image_guidance"])[:, None] * (i[0] + u) + scale * (c + i[0])
     if case["rescale"] is not None:
         g = g * np.abs(case["rescale"])[:, None]
     size = {name: None if value is None else np.abs(value) for name, value in case.items()}
-    size |= {"model_out": g, "guidance": None, "rescale": None}
+    size |= {"model_out": g, "guidance": None, "image_guidance": None, "rescale": None}
     noise = None if noise is None else np.abs(noise)
     bound_next, bound_x0, _ = formula(size, np.abs(table[step]), np.float64, noise)
-    assert np.all(np.abs(next_sample - exact_next) <= 1.01 * 9 * UNIT * bound_next)
-    assert np.all(np.abs(x0 - exact_x0) <= 1.01 * 6 * UNIT * bound_x0)
+    assert np.all(np.abs(next_sample - exact_next) <= 1.01 * 10 * UNIT * bound_next)
+    assert np.all(np.abs(x0 - exact_x0) <= 1.01 * 7 * UNIT * bound_x0)
 
 
 @given(cases(), st.sampled_from([np.nan, np.inf, -np.inf, 3e38, -0.0, 1e-45]))
@@ -165,6 +171,25 @@ def test_outputs_may_replace_their_inputs(drawn):
     assert_same(next_input, expected[2])
     if x0 is not None:
         assert_same(x0, expected[1])
+
+
+def test_image_guidance_of_1_is_guidance_between_image_and_text():
+    """InstructPix2Pix without its second scale: u + 1 (i - u) + s (c - i)."""
+    rng = np.random.default_rng(0)
+    x, m, table = array(rng, (2, 9)), array(rng, (6, 9)), np.eye(1, 8, 1, dtype=np.float32)
+    both, pair = np.empty_like(x), np.empty_like(x)
+    given = {"sample": x, "table": table, "step": 0, "guidance": 7.5}
+    kernels.guided_solver_step(both, model_out=m, image_guidance=1.0, **given)
+    kernels.guided_solver_step(pair, model_out=m[2:], **given)
+    np.testing.assert_allclose(both, pair, rtol=1e-5, atol=1e-5)
+
+
+def test_image_guidance_needs_guidance_beside_it():
+    x = np.ones((1, 4), np.float32)
+    with pytest.raises(kernels.KernelError, match="image_guidance: expected guidance beside it"):
+        kernels.guided_solver_step(
+            x, sample=x, model_out=x, table=np.ones((1, 8), np.float32), step=0, image_guidance=2.0
+        )
 
 
 def test_what_has_coefficient_zero_is_not_read():

@@ -71,7 +71,7 @@ def test_another_abi_version_is_refused(fresh_loader, tmp_path, monkeypatch, sou
     command = [compiler, "-shared", "-fPIC", str(tmp_path / "other.c"), "-o", str(output)]
     subprocess.run(command, check=True)
     monkeypatch.setenv(_library.DIRECTORY_VARIABLE, str(tmp_path))
-    with pytest.raises(kernels.KernelError, match=f"ABI version 3, got {version} in"):
+    with pytest.raises(kernels.KernelError, match=f"ABI version 4, got {version} in"):
         kernels.host_available()
 
 

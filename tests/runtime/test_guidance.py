@@ -57,10 +57,11 @@ def requests(draw):
         st.one_of(
             st.none(),
             st.builds(Guidance, st.floats(1.5, 12), st.sampled_from([0.0, 0.3, 0.7, 1.0])),
+            st.builds(Guidance, st.floats(1.5, 12), image_scale=st.floats(1.1, 3)),
         )
     )
     half = (images, 4, *draw(st.tuples(st.integers(1, 9), st.integers(1, 9))))
-    both = half if guidance is None else (2 * images, *half[1:])
+    both = (modes_of(guidance)[0] * images, *half[1:])
     shapes = {"latents": half, "past": (2, *half), "model_output": both, "model_input": both}
     values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     row = draw(st.sampled_from([DDIM_ROW, DPM_ROW, UNIPC_ROW, SDE_ROW]))
@@ -76,6 +77,10 @@ def diffusers_guided(output, guidance):
     output = torch.from_numpy(output.astype(np.float64))
     if guidance is None:
         return output.numpy()
+    if guidance.rows == 3:  # as StableDiffusionInstructPix2PixPipeline has it, in our order
+        nothing, image, text = output.chunk(3)
+        by_image = guidance.image_scale * (image - nothing)
+        return (nothing + guidance.scale * (text - image) + by_image).numpy()
     unconditional, conditional = output.chunk(2)
     guided = unconditional + guidance.scale * (conditional - unconditional)
     if guidance.rescale > 0:  # as the pipelines have it
@@ -96,7 +101,7 @@ def test_a_step_is_diffusers_guidance_and_the_table_row(twin_library, bind, draw
     g, row = diffusers_guided(values["model_output"], guidance), table[at].astype(np.float64)
     z = standard_normal(seeds, at, x[0].size).reshape(x.shape)
     wanted = row[0] * x + row[1] * g + row[2] * past[1 - at] + row[3] * past[at] + row[7] * z
-    scale = 1.0 if guidance is None else guidance.scale
+    scale = 1.0 if guidance is None else guidance.scale + guidance.image_scale
     tolerance = 12 * 2.0**-24 * (1 + 2 * scale) * 8  # 8: the largest normal number drawn
     np.testing.assert_allclose(tensors["latents"].array, wanted, rtol=0, atol=tolerance)
     halves = len(values["model_input"]) // len(x)
@@ -147,9 +152,19 @@ def test_a_rescale_out_of_range_is_refused(rescale):
 
 
 def test_modes_tell_which_kernels_run():
-    assert modes_of(None) == (False, False)
-    assert modes_of(Guidance(5.0)) == (True, False)
-    assert modes_of(Guidance(5.0, 0.7)) == (True, True)
+    assert modes_of(None) == (1, False)
+    assert modes_of(Guidance(5.0)) == (2, False)
+    assert modes_of(Guidance(5.0, 0.7)) == (2, True)
+    assert modes_of(Guidance(5.0, image_scale=1.5)) == (3, False)
+
+
+def test_an_image_scale_out_of_range_or_beside_a_rescale_is_refused():
+    with pytest.raises(
+        InputError, match=r"^image_guidance_scale: expected 1 \(off\) or more, got 0"
+    ):
+        Guidance(5.0, image_scale=0.5)
+    with pytest.raises(InputError, match=r"^guidance_rescale: expected 0 beside an image_guidance"):
+        Guidance(5.0, 0.5, 2.0)
 
 
 # -- the model input anew, from latents that a caller has edited -----------------------------------

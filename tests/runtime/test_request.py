@@ -132,6 +132,52 @@ def test_a_picture_that_is_lent_serves_both_halves():
     assert request({**conditions(2, 3), "mask": mask}, prompts)["mask"] == (mask, mask)
 
 
+EDITED = replace(
+    MODEL,
+    conditions=(MODEL.conditions[0], spec("image_latents", "batch", 4, "height", "width")),
+    extra_inputs=("image_latents",),
+)
+
+
+def edited(model=EDITED, negative=None, **guidance):
+    def given(value):
+        return conditions(1, value)["encoder_hidden_states"]
+
+    return checked_request(
+        model,
+        4,
+        noise=np.zeros((2, 4, 8, 8), np.float32),
+        positive={
+            "encoder_hidden_states": given(3),
+            "image_latents": np.full((2, 4, 8, 8), 7, np.float32),
+        },
+        negative={"encoder_hidden_states": given(5), **(negative or {})},
+        guidance=guidance_of(3.0, 0.0, **guidance),
+    )
+
+
+def test_guidance_by_an_image_takes_three_samples_an_image():
+    """Without anything, with the image alone, with image and prompt."""
+    made = edited(image_scale=1.5)
+    assert made.sizes.batch == 6
+    prompts, images = (made.conditions[name] for name in ("encoder_hidden_states", "image_latents"))
+    np.testing.assert_array_equal(prompts[:, 0, 0], [5, 5, 5, 5, 3, 3])
+    np.testing.assert_array_equal(images[:, 0, 0, 0], [0, 0, 7, 7, 7, 7])
+    other = edited(image_scale=1.5, negative={"image_latents": np.ones((1, 4, 8, 8), np.float32)})
+    np.testing.assert_array_equal(other.conditions["image_latents"][:, 0, 0, 0], [1, 1, 7, 7, 7, 7])
+
+
+def test_without_it_both_halves_have_the_image():
+    made = edited()
+    assert made.sizes.batch == 4
+    assert (made.conditions["image_latents"] == 7).all()
+
+
+def test_guidance_by_an_image_is_refused_where_the_model_reads_none():
+    with pytest.raises(InputError, match=r"^image_guidance_scale: expected 1, as 'model' has no "):
+        edited(replace(EDITED, extra_inputs=()), image_scale=1.5)
+
+
 def test_class_numbers_are_shared_by_both_halves():
     numbers = np.array([3, 4])
     assert default_negative("class_labels", numbers) is numbers

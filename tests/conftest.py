@@ -160,7 +160,9 @@ def _described(module: Any) -> Iterator[str]:
     for name, each in module.named_modules():
         yield f"{name} {type(each).__module__}.{type(each).__qualname__}"
         yield str(sorted((key, _plain(value)) for key, value in vars(each).items()))
-        yield repr(dict(each.config)) if hasattr(each, "config") else ""
+        settings = dict(each.config) if hasattr(each, "config") else {}
+        kept = {key: value for key, value in settings.items() if not key.startswith("_")}
+        yield json.dumps(kept, default=str, sort_keys=True)
 
 
 def _plain(value: Any) -> str:

@@ -7,6 +7,7 @@
 | ``t1.5`` | ``ThresholdSpeedup``: the smallest delta that is 1.5 times as fast as uncached |
 | ``x2`` | ``Joint``: twice as fast; steps, grid and reused branches chosen together (joint.py) |
 | ``ms250`` | ``JointLatency``: the same for one image in 250 milliseconds |
+| ``quick`` | ``Quick``: by hand, nothing is measured: whole branches at two steps of three |
 | ``branch2`` | ``Branches``: twice as fast by reusing whole branches of all steps, least loss |
 | ``blocks1.5`` | ``Budget``: 1.5 times as fast by reusing blocks alone, least predicted loss |
 | ``blocksms250`` | ``Latency``: the same for one image in 250 milliseconds |
@@ -124,6 +125,8 @@ class Policy(abc.ABC):
         """Read one of the texts in this module's table; ConfigError where it is none."""
         if text.endswith(".json"):
             return Table(Path(text))
+        if text == Quick.text:
+            return Quick()
         match = _TEXT.fullmatch(text)
         kind = _BY_PREFIX.get(match["prefix"]) if match else None
         if match and kind and match["number"] is None and kind.takes_most:
@@ -172,6 +175,26 @@ class Table(Policy):
     def schedule(self, evidence: Evidence) -> Schedule:
         """As the file says."""
         return peers.read_table(self.file, evidence.steps, len(evidence.paths))
+
+
+@dataclass(frozen=True)
+class Quick(Policy):
+    """A rule by hand, for a first try: all, then below cut 1 nothing, then below cut 0 nothing.
+
+    Nothing is measured; the alignment alone is fitted, on a few images.
+    """
+
+    kind = "quick"
+    text = "quick"
+    cuts = BRANCH_CUTS
+    alignment = "history"
+
+    def schedule(self, evidence: Evidence) -> Schedule:
+        """Three steps, over and over; the second of them reuses the branch at depth 1."""
+        recompute = np.ones((evidence.steps, len(self.cuts)), np.bool_)
+        recompute[1::3, self.cuts.index(1)] = False
+        recompute[2::3, self.cuts.index(0)] = False
+        return Schedule(recompute)
 
 
 class Numbered(Policy):
@@ -466,7 +489,7 @@ _NUMBERED: tuple[type[Numbered], ...] = (
     Threshold, ThresholdSpeedup, Joint, JointLatency, Branches, Budget, Latency, ChangeBudget,
     Interval, DeepCache, SmoothCache,
 )  # fmt: skip
-KINDS: tuple[type[Policy], ...] = (Uncached, *_NUMBERED, Table)
+KINDS: tuple[type[Policy], ...] = (Uncached, Quick, *_NUMBERED, Table)
 _TEXT = re.compile(
     r"(?P<prefix>[a-z]*?)(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)|[:-]?max)", re.ASCII
 )

@@ -28,6 +28,7 @@ from blockcache.export.choose.policies import (
     Latency,
     Needs,
     Policy,
+    Quick,
     SmoothCache,
     Table,
     Threshold,
@@ -48,6 +49,7 @@ TABLE = {
     "blocksms250": Latency(250),
     "ms250": JointLatency(250),
     "x2": Joint(2),
+    "quick": Quick(),
     "c1.5": ChangeBudget(1.5),
     "every3": Interval(3),
     "deepcache3": DeepCache(3),
@@ -119,7 +121,7 @@ def test_a_policy_is_a_value_that_provenance_holds(policy):
 
 
 def test_different_kinds_with_the_same_value_have_different_names():
-    kinds = [kind for kind in KINDS if kind not in (type(UNCACHED), Table)]
+    kinds = [kind for kind in KINDS if kind not in (type(UNCACHED), Quick, Table)]
     made = [kind(2) for kind in kinds]
     assert len({policy.text for policy in [*made, UNCACHED]}) == len(kinds) + 1
 
@@ -233,7 +235,9 @@ def test_the_policies_that_need_no_measurement_make_their_tables_without_one(tmp
     file = tmp_path / "t.json"
     file.write_text(json.dumps([[1, 1, 1]] + [[0, 1, 0]] * 5))
     assert recompute(str(file), bare).astype(int).sum(axis=0).tolist() == [1, 6, 1]
-    texts = ["every4", "deepcache4", str(file)]
+    shallow = [[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 1, 1]]  # columns: the whole, depths 0, 1, 2
+    assert recompute("quick", bare).astype(int).tolist() == 2 * shallow
+    texts = ["every4", "deepcache4", "quick", str(file)]
     assert {Policy.parse(text).needs for text in texts} == {Needs.NOTHING}
 
 

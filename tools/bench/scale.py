@@ -47,6 +47,10 @@ def main(
     steps: Annotated[
         list[int] | None, typer.Option(help="Of the made-up presets; repeatable. Default 2.")
     ] = None,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(help="One that measures nothing, such as ddim:20:quick:none; repeatable."),
+    ] = None,
     hoist: Annotated[
         bool, typer.Option(help="Take what does not depend on the sample out of the loop.")
     ] = True,
@@ -70,7 +74,8 @@ def main(
         raise ConfigError("--check: expected a U-Net of full size, got --small.")
     source = random_source(model, precision, small=small)
     export = ExportOptions(precision=precision, hoist=hoist)
-    bundle = _compile(source, out, export, steps, random_parts(model) if parts else None, meter)
+    presets = [*(f"ddim:{count}" for count in steps or [2]), *(preset or ())]
+    bundle = _compile(source, out, export, presets, random_parts(model) if parts else None, meter)
     del source
     gc.collect()
     found: dict[str, Any] = {
@@ -95,21 +100,21 @@ def _compile(
     source: SourceModel,
     out: Path,
     export: ExportOptions,
-    steps: list[int] | None,
+    presets: list[str],
     parts: Parts | None,
     meter: StageMeter,
 ) -> Bundle:
-    """The bundle with an uncached and a made-up preset of each number of steps."""
+    """The bundle with its presets, and for each uncached one a made-up one."""
     from blockcache.export import CompileOptions, PresetOptions, compile_model
 
     options = CompileOptions(
-        presets=tuple(PresetOptions.parse(f"ddim:{count}") for count in steps or [2]),
+        presets=tuple(PresetOptions.parse(text) for text in presets),
         export=export,
     )
     bundle = compile_model(source, out, options, observer=meter.observe, parts=parts).bundle
     meter.enter("")
-    for name in bundle.preset_names:
-        bundle = add_preset(bundle, made_up(bundle.preset(name)))
+    for uncached in [p for p in bundle.presets.values() if p.schedule.recompute.all()]:
+        bundle = add_preset(bundle, made_up(uncached))
     return bundle
 
 
@@ -143,8 +148,10 @@ def check_against_torch(bundle: Bundle, model: str, precision: str) -> dict[str,
     preset, latents = session.preset, result.latents
     del session
     gc.collect()
+    cuts = [block.cut for block in bundle.model.blocks if block.cut is not None]
     with _timed() as torch_ran:
-        reference = _torch_latents(random_source(model, precision), preset, noise, conditions)
+        source = random_source(model, precision).cut_at(cuts)
+        reference = _torch_latents(source, preset, noise, conditions)
     return {
         "relative_error": float(np.abs(latents - reference).max() / np.abs(reference).max()),
         "open_seconds": opened[0],

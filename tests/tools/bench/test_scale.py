@@ -26,7 +26,8 @@ def test_a_scale_run_meters_every_stage_and_agrees_with_torch(
     }
     monkeypatch.setitem(random_unet.CONFIGS, "tiny", config)
     figures = tmp_path / "figures.json"
-    scale.main(tmp_path / "bundle", "tiny", "float32", steps=[3], check=True, figures=figures)
+    quick = ["ddim:4:quick:none"]
+    scale.main(tmp_path / "bundle", "tiny", "float32", [3], quick, check=True, figures=figures)
     found = json.loads(figures.read_text())
     stages = [stage["name"] for stage in found["stages"]]
     assert stages == ["weights at random", "trace", "weights", "cut", "hash", "presets"]
@@ -35,7 +36,7 @@ def test_a_scale_run_meters_every_stage_and_agrees_with_torch(
     assert 0 < found["check"]["computed_fraction"] < 1
     assert "| trace |" in capsys.readouterr().out
     opened = Bundle.open(tmp_path / "bundle")  # hashes and all
-    assert opened.preset_names == ("ddim-3", "ddim-3-made-up")
+    assert opened.preset_names == ("ddim-3", "ddim-4-quick-none", "ddim-3-made-up")
 
 
 def test_a_made_up_schedule_reuses_about_half(compiled):

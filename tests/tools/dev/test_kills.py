@@ -1,4 +1,8 @@
-"""Commands that are killed at random moments, a few times; and that each fault would be seen."""
+"""Commands that are killed at random moments, a few times; and that each fault would be seen.
+
+The kills themselves are marked slow: every start of a command traces a model. That a compile may
+stop anywhere is shown without processes, too: ``tests/export/test_pipeline.py``.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ def works(tmp_path_factory):
     return kills.make_works(tmp_path_factory.mktemp("works"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_what_is_killed_leaves_the_old_or_the_new_and_resumes(works, tmp_path, index):
     rng = random.Random(0)
@@ -75,6 +80,7 @@ def test_a_bad_end_is_a_fault(monkeypatch, tmp_path, stop, start, faults):
     assert all(said.startswith(wanted) for said, wanted in zip(found, faults, strict=True)), found
 
 
+@pytest.mark.slow
 def test_a_damaged_bundle_is_a_fault(works, tmp_path):
     work = works[1]
     folder = shutil.copytree(work.after, tmp_path / "bundle")
@@ -91,6 +97,7 @@ def test_a_damaged_bundle_is_a_fault(works, tmp_path):
     assert found.startswith("does not open")
 
 
+@pytest.mark.slow
 def test_another_bundle_is_a_fault(works, tmp_path):
     folder = shutil.copytree(works[0].after, tmp_path / "bundle")
     wrong = kills._faults_of_bundle(folder, [works[0].before])

@@ -194,6 +194,7 @@ class BatchedPipeline:
             presets=presets,
             height=high,
             width=wide,
+            tokens=parts.prompts.tokens,
             queue=slots + queue,  # the bound is kept here, over all stages
             backend=made,
         )

@@ -59,6 +59,9 @@ class PromptEncoder:
             )
             for encoder in encoders
         )
+        states = next(s for s in encoders[0].part.outputs if s.name == "states")
+        self.tokens = int(states.dims[1].coefficient)
+        """Of a text in one chunk; a U-Net takes others, too."""
         self._cache: dict[str, Encoded] = {}
         self.takes_pooled = any(spec.name == "text_embeds" for spec in model.conditions)
         outputs = {spec.name for encoder in encoders for spec in encoder.part.outputs}

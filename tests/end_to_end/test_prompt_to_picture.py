@@ -167,6 +167,10 @@ def test_the_demo_draws_as_its_torch_parts_do(demo_bundle):
             pipeline.session.noise([0, 1]), states[:2], states[2:], guidance_scale=3.0
         ).latents
     assert_same_pictures(drawn.images, model.decode(latents) / 255)
+    with BatchedPipeline.open(demo_bundle, slots=2) as batched:  # texts shorter than the U-Net's
+        futures = [batched.submit(p, seed=i, guidance_scale=3.0) for i, p in enumerate(prompts)]
+    for future, image in zip(futures, drawn.images, strict=True):
+        assert np.abs(future.result().image.astype(int) - image).max() <= 1
 
 
 def test_a_process_without_torch_draws_prompts_never_seen_before(demo_bundle, tmp_path):

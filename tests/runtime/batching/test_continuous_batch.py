@@ -183,6 +183,24 @@ def test_requests_at_different_steps_share_launches(bundle, open_batch):
     assert counters.images_a_launch > 1.6
 
 
+def test_a_callback_sees_every_step_and_its_error_ends_its_own_request_alone(bundle, open_batch):
+    batch, seen = open_batch(), []
+
+    def broken(_):
+        raise ZeroDivisionError
+
+    watched = batch.submit(**request(bundle, 0), preset="uncached", callback=seen.append)
+    failing = batch.submit(**request(bundle, 1), preset="uncached", callback=broken)
+    latents = watched.result().latents
+    assert [(each.step, each.steps) for each in seen] == [(0, 3), (1, 3), (2, 3)]
+    assert seen[0].timestep > seen[1].timestep
+    assert (seen[0].latents != latents).any()
+    np.testing.assert_array_equal(seen[-1].latents, latents)
+    with pytest.raises(ZeroDivisionError):
+        failing.result()
+    assert batch.counters().failed == 1
+
+
 def test_conditions_beside_the_prompt(compiled, conditions_of):
     model, bundle = compiled("sdxl")
     positive, negative = conditions_of(model, 3, seed=1), conditions_of(model, 3, seed=2)

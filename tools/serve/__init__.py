@@ -1,0 +1,1 @@
+"""Services on servers that exist: Ray Serve, NVIDIA Triton."""

@@ -1,0 +1,82 @@
+"""Ray Serve on this machine alone: it listens on 127.0.0.1, and SIGTERM drains it.
+
+python -m blockcache.tools.serve.ray_local BUNDLE --slots 8
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing phones home
+    "RAY_AUTH_MODE": "token",  # its sockets take calls with this machine's token alone
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # no cluster: Ray's own sockets on 127.0.0.1, too
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # 5 are too few on a busy machine
+    "OMP_NUM_THREADS": "1",  # of libraries; engines are told by cpus
+}
+for _name, _value in _SETTINGS.items():  # before Ray reads them, as it is imported
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+import typer  # noqa: E402
+from ray import serve  # noqa: E402
+from ray.serve.config import HTTPOptions  # noqa: E402
+
+from blockcache.tools.report.errors import one_line_errors  # noqa: E402
+from blockcache.tools.serve.ray_app import APP, ServeOptions, application  # noqa: E402
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="With text encoders and decoder.")],
+    slots: Annotated[int, typer.Option(min=1, help="Pictures at a time, of a replica.")] = 8,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait, of a replica.")] = 32,
+    presets: Annotated[str, typer.Option(help="By commas, the default first.")] = "",
+    replicas: Annotated[int, typer.Option(min=1)] = 1,
+    most_replicas: Annotated[int, typer.Option(min=0, help="Autoscale up to these.")] = 0,
+    cpus: Annotated[int, typer.Option(min=1, help="Cores of a replica.")] = 1,
+    drain_seconds: Annotated[int, typer.Option(min=0, help="For what runs at SIGTERM.")] = 60,
+    host: Annotated[str, typer.Option(help="Where HTTP listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+) -> None:
+    """Serve until SIGTERM or SIGINT; then finish what runs."""
+    options = ServeOptions(
+        bundle=str(bundle.absolute()),  # a replica has a working folder of its own
+        slots=slots,
+        queue=queue,
+        presets=presets,
+        replicas=replicas,
+        most_replicas=most_replicas,
+        cpus=cpus,
+        drain_seconds=drain_seconds,
+    )
+    stopped = threading.Event()
+    start(options, host, port)
+    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
+        signal.signal(number, lambda *_: stopped.set())
+    print(f"ready on http://{host}:{port}", flush=True)
+    stopped.wait()
+    serve.delete(APP)  # returns when replicas have drained
+    serve.shutdown()
+    ray.shutdown()
+    print("drained", flush=True)
+
+
+def start(options: ServeOptions, host: str, port: int) -> None:
+    """Start Ray on this machine and the application on it; returns when it is ready.
+
+    Raises:
+        RuntimeError: no replica came up; Ray's log says why.
+    """
+    most = max(options.replicas, options.most_replicas)
+    ray.init(num_cpus=most * options.cpus, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options=HTTPOptions(host=host, port=port))
+    serve.run(application(options), name=APP, route_prefix="/")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        typer.run(main)

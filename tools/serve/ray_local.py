@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+import urllib.request
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +30,9 @@ from ray.serve.config import HTTPOptions  # noqa: E402
 
 from blockcache.tools.report.errors import one_line_errors  # noqa: E402
 from blockcache.tools.serve.ray_app import APP, ServeOptions, application  # noqa: E402
+
+HTTP_SECONDS = 180
+"""For Ray's HTTP proxy to come up."""
 
 
 def main(
@@ -75,6 +80,22 @@ def start(options: ServeOptions, host: str, port: int) -> None:
     ray.init(num_cpus=most * options.cpus, include_dashboard=False, log_to_driver=False)
     serve.start(http_options=HTTPOptions(host=host, port=port))
     serve.run(application(options), name=APP, route_prefix="/")
+    _wait_for_http(f"http://{host}:{port}/-/healthz")  # the proxy may come up after replicas
+
+
+def _wait_for_http(url: str) -> None:
+    until = time.monotonic() + HTTP_SECONDS
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise RuntimeError(
+                    f"Expected Ray's HTTP proxy within {HTTP_SECONDS} s, got {error}. See its log "
+                    f"under /tmp/ray/session_latest/logs/serve."
+                ) from error
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":

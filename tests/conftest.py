@@ -160,7 +160,8 @@ def _described(module: Any) -> Iterator[str]:
     for name, each in module.named_modules():
         yield f"{name} {type(each).__module__}.{type(each).__qualname__}"
         yield str(sorted((key, _plain(value)) for key, value in vars(each).items()))
-        settings = dict(each.config) if hasattr(each, "config") else {}
+        settings = getattr(each, "config", {})  # of diffusers or of transformers
+        settings = settings.to_dict() if hasattr(settings, "to_dict") else dict(settings)
         kept = {key: value for key, value in settings.items() if not key.startswith("_")}
         yield json.dumps(kept, default=str, sort_keys=True)
 

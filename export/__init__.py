@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from blockcache.export.measure.calibration import encode_prompts as encode_prompts
     from blockcache.export.measure.calibration import read_calibration as read_calibration
     from blockcache.export.measure.change import ProfileOptions as ProfileOptions
+    from blockcache.export.measure.control_images import control_size as control_size
+    from blockcache.export.measure.control_images import with_control_images as with_control_images
     from blockcache.export.measure.converged import ConvergedOptions as ConvergedOptions
     from blockcache.export.measure.residuals import ResidualOptions as ResidualOptions
     from blockcache.export.measure.sensitivity import SensitivityOptions as SensitivityOptions
@@ -77,6 +79,7 @@ _HOMES = {
     "Timings": "costs.timings",
     "build_engines": "engines.build",
     "compile_model": "pipeline",
+    "control_size": "measure.control_images",
     "encode_prompts": "measure.calibration",
     "encode_text": "unet.text",
     "gpu": "costs.roofline",
@@ -84,6 +87,7 @@ _HOMES = {
     "load_parts": "parts.load",
     "read_calibration": "measure.calibration",
     "read_timings": "costs.timings",
+    "with_control_images": "measure.control_images",
 }
 """Public names, and the modules that they come from."""
 

@@ -15,7 +15,8 @@ pipeline's scheduler, never found by the timestep's value, which may occur twice
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import ConfigMixin, ControlNetModel, MultiControlNetModel, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -32,7 +33,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.errors import ConfigError, InputError, UnsupportedModelError
 from blockcache.runtime.open_request import OpenRequest
-from blockcache.runtime.plan import Preset
+from blockcache.runtime.plan import LAST_TIMESTEP, Preset, control_names, controlnet_count
 from blockcache.runtime.request import CLASSES
 from blockcache.runtime.session import Session
 from blockcache.runtime.solvers.diffusers_config import solver_of
@@ -61,12 +62,14 @@ def attach(
 ) -> BundleUNet:
     """Put a bundle where a pipeline's U-Net stands, and its preset's scheduler with it.
 
-    The U-Net is kept for ``detach``. It stays where it is: ``pipeline.unet.to("cpu")`` before this
-    call makes room on a GPU.
+    ControlNets that are in the bundle stand in for the pipeline's, which has to have the same.
+
+    What is replaced is kept for ``detach``. It stays where it is: ``pipeline.unet.to("cpu")``
+    before this call makes room on a GPU.
 
     Args:
         pipeline: of Stable Diffusion 1.x, 2.x or XL: text-to-image, image-to-image, inpainting,
-            InstructPix2Pix, depth2img or the x4 upscaler.
+            InstructPix2Pix, depth2img, the x4 upscaler, or with ControlNets.
         bundle: what ``blockcache compile`` made of the pipeline's own U-Net.
         preset: one of its presets; default the recommended one. ``num_inference_steps`` of later
             calls is the preset's step count, or that of the uncached run that it replaces.
@@ -76,7 +79,7 @@ def attach(
 
     Raises:
         UnsupportedModelError: the pipeline's U-Net has something that the bundle has not, such as
-            a LoRA, or is another U-Net.
+            a LoRA, or is another U-Net; it has ControlNets and the bundle has none, or others.
         BundleError, EngineError: see ``Session.open``.
     """
     unet = getattr(pipeline, "unet", None)
@@ -89,14 +92,18 @@ def attach(
         raise ConfigError("This pipeline has a bundle already. detach(pipeline) takes it out.")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _require_same_model(unet, opened)
+    own = getattr(pipeline, "controlnet", None)
+    controls = _control_stand_in(own, opened)
     session = Session.open(opened, preset=preset, **options)
     standing_in = BundleUNet(session, pipeline)
-    if keep_scheduler:
-        pipeline.register_modules(unet=standing_in)
-    else:
-        made = _scheduler_of(session.preset)
+    made: dict[str, Any] = {"unet": standing_in}
+    if controls is not None:
+        standing_in.replaced["controlnet"] = own
+        made["controlnet"] = controls
+    if not keep_scheduler:
+        made["scheduler"] = _scheduler_of(session.preset)
         _tell_of_replacing(pipeline.scheduler, session.preset)
-        pipeline.register_modules(unet=standing_in, scheduler=made)
+    pipeline.register_modules(**made)
     return standing_in
 
 
@@ -141,6 +148,107 @@ def _tell_of_replacing(own: Any, preset: Preset) -> None:
             "itself, compile --preset %s:%d and attach that.",
             runs, preset.name, kind, kind, kind, preset.replaced_steps,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Controls:
+    """What a pipeline gives its ControlNets at a step, on the way to the bundle's U-Net."""
+
+    pictures: tuple[torch.Tensor, ...]  # per ControlNet [N, 3, H, W], 0 to 1
+    scales: tuple[float, ...]
+
+    def conditions(self) -> dict[str, torch.Tensor]:
+        """As the session takes them, by name."""
+        found = {}
+        for index, (picture, scale) in enumerate(zip(self.pictures, self.scales, strict=True)):
+            names = control_names(index)
+            found[names[0]] = picture
+            found[names[1]] = torch.tensor([[scale, LAST_TIMESTEP, -LAST_TIMESTEP]])
+        return found
+
+
+class BundleControlNet(ControlNetModel):
+    """Stands where a pipeline's ControlNet stood; the network itself runs in the bundle."""
+
+    def __init__(self, original: ControlNetModel) -> None:
+        torch.nn.Module.__init__(self)  # without the network
+        self.register_to_config(**original.config)
+        anchor = torch.zeros(0, dtype=original.dtype, device=original.device)
+        self.register_buffer("_anchor", anchor, persistent=False)  # moves with pipeline.to(...)
+
+    def forward(
+        self,
+        *_: Any,
+        controlnet_cond: torch.Tensor,
+        conditioning_scale: float = 1.0,
+        guess_mode: bool = False,
+        **__: Any,
+    ) -> tuple[_Controls, _Controls]:
+        """What the U-Net takes for residuals.
+
+        Raises:
+            UnsupportedModelError: ``guess_mode``.
+        """
+        _refuse_guess_mode(guess_mode)
+        given = _Controls((controlnet_cond,), (float(conditioning_scale),))
+        return given, given
+
+
+class BundleControlNets(MultiControlNetModel):
+    """The same for several ControlNets."""
+
+    def __init__(self, originals: Sequence[ControlNetModel]) -> None:
+        super().__init__([BundleControlNet(original) for original in originals])
+
+    def forward(
+        self,
+        *_: Any,
+        controlnet_cond: Sequence[torch.Tensor],
+        conditioning_scale: Sequence[float],
+        guess_mode: bool = False,
+        **__: Any,
+    ) -> tuple[_Controls, _Controls]:
+        """What the U-Net takes for residuals.
+
+        Raises:
+            UnsupportedModelError: ``guess_mode``.
+        """
+        _refuse_guess_mode(guess_mode)
+        given = _Controls(tuple(controlnet_cond), tuple(map(float, conditioning_scale)))
+        return given, given
+
+
+def _refuse_guess_mode(guess_mode: bool) -> None:
+    if guess_mode:
+        raise UnsupportedModelError(
+            "guess_mode: a bundle's ControlNets act on both halves of guidance alike, with one "
+            "scale for all layers. Draw without it; detach(pipeline) gives the pipeline's own back."
+        )
+
+
+def _control_stand_in(own: Any, bundle: Bundle) -> BundleControlNet | BundleControlNets | None:
+    """What takes the place of a pipeline's ControlNets, which are as many as the bundle's."""
+    nets = list(own.nets) if isinstance(own, MultiControlNetModel) else [own] * (own is not None)
+    wanted = controlnet_count(bundle.model)
+    others = [type(net).__name__ for net in nets if type(net) is not ControlNetModel]
+    if others:
+        raise UnsupportedModelError(
+            f"Expected ControlNets of class ControlNetModel, this pipeline has a {others[0]}, "
+            f"which cannot be compiled."
+        )
+    if len(nets) != wanted:
+        raise UnsupportedModelError(
+            f"Expected a pipeline with {wanted} ControlNets, as {bundle.folder} was compiled with, "
+            f"got one with {len(nets)}. "
+            + (
+                "Compile the model with them: --controlnet FOLDER."
+                if len(nets) > wanted
+                else "Draw with StableDiffusionControlNetPipeline, or compile the model without."
+            )
+        )
+    if isinstance(own, MultiControlNetModel):
+        return BundleControlNets(nets)
+    return BundleControlNet(nets[0]) if nets else None
 
 
 class BundleUNet(torch.nn.Module):
@@ -194,6 +302,9 @@ class BundleUNet(torch.nn.Module):
             UnsupportedModelError: an argument that the bundle has no place for.
             InputError: the scheduler runs other timesteps than the preset.
         """
+        controls = others.get("down_block_additional_residuals")
+        if isinstance(controls, _Controls):
+            others = {name: value for name, value in others.items() if value is not controls}
         for name, value in others.items():
             given = any(value.values()) if isinstance(value, Mapping) else value is not None
             if given:
@@ -206,6 +317,8 @@ class BundleUNet(torch.nn.Module):
             conditions[CLASSES] = class_labels
         sample, pictures = self._parted(sample)
         conditions |= pictures
+        if isinstance(controls, _Controls):
+            conditions |= controls.conditions()
         step = self._step(float(timestep))
         request = self._request_of(step, sample.shape, encoder_hidden_states, conditions)
         output = self._to_torch(request.predict(step, self._to_session(sample)), sample)

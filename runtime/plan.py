@@ -478,6 +478,11 @@ class ModelFacts:
         return tuple(block.channels for block in self.blocks)
 
 
+def controlnet_count(model: ModelFacts) -> int:
+    """How many ControlNets a bundle was compiled with."""
+    return sum(spec.name.startswith(CONTROL_SCALE) for spec in model.conditions)
+
+
 def row_specs(model: ModelFacts, segments: Iterable[Segment]) -> tuple[TensorSpec, ...]:
     """Inputs of the loop that change with the step number alone: the fields of the step's row.
 

@@ -352,6 +352,7 @@ def make_pipeline(kind: str, unet: Any, folder: Path) -> Any:
     unchecked = {"safety_checker": None, "feature_extractor": None}
     own = {  # of those with one text encoder: the class, and what it takes besides
         "sd": ("", {**unchecked, "requires_safety_checker": False}),
+        "controlled": ("", {**unchecked, "requires_safety_checker": False}),
         "inpaint": ("Inpaint", {**unchecked, "requires_safety_checker": False}),
         "instruct-pix2pix": ("InstructPix2Pix", {**unchecked, "requires_safety_checker": False}),
         "depth2img": ("Depth2Img", {"depth_estimator": None, "feature_extractor": None}),

@@ -14,10 +14,13 @@ from blockcache.runtime.errors import ConfigError
 from blockcache.runtime.pipeline.bound_part import BoundPart
 from blockcache.runtime.pipeline.pictures import PictureDecoder, PictureEncoder
 from blockcache.runtime.pipeline.prompts import Encoded, PromptEncoder
-from blockcache.runtime.plan import Segment
+from blockcache.runtime.plan import CONTROL_SCALE, Segment
 
-_SERVED = {"encoder_hidden_states", "text_embeds", "time_ids"}
+_SERVED = ("encoder_hidden_states", "text_embeds", "time_ids")
 """Conditions that follow from a prompt and a size."""
+
+CONTROL = ("control_image", CONTROL_SCALE)
+"""How the conditions of ControlNets begin."""
 
 
 def bound_parts(
@@ -29,8 +32,11 @@ def bound_parts(
     return {part.name: BoundPart(part, engines[part.name], backend) for part in parts}
 
 
-def require_served(bundle: Bundle) -> None:
-    """Raise ConfigError unless prompts are all that a bundle needs, and it has parts for them."""
+def require_served(bundle: Bundle, besides: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError unless prompts are all that a bundle needs, and it has parts for them.
+
+    Conditions that begin like one of ``besides`` may be needed, too.
+    """
     pipeline = bundle.pipeline
     roles = [] if pipeline is None else [part.role for part in pipeline.parts]
     lacking = [role for role in ("text_encoder", "decoder") if role not in roles]
@@ -40,7 +46,8 @@ def require_served(bundle: Bundle) -> None:
             f"{' and no '.join(lacking)}. Compile the model again with all its parts, or use "
             f"Session, with prompts encoded and latents decoded by yourself."
         )
-    further = sorted({spec.name for spec in bundle.model.conditions} - _SERVED)
+    names = {spec.name for spec in bundle.model.conditions}
+    further = sorted(name for name in names if not name.startswith((*_SERVED, *besides)))
     if further:
         raise ConfigError(
             f"Expected a U-Net that draws from prompts alone, {bundle.model.name} takes {further}, "

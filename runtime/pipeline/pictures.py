@@ -86,8 +86,8 @@ class PictureEncoder:
         return np.concatenate(made)
 
 
-def as_pictures(image: object) -> np.ndarray:
-    """Pictures uint8 [N, H, W, 3] of one or several, numpy's or Pillow's.
+def as_pictures(image: object, name: str = "image") -> np.ndarray:
+    """Pictures uint8 [N, H, W, 3] of one or several, numpy's or Pillow's; ``name`` is for errors.
 
     Raises:
         InputError: anything else.
@@ -99,7 +99,7 @@ def as_pictures(image: object) -> np.ndarray:
     found = found[None] if found.ndim == 3 else found
     if len(shapes) != 1 or found.ndim != 4 or found.shape[3] != 3 or found.dtype != np.uint8:
         raise InputError(
-            f"image: expected uint8 [N, H, W, 3], or pictures of one size in RGB, got "
+            f"{name}: expected uint8 [N, H, W, 3], or pictures of one size in RGB, got "
             f"{arrays[0].dtype} of shapes {sorted(shapes)}."
         )
     return found

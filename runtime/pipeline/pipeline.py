@@ -29,7 +29,8 @@ from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.devices.tensor import Tensor
 from blockcache.runtime.errors import Cancelled, ConfigError, InputError
 from blockcache.runtime.loop import Progress
-from blockcache.runtime.pipeline.parts import PipelineParts, bound_parts, require_served
+from blockcache.runtime.pipeline.control_arguments import ControlArguments
+from blockcache.runtime.pipeline.parts import CONTROL, PipelineParts, bound_parts, require_served
 from blockcache.runtime.pipeline.picture_arguments import (
     Size,
     common_count,
@@ -74,7 +75,7 @@ class Pipeline:
     """
 
     def __init__(self, session: Session) -> None:
-        require_served(session.bundle)
+        require_served(session.bundle, CONTROL)
         self.session = session
         self._parts = PipelineParts.load(session.backend, session.bundle)
         self._lock = threading.RLock()
@@ -102,7 +103,7 @@ class Pipeline:
             BundleError, EngineError: see ``Session.open``.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
-        require_served(opened)  # before engines are loaded
+        require_served(opened, CONTROL)  # before engines are loaded
         session = Session.open(opened, preset=preset, verify=verify, **options)
         try:
             return cls(session)
@@ -122,6 +123,10 @@ class Pipeline:
         width: int | None = None,
         image: Any = None,
         strength: float = 0.8,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
         long_prompts: bool = False,
         tile: int | None = None,
         original_size: Size | None = None,
@@ -144,6 +149,12 @@ class Pipeline:
             width: of the pictures, in pixels; default the model's.
             image: uint8 [N or 1, H, W, 3], or RGB pictures of Pillow, to start from.
             strength: how much of ``image`` is drawn anew, above 0 to 1.
+            control_image: pictures like ``image``, for the bundle's ControlNet; for several a list
+                with those of each. Their size is that of the pictures to draw.
+            controlnet_conditioning_scale: how strongly it acts, as in diffusers; for several
+                ControlNets one number or one each, as for the next two.
+            control_guidance_start: the share of the steps before it acts.
+            control_guidance_end: the share of the steps up to which it acts.
             long_prompts: encode what is longer than the text encoder's length in chunks; else it
                 falls away with a warning, as in diffusers.
             tile: decode in tiles of so many pixels a side: less memory, and slightly other pixels.
@@ -170,8 +181,16 @@ class Pipeline:
         given = None if seeds is None else whole_seeds(seeds)
         counts |= {"seeds": 1 if given is None else len(given)}
         counts |= {"image": 1 if images is None else len(images)}
-        count = common_count(counts)
-        height, width = self._latent_size(images, height, width)
+        control = ControlArguments.of(
+            self.session.bundle.model,
+            control_image,
+            controlnet_conditioning_scale,
+            control_guidance_start,
+            control_guidance_end,
+        )
+        count = common_count({**counts, **control.counts})
+        sized = next((each for each in (images, *control.pictures) if each is not None), None)
+        height, width = self._latent_size(sized, height, width)
         first = 0 if images is None else first_step(self.session.steps, strength)
         side = None if tile is None else tile_side(self.factor, tile)
         scale = self.session.preset.guidance_scale if guidance_scale is None else guidance_scale
@@ -180,6 +199,7 @@ class Pipeline:
         if len(chosen) != count:
             raise InputError(f"seeds: expected one a picture, {count}, got 1. Pass as many.")
         pixels = (height * self.factor, width * self.factor)
+        controls = control.conditions(self.session, first)
         with self._held():
             noise = self.session.noise(chosen, height, width)
             begin = time.perf_counter()
@@ -191,7 +211,10 @@ class Pipeline:
                 noise,
                 states[0],
                 states[1] if guided else None,
-                conditions=self._parts.conditions(positive, sizes, aesthetic_score),
+                conditions={
+                    **self._parts.conditions(positive, sizes, aesthetic_score),
+                    **controls,
+                },
                 negative_conditions=self._parts.conditions(
                     negative, sizes, negative_aesthetic_score
                 )

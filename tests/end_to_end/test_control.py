@@ -11,13 +11,29 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
 
+from blockcache.diffusers import attach, detach  # noqa: E402
+from blockcache.export import (  # noqa: E402
+    CompileOptions,
+    PresetOptions,
+    compile_model,
+    load_model,
+    load_parts,
+)
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.unet.cached_unet import CachedUNet, Denoiser  # noqa: E402
 from blockcache.export.unet.model import BRANCH  # noqa: E402
 from blockcache.export.unet.steps import TableSteps  # noqa: E402
-from blockcache.runtime import Alignment, Schedule, Session  # noqa: E402
+from blockcache.runtime import (  # noqa: E402
+    Alignment,
+    InputError,
+    Pipeline,
+    Schedule,
+    Session,
+    UnsupportedModelError,
+)
 from blockcache.runtime.run_table import run_table  # noqa: E402
 from blockcache.runtime.solvers.solver import SolverConfig, solver_tables  # noqa: E402
 
@@ -54,11 +70,9 @@ def in_diffusers(model, sample, timestep, conditions, scales):
     given_ = {name: torch.from_numpy(values) for name, values in conditions.items()}
     added = {name: given_[name] for name in ("text_embeds", "time_ids")}
     shared = {"encoder_hidden_states": given_[PROMPT], "added_cond_kwargs": added}
-    from diffusers import MultiControlNetModel
-
     with torch.no_grad():
         time = torch.tensor(float(timestep))
-        down, middle = MultiControlNetModel(model.controlnets)(
+        down, middle = diffusers.MultiControlNetModel(model.controlnets)(
             torch.from_numpy(sample),
             time,
             controlnet_cond=[given_["control_image"], given_["control_image_2"]],
@@ -182,8 +196,6 @@ def test_pictures_and_scales_are_checked_by_name(two_nets, conditions_of):
     session = Session.open(bundle, preset="ddim-4", verify=False)
     conditions = conditions_of(model, 1)
     sample = session.noise([0])
-    from blockcache.runtime import InputError
-
     with pytest.raises(InputError, match=r"control_image_2: expected shape \[1, 3, 64, 64\]"):
         predicted(session, sample, {**conditions, "control_image_2": sample})
     lacking = {name: v for name, v in conditions.items() if name != "control_image"}
@@ -191,3 +203,136 @@ def test_pictures_and_scales_are_checked_by_name(two_nets, conditions_of):
         predicted(session, sample, lacking)
     with pytest.raises(InputError, match=r"control_scale: expected shape \[1, 3\]"):
         predicted(session, sample, {**conditions, "control_scale": np.float32([[1]])})
+
+
+# -- prompt to picture, and in a pipeline of diffusers ---------------------------------------------
+
+PROMPTS = ["a fox", "an owl"]
+SHARES = {
+    "controlnet_conditioning_scale": 0.7,
+    "control_guidance_start": 0.25,
+    "control_guidance_end": 0.75,
+}
+
+
+@pytest.fixture(scope="module")
+def drawing(tiny_models, pipeline_folder, tmp_path_factory):
+    """A bundle of a whole pipeline with a ControlNet, and diffusers' pipeline of the same."""
+    folder, net = pipeline_folder("controlled"), tmp_path_factory.mktemp("control")
+    tiny_models("controlled").controlnets[0].save_pretrained(net)
+    presets = (PresetOptions.parse("ddim:4"), PresetOptions.parse("ddim:4:every2"))
+    bundle = compile_model(
+        load_model(folder, controlnets=[net]),
+        tmp_path_factory.mktemp("controlled") / "bundle",
+        CompileOptions(presets=presets),
+        parts=load_parts(folder),
+    ).bundle
+    pipeline = diffusers.StableDiffusionControlNetPipeline.from_pretrained(
+        folder, controlnet=diffusers.ControlNetModel.from_pretrained(net), safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return bundle, pipeline
+
+
+def picture(seed=0):
+    """uint8 [H, W, 3]; latents are 16 x 24."""
+    return np.random.default_rng(seed).integers(0, 256, (64, 96, 3), np.uint8)
+
+
+def in_pipeline(pipeline, noise, guidance_scale=4.0, **options):
+    """Final latents of diffusers' pipeline."""
+    image = torch.from_numpy(picture())[None].permute(0, 3, 1, 2) / 255
+    drawn = pipeline(
+        PROMPTS, image=image, num_inference_steps=4, guidance_scale=guidance_scale,
+        latents=torch.from_numpy(noise), output_type="latent", **{**SHARES, **options},
+    )  # fmt: skip
+    return drawn.images.numpy()
+
+
+def test_prompts_and_a_control_picture_become_the_latents_of_diffusers(drawing):
+    bundle, own = drawing
+    with Pipeline.open(bundle, preset="ddim-4", verify=False) as pipeline:
+        drawn = pipeline(
+            PROMPTS, seeds=[0, 1], guidance_scale=4.0, control_image=picture(), **SHARES
+        )
+        assert drawn.images.shape == (2, 64, 96, 3), "as large as the control picture"
+        noise = pipeline.session.noise([0, 1], 16, 24)
+        wanted = in_pipeline(own, noise)
+        assert relative(drawn.latents, wanted) <= 1e-4
+        assert relative(in_pipeline(own, noise, controlnet_conditioning_scale=0.0), wanted) > 0.01
+        assert relative(in_pipeline(own, noise, control_guidance_start=0.0), wanted) > 1e-3
+        plain = pipeline(
+            PROMPTS, seeds=[0, 1], guidance_scale=4.0, control_image=picture(1),
+            controlnet_conditioning_scale=0.0,
+        )  # fmt: skip
+        assert (
+            relative(plain.latents, in_pipeline(own, noise, controlnet_conditioning_scale=0.0))
+            <= 1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "control_image: expected pictures for each of the 1 ControlNets"),
+        ({"control_image": np.zeros((64, 64))}, r"control_image: expected uint8 \[N, H, W, 3\]"),
+        ({"control_image": [picture()] * 3}, "Expected one of each or as many"),
+        (
+            {"control_image": picture(), "controlnet_conditioning_scale": [1.0, 2.0]},
+            "controlnet_conditioning_scale: expected one number, or 1 of them, got 2",
+        ),
+        ({"control_image": picture(), "height": 128}, "height: expected 64, as the image has it"),
+    ],
+)
+def test_wrong_control_is_refused_by_name(drawing, options, message):
+    with (
+        Pipeline.open(drawing[0], preset="ddim-4", verify=False) as pipeline,
+        pytest.raises(InputError, match=message),
+    ):
+        pipeline(PROMPTS, **options)
+
+
+def test_attached_the_bundles_controlnet_stands_for_the_pipelines(drawing):
+    bundle, pipeline = drawing
+    noise = np.random.default_rng(0).standard_normal((2, 4, 16, 24)).astype(np.float32)
+    own, net = in_pipeline(pipeline, noise), pipeline.controlnet
+    attach(pipeline, bundle, preset="ddim-4")
+    assert relative(in_pipeline(pipeline, noise), own) <= 1e-4
+    with pytest.raises(UnsupportedModelError, match="guess_mode: a bundle's ControlNets act on"):
+        in_pipeline(pipeline, noise, guess_mode=True)
+    detach(pipeline)
+    assert pipeline.controlnet is net
+    attach(pipeline, bundle, preset="ddim-4-every2")
+    cached = in_pipeline(pipeline, noise, control_guidance_start=0.0, control_guidance_end=1.0)
+    detach(pipeline)
+    with Pipeline.open(bundle, preset="ddim-4-every2", verify=False) as ours:
+        states = ours.encode_prompt(PROMPTS), ours.encode_prompt("")
+        wanted = ours.session.denoise(
+            noise,
+            *states,
+            conditions={
+                "control_image": picture()[None].transpose(0, 3, 1, 2).astype(np.float32) / 255,
+                "control_scale": ours.session.control_scale(0.7),
+            },
+            guidance_scale=4.0,
+        ).latents
+    assert relative(cached, wanted) <= 1e-5
+
+
+def test_other_controlnets_than_the_bundles_are_refused(drawing, pipeline_folder):
+    bundle, pipeline = drawing
+    plain = diffusers.StableDiffusionPipeline.from_pretrained(
+        pipeline_folder("controlled"), safety_checker=None
+    )
+    with pytest.raises(
+        UnsupportedModelError, match=r"Expected a pipeline with 1 ControlNets, .* 0"
+    ):
+        attach(plain, bundle, preset="ddim-4")
+    two = diffusers.MultiControlNetModel([pipeline.controlnet] * 2)
+    own = pipeline.controlnet
+    pipeline.register_modules(controlnet=two)
+    with pytest.raises(
+        UnsupportedModelError, match=r"got one with 2\. Compile the model with them"
+    ):
+        attach(pipeline, bundle, preset="ddim-4")
+    pipeline.register_modules(controlnet=own)

@@ -22,6 +22,7 @@ ROOMS = ("unet", "parts", "measure", "align", "graph", "engines")
 
 NO_RESULT = {
     "export/graph/time_tables.py": "fills presets",
+    "export/measure/control_images.py": "makes conditions: their hash is in every key",
     "export/unet/configs.py": "reads a model's folder",
     "export/unet/hub.py": "fetches a model",
     "export/unet/load.py": "loads a model: its hash is in every key",

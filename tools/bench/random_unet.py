@@ -52,13 +52,16 @@ SCHEDULER = {
 }
 
 
-def random_source(model: str, precision: str, *, small: bool = False) -> SourceModel:
+def random_source(
+    model: str, precision: str, *, small: bool = False, controlnets: int = 0
+) -> SourceModel:
     """The U-Net of a config in ``precision`` from the start: float32 would double the memory.
 
-    ``small`` makes it a tiny one with the same conditions.
+    ``small`` makes it a tiny one with the same conditions. Its ``controlnets`` are random all over,
+    so that they do something, which fresh ones do not.
     """
     import torch
-    from diffusers import UNet2DConditionModel
+    from diffusers import ControlNetModel, UNet2DConditionModel
 
     from blockcache.export.unet.model import TORCH_DTYPES, describe
 
@@ -67,9 +70,18 @@ def random_source(model: str, precision: str, *, small: bool = False) -> SourceM
     torch.set_default_dtype(TORCH_DTYPES[precision])
     try:
         unet = UNet2DConditionModel(**_config(model, small))
+        nets = [
+            ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+            for _ in range(controlnets)
+        ]
     finally:
         torch.set_default_dtype(default)
-    return describe(unet, name=model, scheduler=SCHEDULER)
+    for net in nets:
+        for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+            torch.nn.init.normal_(layer.weight, std=0.1)
+        last = net.controlnet_cond_embedding.conv_out
+        torch.nn.init.normal_(last.weight, std=0.1)
+    return describe(unet, name=model, scheduler=SCHEDULER, controlnets=nets)
 
 
 def _config(model: str, small: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     python -m blockcache.tools.bench.scale OUT --model sdxl --precision bfloat16
     python -m blockcache.tools.bench.scale OUT --model sd15 --check
+    python -m blockcache.tools.bench.scale OUT --model sd15 --controlnets 1 --precision bfloat16
     python -m blockcache.tools.bench.scale OUT --model sd15 --parts    # text encoders and VAE, too
     python -m blockcache.tools.bench.scale OUT --model sdxl --parts --small    # these alone
 
@@ -58,6 +59,9 @@ def main(
     small: Annotated[
         bool, typer.Option("--small", help="A tiny U-Net, where the parts are what matters.")
     ] = False,
+    controlnets: Annotated[
+        int, typer.Option(min=0, help="So many ControlNets of its size with the U-Net.")
+    ] = 0,
     check: Annotated[bool, typer.Option(help="Denoise on the CPU, compare with PyTorch.")] = False,
     figures: Annotated[Path | None, typer.Option(help="Also write the figures there.")] = None,
 ) -> None:
@@ -72,7 +76,9 @@ def main(
     meter.enter("weights at random")
     if check and small:
         raise ConfigError("--check: expected a U-Net of full size, got --small.")
-    source = random_source(model, precision, small=small)
+    if check and controlnets:
+        raise ConfigError("--check: expected a U-Net alone, got --controlnets.")
+    source = random_source(model, precision, small=small, controlnets=controlnets)
     export = ExportOptions(precision=precision, hoist=hoist)
     presets = [*(f"ddim:{count}" for count in steps or [2]), *(preset or ())]
     bundle = _compile(source, out, export, presets, random_parts(model) if parts else None, meter)
@@ -80,11 +86,12 @@ def main(
     gc.collect()
     found: dict[str, Any] = {
         "model": f"{model}, small U-Net" if small else model,
+        "controlnets": controlnets,
         "precision": precision,
         "machine": machine_facts(),
         "weights_bytes": weights_bytes(bundle),
         "stages": [dataclasses.asdict(stage) for stage in meter.stages],
-        "published": [] if small else published_rows(bundle),
+        "published": [] if small or controlnets else published_rows(bundle),
     }
     found["peak_over_weights"] = max(s.peak_bytes for s in meter.stages) / found["weights_bytes"]
     if check:

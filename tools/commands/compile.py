@@ -136,6 +136,23 @@ ExtraInputs = Annotated[
 ]
 
 
+ControlNets = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="A ControlNet (a diffusers folder or hub id) that runs with the U-Net, under the "
+        "same schedule; repeatable: several add up.",
+    ),
+]
+ControlImages = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Control pictures to measure with, one a prompt, in turn; once for each --controlnet.",
+    ),
+]
+
+
 def compile_bundle(
     model: Annotated[str, typer.Argument(help="A diffusers folder, a hub id, or 'demo'.")],
     out: Annotated[Path, typer.Argument(help="The bundle's folder; resumed if it is there.")],
@@ -144,6 +161,8 @@ def compile_bundle(
     lora: Loras = None,
     like: Like = None,
     extra_inputs: ExtraInputs = None,
+    controlnet: ControlNets = None,
+    control_images: ControlImages = None,
     recommend: Recommended = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale of later requests.")] = 5.0,
     target: EngineTarget = None,
@@ -186,6 +205,7 @@ def compile_bundle(
     from blockcache.export import PresetOptions, read_timings
     from blockcache.runtime import Bundle
     from blockcache.tools.commands.names import precision_for, warn_of_float32
+    from blockcache.tools.sources.control import check_control, controlled
     from blockcache.tools.sources.models import load_parts_of, load_source
     from blockcache.tools.sources.prompts import calibration_for
 
@@ -201,6 +221,9 @@ def compile_bundle(
     times = None if timings is None else read_timings(timings)
     processor = None if gpu is None else _processor(gpu)
     _check(model, out, blocks, parts, calibration, prompts)
+    nets, pictures = tuple(controlnet or ()), tuple(control_images or ())
+    measured = any(made.calibrated for made in presets)
+    check_control(nets, pictures, needed=measured and calibration is None)
     if target is not None:
         warn_of_float32(dtype, target)
 
@@ -240,8 +263,13 @@ def compile_bundle(
         variant=variant,
         loras=loras,
         extra_inputs=extra_inputs,
+        controlnets=nets,
     )
-    encode = partial(calibration_for, model, calibration, prompts, loras)
+
+    def encode(source: SourceModel) -> Calibration:
+        encoded = calibration_for(model, calibration, prompts, loras)
+        return controlled(encoded, source, pictures) if pictures else encoded
+
     made = _compile(load, out, options, encode, beside)
     _report(made, as_json=as_json)
 
@@ -305,7 +333,7 @@ def _compile(
     load: Callable[[str], SourceModel],
     out: Path,
     options: CompileOptions,
-    encode: Callable[[], Calibration],
+    encode: Callable[[SourceModel], Calibration],
     beside: Callable[[], Parts] | None,
 ) -> Compiled:
     """Load, encode and compile under a progress bar."""
@@ -318,7 +346,7 @@ def _compile(
         # Profiles are measured in float32; the export converts the weights afterwards.
         dtype = "float32" if measured else options.export.precision
         source = load(dtype)
-        encoded = encode() if measured else None
+        encoded = encode(source) if measured else None
         parts = Parts(parts=()) if beside is None else beside()
         progress("load", 1, 1)
         return compile_model(source, out, options, encoded, progress, parts)

@@ -44,6 +44,7 @@ def load_source(
     variant: str | None = None,
     loras: Sequence[Lora] = (),
     extra_inputs: str | None = None,
+    controlnets: Sequence[str] = (),
 ) -> SourceModel:
     """The source model of ``demo``, a diffusers folder or a hub id.
 
@@ -54,15 +55,29 @@ def load_source(
         variant: of a folder's or hub id's weights, as ``load_model`` has it.
         loras: merged into its weights.
         extra_inputs: what a U-Net with more input channels reads in them, as ``load_model`` has it.
+        controlnets: folders or hub ids of ControlNets that run with it.
     """
     from blockcache.export import load_model
 
     if model == DEMO:
         from blockcache.tools.demo.model import weights_dir
 
-        return load_model(weights_dir(), dtype=dtype, name=DEMO, cached=cached, loras=loras)
+        return load_model(
+            weights_dir(),
+            dtype=dtype,
+            name=DEMO,
+            cached=cached,
+            loras=loras,
+            controlnets=controlnets,
+        )
     return load_model(
-        model, dtype=dtype, cached=cached, variant=variant, loras=loras, extra_inputs=extra_inputs
+        model,
+        dtype=dtype,
+        cached=cached,
+        variant=variant,
+        loras=loras,
+        extra_inputs=extra_inputs,
+        controlnets=controlnets,
     )
 
 

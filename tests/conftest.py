@@ -183,8 +183,10 @@ def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    folder = Path(os.environ.get("BLOCKCACHE_TEST_TRACES") or shared / "traces")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.onnx, "export", SharedTraces(torch.onnx.export, shared / "traces"))
+        patch.setenv("BLOCKCACHE_TEST_TRACES", str(folder))  # for a pytest that a test starts
+        patch.setattr(torch.onnx, "export", SharedTraces(torch.onnx.export, folder))
         yield
 
 

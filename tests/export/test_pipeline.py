@@ -296,7 +296,7 @@ def files_of(folder):
 
 STOPS = {
     "another preset, killed": (("ddim:2:9",), 5.0, ExportOptions(), True),
-    "another export, interrupted": (("ddim:2:0.1", "ddim:3"), 5.0, ExportOptions(outputs=2), False),
+    "another preset, interrupted": (("ddim:2:9",), 5.0, ExportOptions(), False),
     "another export, killed": (("ddim:2:0.1", "ddim:3"), 5.0, ExportOptions(outputs=2), True),
     "another content of one name, killed": (("ddim:2:0.1",), 3.0, ExportOptions(), True),
 }

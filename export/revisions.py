@@ -62,7 +62,7 @@ REVISIONS: Mapping[str, Revision] = {
     ),
     "parts": Revision(
         2,
-        "d03db456cdb1b5ce",
+        "893699e31d566f81",
         (
             "export/unet/lora.py",
             "export/unet/weights.py",

@@ -126,6 +126,7 @@ def denoise(
     record.total_ns = perf_counter_ns() - begin
     if run.meter is not None:
         record.change = run.meter.read()
+        record.change[request.steps.stop :] = np.nan  # of steps that an earlier run took
     if graphs is not None:
         record.launched(run.launches)
     if request.check_finite:
@@ -166,6 +167,8 @@ def _set_latents(device: Device, program: Program, request: Request, tables: Sol
 
 def start_latents(request: Request, tables: SolverTables) -> np.ndarray:
     """The sample that the first executed step sees, in the solver's own space."""
+    if request.continues:
+        return request.noise
     if request.image_latents is None:
         scaled: np.ndarray = request.noise * np.float32(tables.initial_scale)
         return scaled

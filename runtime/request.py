@@ -43,9 +43,10 @@ class Request:
     images: int  # N
     steps: range  # those to execute
     guidance: Guidance | None
-    noise: np.ndarray  # float32 [N, C, H, W]
+    noise: np.ndarray  # float32 [N, C, H, W]; the latents, where a run is continued
     seeds: np.ndarray | None  # uint64 [N], of the noise that a solver adds at every step
     image_latents: np.ndarray | None  # float32 [N, C, H, W], where an image is continued
+    continues: bool  # from the latents of a run that ended at ``first``
     conditions: Mapping[str, Condition]  # by name
     check_finite: bool
 
@@ -66,7 +67,9 @@ def checked_request(
     seeds: Any = None,
     needs_seeds: bool = False,
     image_latents: Any = None,
+    latents: Any = None,
     start_step: int = 0,
+    end_step: int | None = None,
     check_finite: bool = False,
 ) -> Request:
     """The request that these arguments make; they are those of ``Session.denoise``.
@@ -74,29 +77,36 @@ def checked_request(
     Args:
         model: what the bundle was compiled from.
         steps: S of the preset.
-        noise: float32 [N, C, H, W].
+        noise: float32 [N, C, H, W]; None where there are ``latents``.
         positive: the conditions by name, the prompt among them.
         negative: the same for the unconditional half; not read without guidance.
         guidance: of ``guidance_of``.
         seeds: one an image, of the noise that a solver adds at every step.
         needs_seeds: whether the preset's solver adds any.
         image_latents: float32 [N, C, H, W]; None starts from noise alone.
+        latents: float32 [N, C, H, W] of a run that ended at ``start_step``.
         start_step: the first step to execute.
+        end_step: the first step that is not executed; None: all are.
         check_finite: refuse NaN and infinity in every tensor.
 
     Raises:
         InputError: the first argument that does not fit, by name.
     """
     first = whole_number("start_step", start_step, 0, steps - 1)
+    end = steps if end_step is None else whole_number("end_step", end_step, first + 1, steps)
     check = _Check(check_finite)
-    noise, image_latents = host_array(noise), host_array(image_latents)
-    shape = _noise_shape(model, check.numbers("noise", noise))
+    noise, image_latents, latents = map(host_array, (noise, image_latents, latents))
+    if latents is not None:
+        _require_alone(noise, image_latents)
+        noise = latents
+    named = "noise" if latents is None else "latents"
+    shape = _noise_shape(model, named, check.numbers(named, noise))
     if image_latents is not None:
         check.tensor("image_latents", image_latents, shape)
-    elif first:
+    elif first and latents is None:
         raise InputError(
-            f"start_step={first} continues from an image: expected image_latents, got none. Give "
-            f"them, or start at step 0."
+            f"start_step={first} continues from an image or a run: expected image_latents or "
+            f"latents, got none. Give them, or start at step 0."
         )
     positive = {name: host_array(values) for name, values in positive.items()}
     negative = {name: host_array(values) for name, values in negative.items()}
@@ -123,11 +133,12 @@ def checked_request(
     return Request(
         sizes=sizes,
         images=shape[0],
-        steps=range(first, steps),
+        steps=range(first, end),
         guidance=guidance,
         noise=noise,
         seeds=_step_seeds(seeds, shape[0], needed=needs_seeds),
         image_latents=image_latents,
+        continues=latents is not None,
         conditions=conditions,
         check_finite=check_finite,
     )
@@ -248,15 +259,25 @@ class _Check:
         return values
 
 
-def _noise_shape(model: ModelFacts, noise: np.ndarray) -> tuple[int, int, int, int]:
+def _require_alone(noise: Any, image_latents: Any) -> None:
+    """Latents of another run are all that a run begins with."""
+    for name, values in (("noise", noise), ("image_latents", image_latents)):
+        if values is not None:
+            raise InputError(
+                f"{name}: expected none beside latents, which are taken as the run before left "
+                f"them. Leave one of them out."
+            )
+
+
+def _noise_shape(model: ModelFacts, name: str, noise: np.ndarray) -> tuple[int, int, int, int]:
     """[N, C, H, W] of the noise, where the model can draw it."""
     shape = noise.shape
     if len(shape) != 4 or shape[1] != model.channels or 0 in shape:
         raise InputError(
-            f"noise: expected [N, {model.channels}, height, width], got {list(shape)}. "
+            f"{name}: expected [N, {model.channels}, height, width], got {list(shape)}. "
             f"session.noise(seeds) makes it."
         )
-    _require_factor(model, "noise", shape[2], shape[3])
+    _require_factor(model, name, shape[2], shape[3])
     return shape[0], shape[1], shape[2], shape[3]
 
 

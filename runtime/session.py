@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from blockcache.runtime.arguments import whole_number
+from blockcache.runtime.arguments import finite_number, whole_number
 from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.control import control_window
 from blockcache.runtime.devices.device import modes_of
@@ -34,7 +34,7 @@ from blockcache.runtime.drift import DriftMonitor
 from blockcache.runtime.engines.choice import make_backend, refuse_options, require_members
 from blockcache.runtime.engines.engine import Backend, Engine, Launch
 from blockcache.runtime.engines.loading import load_engines
-from blockcache.runtime.errors import BundleFormatError, ConfigError
+from blockcache.runtime.errors import BundleFormatError, ConfigError, InputError
 from blockcache.runtime.evaluation import take_conditions
 from blockcache.runtime.fork import keep_in_children
 from blockcache.runtime.loop import Denoised, Progress, denoise
@@ -190,6 +190,28 @@ class Session:
         signal, noise = self._tables.noising.T
         return np.asarray(noise / signal)
 
+    def step_at(self, share: float) -> int:
+        """The step before which ``share`` of the noise schedule is behind.
+
+        That is the ``end_step`` of diffusers' ``denoising_end``, and the ``start_step`` of
+        ``denoising_start``.
+
+        Raises:
+            InputError: not above 0 and below 1, or no step lies on either side of it.
+        """
+        number = finite_number("denoising_end and denoising_start", share)
+        solver = self._solver
+        if isinstance(solver, DiffusersScheduler):
+            raise ConfigError(f"Preset {self.preset.name!r} runs a scheduler of diffusers.")
+        training = solver.noise.train_timesteps
+        step = int((self._timesteps >= round(training * (1 - number))).sum())
+        if not 0 < number < 1 or not 0 < step < self.steps:
+            raise InputError(
+                f"denoising_end and denoising_start: expected a share of the noise schedule, "
+                f"0 to 1, with a step of the preset's {self.steps} on either side, got {share}."
+            )
+        return step
+
     def check_open(self) -> None:
         """Raise ConfigError where the session is closed, or was opened before a fork."""
         with self._held():
@@ -256,7 +278,7 @@ class Session:
 
     def denoise(
         self,
-        noise: np.ndarray,
+        noise: np.ndarray | None,
         prompt_embeds: np.ndarray,
         negative_prompt_embeds: np.ndarray | None = None,
         *,
@@ -267,7 +289,9 @@ class Session:
         image_guidance_scale: float = 1.0,
         seeds: Sequence[int] | None = None,
         image_latents: np.ndarray | None = None,
+        latents: np.ndarray | None = None,
         start_step: int = 0,
+        end_step: int | None = None,
         callback: Callable[[Progress], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
         check_finite: bool = False,
@@ -279,7 +303,8 @@ class Session:
         Conditions on the session's GPU in the bundle's precision do not pass through the host.
 
         Args:
-            noise: float32 [N, C, H, W], standard normal; ``self.noise(seeds)`` makes it.
+            noise: float32 [N, C, H, W], standard normal; ``self.noise(seeds)`` makes it. None
+                beside ``latents``.
             prompt_embeds: float32 [N or 1, tokens, D].
             negative_prompt_embeds: float32 [N or 1, tokens, D], the unconditional prompt; needed
                 for guidance.
@@ -295,7 +320,11 @@ class Session:
                 step (euler-a, dpm-sde, lcm), not read by others. With the same seed an image gets
                 the same noise, alone and in a batch.
             image_latents: float32 [N, C, H, W] to start from, noised to ``start_step``'s level.
+            latents: float32 [N, C, H, W] that a run with this solver left, whose ``end_step`` is
+                this one's ``start_step``; taken as they are. SDXL's refiner goes on like this.
             start_step: the first step to execute; it recomputes every block.
+            end_step: the first step that is not executed, so that the latents stay noisy; default
+                S. ``step_at`` finds it.
             callback: called after each step with a Progress; it may edit the latents in place.
             cancelled: asked before each step; True raises Cancelled.
             check_finite: raise InputError for NaN or infinity in inputs or result.
@@ -321,7 +350,9 @@ class Session:
             seeds=seeds,
             needs_seeds=stochastic,
             image_latents=image_latents,
+            latents=latents,
             start_step=start_step,
+            end_step=end_step,
             check_finite=check_finite,
         )
         result = self._run(request, callback, cancelled)
@@ -655,7 +686,8 @@ class Session:
         with self._exclusive():
             program = self._program(request.sizes, request.images)
             modes = modes_of(request.guidance)
-            shape = (request.sizes, request.images, request.first, *modes)
+            steps = (request.first, request.steps.stop)
+            shape = (request.sizes, request.images, *steps, *modes)
             graphs = self._graphs_of(program, shape)
             device, tables = self.backend.device, self._tables
             return denoise(device, program, request, tables, graphs, callback, cancelled)

@@ -32,13 +32,13 @@ class Encoder(nn.Module):
     """Pictures float32 [N, 3, H, W] in -1..1 to latents float32 [N, C, h, w]: the posterior's mode.
 
     diffusers draws from the posterior by default. Its deviation is far below the noise that an
-    image-to-image run starts with.
+    image-to-image run starts with. InstructPix2Pix takes the mode, and does not scale it.
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, *, scaled: bool = True) -> None:
         super().__init__()
         self.vae = vae
-        self.spread, self.factor, self.shift = _scaling(vae)
+        self.spread, self.factor, self.shift = _scaling(vae, scaled=scaled)
 
     def forward(self, image: Tensor) -> Tensor:
         """Encode, and scale."""
@@ -52,11 +52,13 @@ def _dtype(vae: Any) -> torch.dtype:
     return next(vae.parameters()).dtype  # type: ignore[no-any-return]
 
 
-def _scaling(vae: Any) -> tuple[Any, float, Any]:
+def _scaling(vae: Any, *, scaled: bool = True) -> tuple[Any, float, Any]:
     """What latents are multiplied by, divided by, and what is added then, to be decoded.
 
     The first and the last are numbers, or in some models rows with one for each channel.
     """
+    if not scaled:
+        return 1.0, 1.0, 0.0
     config = vae.config
     factor = float(config.get("scaling_factor") or 1.0)
     shift = float(config.get("shift_factor") or 0.0)

@@ -15,10 +15,12 @@ from blockcache.export.parts.part import Part, Parts
 from blockcache.export.parts.text_encoders import ClipStates
 from blockcache.export.parts.tokenizer import tokenizer_file
 from blockcache.export.unet.configs import read_json
+from blockcache.export.unet.extra_inputs import find_extra_inputs
 from blockcache.export.unet.hub import local_folder
 from blockcache.export.unet.lora import Lora, adapters_of, merged_sha256
 from blockcache.export.unet.weights import hash_part, load_part
 from blockcache.runtime.errors import ConfigError, MissingExtraError
+from blockcache.runtime.plan import IMAGE_LATENTS
 
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
@@ -26,7 +28,11 @@ AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
 
 def load_parts(
-    source: str | Path, *, clip_skip: int | None = None, loras: Sequence[Lora] = ()
+    source: str | Path,
+    *,
+    clip_skip: int | None = None,
+    loras: Sequence[Lora] = (),
+    extra_inputs: str | None = None,
 ) -> Parts:
     """What stands beside the U-Net of a pipeline; its weights are read when they are exported.
 
@@ -34,6 +40,7 @@ def load_parts(
         source: a folder, or a hub id such as "owner/model".
         clip_skip: so many of CLIP's last layers are left out, as diffusers' pipelines have it.
         loras: merged into the text encoders, where they hold anything for them.
+        extra_inputs: as ``load_model`` has it: InstructPix2Pix's encoder is another.
 
     Returns:
         What can be exported, and by name why the rest cannot. A bare U-Net has no parts.
@@ -62,7 +69,11 @@ def load_parts(
         if _class(index, name) is not None
     }
     if _class(index, "vae") is not None:
-        makers["vae"] = partial(_autoencoder, folder / "vae", _class(index, "vae"))
+        extra = find_extra_inputs(
+            read_json(folder / "unet" / "config.json"), index.get("_class_name"), extra_inputs
+        )
+        scaled = all(each.name != IMAGE_LATENTS for each in extra)
+        makers["vae"] = partial(_autoencoder, folder / "vae", _class(index, "vae"), scaled)
     for name, make in makers.items():
         try:
             parts += make()
@@ -133,7 +144,7 @@ def _text_encoder(
     ]
 
 
-def _autoencoder(folder: Path, kind: str | None) -> list[Part]:
+def _autoencoder(folder: Path, kind: str | None, scaled: bool) -> list[Part]:
     """Decoder and encoder."""
     import diffusers
 
@@ -154,6 +165,7 @@ def _autoencoder(folder: Path, kind: str | None) -> list[Part]:
         channels=channels,
         factor=2 ** (len(sides) - 1),
         single=bool(config.get("force_upcast", kind == "AutoencoderKL")),
+        scaled=scaled,
     )
 
 
@@ -164,6 +176,7 @@ def autoencoder_parts(
     channels: int,
     factor: int,
     single: bool = False,
+    scaled: bool = True,
 ) -> list[Part]:
     """Decoder and encoder of an autoencoder.
 
@@ -174,6 +187,7 @@ def autoencoder_parts(
         channels: C of the latents.
         factor: pixels a latent, along a side.
         single: whether it overflows in float16.
+        scaled: whether the encoder scales as pipelines do; InstructPix2Pix's does not.
     """
     latents = ("batch", channels, "height", "width")
     image = ("batch", 3, f"{factor}*height", f"{factor}*width")
@@ -189,8 +203,8 @@ def autoencoder_parts(
     encoder = Part(
         name="encoder",
         role="encoder",
-        sha256=_hash(sha256, "encoder"),
-        load=lambda dtype: Encoder(load(dtype)),
+        sha256=_hash(sha256, "encoder" if scaled else "encoder, not scaled"),
+        load=lambda dtype: Encoder(load(dtype), scaled=scaled),
         inputs={"image": image},
         outputs={"latents": latents},
         single=single,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,10 +32,15 @@ def bound_parts(
     return {part.name: BoundPart(part, engines[part.name], backend) for part in parts}
 
 
-def require_served(bundle: Bundle, besides: tuple[str, ...] = ()) -> None:
-    """Raise ConfigError unless prompts are all that a bundle needs, and it has parts for them.
+def require_served(
+    bundle: Bundle,
+    besides: tuple[str, ...] = (),
+    pictures: Collection[tuple[str, ...]] = ((),),
+) -> None:
+    """Raise ConfigError unless a bundle has parts for prompts, and needs no more than is given.
 
-    Conditions that begin like one of ``besides`` may be needed, too.
+    Conditions that begin like one of ``besides`` may be needed, too, and one group of ``pictures``:
+    the extra inputs that are made of what a request brings.
     """
     pipeline = bundle.pipeline
     roles = [] if pipeline is None else [part.role for part in pipeline.parts]
@@ -46,7 +51,8 @@ def require_served(bundle: Bundle, besides: tuple[str, ...] = ()) -> None:
             f"{' and no '.join(lacking)}. Compile the model again with all its parts, or use "
             f"Session, with prompts encoded and latents decoded by yourself."
         )
-    names = {spec.name for spec in bundle.model.conditions}
+    extra = bundle.model.extra_inputs if bundle.model.extra_inputs in pictures else ()
+    names = {spec.name for spec in bundle.model.conditions} - {*extra}
     further = sorted(name for name in names if not name.startswith((*_SERVED, *besides)))
     if further:
         raise ConfigError(
@@ -122,8 +128,8 @@ class PipelineParts:
         """The encoder; ConfigError where the bundle has none."""
         if self.encoder is None:
             raise ConfigError(
-                "Expected a bundle with an encoder, for image to image; this one has none. Compile "
-                "the model again with all its parts."
+                "Expected a bundle with an encoder, for pictures that are given; this one has "
+                "none. Compile the model again with all its parts."
             )
         return self.encoder
 

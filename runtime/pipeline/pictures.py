@@ -70,18 +70,23 @@ class PictureDecoder:
 
 
 class PictureEncoder:
-    """The encoder, for image to image."""
+    """The encoder, for image to image and for pictures that a U-Net reads."""
 
     def __init__(self, model: ModelFacts, encoder: BoundPart) -> None:
         self._sizes = replace(model.sizes, batch=1)
         self._encoder = encoder
         self.factor = int(encoder.part.inputs[0].dims[-1].coefficient)
 
-    def latents(self, images: np.ndarray) -> np.ndarray:
-        """float32 [N, C, h, w] of pictures uint8 [N, H, W, 3]."""
+    def latents(self, images: np.ndarray, kept: np.ndarray | None = None) -> np.ndarray:
+        """float32 [N, C, h, w] of pictures uint8 [N, H, W, 3]; grey where ``kept`` is False.
+
+        ``kept`` is bool [N, H, W]; one picture serves several, and one of ``kept`` as well.
+        """
         height, width = (side // self.factor for side in images.shape[1:3])
         sizes: Sizes = replace(self._sizes, height=height, width=width)
         signed = images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        if kept is not None:
+            signed = signed * kept[:, None].astype(np.float32)
         made = [self._encoder(sizes, {"image": image[None]})["latents"] for image in signed]
         return np.concatenate(made)
 

@@ -42,6 +42,17 @@ from blockcache.runtime.pipeline.picture_arguments import (
     tile_side,
     whole_seeds,
 )
+from blockcache.runtime.pipeline.picture_conditions import (
+    DEPTH,
+    EDIT,
+    INPAINT,
+    SERVED,
+    GivenPictures,
+    as_depths,
+    as_masks,
+    picture_conditions,
+    require_pictures,
+)
 from blockcache.runtime.pipeline.pictures import as_pictures
 from blockcache.runtime.pipeline.prompts import Encoded
 from blockcache.runtime.record import RunRecord
@@ -53,7 +64,7 @@ from blockcache.runtime.weights import BASE, changed_parts
 class Drawn:
     """Pictures, and how they came about."""
 
-    images: np.ndarray  # uint8 [N, H, W, 3]
+    images: np.ndarray  # uint8 [N, H, W, 3]; none where ``denoising_end`` ended the run early
     seeds: tuple[int, ...]  # one an image
     latents: np.ndarray  # float32 [N, C, h, w]
     record: RunRecord  # of the denoising
@@ -75,7 +86,7 @@ class Pipeline:
     """
 
     def __init__(self, session: Session) -> None:
-        require_served(session.bundle, CONTROL)
+        require_served(session.bundle, CONTROL, SERVED)
         self.session = session
         self._parts = PipelineParts.load(session.backend, session.bundle)
         self._lock = threading.RLock()
@@ -103,7 +114,7 @@ class Pipeline:
             BundleError, EngineError: see ``Session.open``.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
-        require_served(opened, CONTROL)  # before engines are loaded
+        require_served(opened, CONTROL, SERVED)  # before engines are loaded
         session = Session.open(opened, preset=preset, verify=verify, **options)
         try:
             return cls(session)
@@ -119,10 +130,16 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
+        image_guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         image: Any = None,
-        strength: float = 0.8,
+        mask_image: Any = None,
+        depth_map: np.ndarray | None = None,
+        strength: float | None = None,
+        latents: np.ndarray | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
         control_image: Any = None,
         controlnet_conditioning_scale: float | Sequence[float] = 1.0,
         control_guidance_start: float | Sequence[float] = 0.0,
@@ -147,8 +164,20 @@ class Pipeline:
             guidance_rescale: 0 (off) to 1, as in diffusers.
             height: of the pictures, in pixels; default the model's.
             width: of the pictures, in pixels; default the model's.
-            image: uint8 [N or 1, H, W, 3], or RGB pictures of Pillow, to start from.
-            strength: how much of ``image`` is drawn anew, above 0 to 1.
+            image_guidance_scale: InstructPix2Pix: how far to follow ``image``, 1 (off) or more;
+                default 1.5, as in diffusers.
+            image: uint8 [N or 1, H, W, 3], or RGB pictures of Pillow: to start from, to inpaint, or
+                what InstructPix2Pix edits.
+            mask_image: inpainting: what is drawn anew, bool, uint8 or float32 [N or 1, H, W] (0.5
+                or more), or pictures of Pillow; as large as ``image``.
+            depth_map: depth2img: float32 [N or 1, h, w], of the latents' size; near is large.
+            strength: how much of ``image`` is drawn anew, above 0 to 1; default 0.8, of inpainting
+                1. Not for InstructPix2Pix.
+            latents: float32 [N, C, h, w] to go on from at ``denoising_start``.
+            denoising_start: where a run goes on that ended there, as a share of the noise schedule:
+                SDXL's refiner, given the base's latents.
+            denoising_end: where to end early. No pictures are made of latents that are noisy yet:
+                ``images`` is empty, ``latents`` are for the refiner.
             control_image: pictures like ``image``, for the bundle's ControlNet; for several a list
                 with those of each. Their size is that of the pictures to draw.
             controlnet_conditioning_scale: how strongly it acts, as in diffusers; for several
@@ -176,22 +205,32 @@ class Pipeline:
         others = (
             None if negative_prompts is None else texts_of("negative_prompts", negative_prompts)
         )
-        images = None if image is None else as_pictures(image)
+        model = self.session.bundle.model
+        pictures = GivenPictures(
+            None if image is None else as_pictures(image),
+            None if mask_image is None else as_masks(mask_image),
+            None if depth_map is None else as_depths(depth_map),
+        )
+        require_pictures(model, pictures)
+        first = self._first(pictures, strength, latents, denoising_start)
+        last = None if denoising_end is None else self.session.step_at(denoising_end)
         counts = {"prompts": len(texts), "negative_prompts": len(others or [""])}
         given = None if seeds is None else whole_seeds(seeds)
         counts |= {"seeds": 1 if given is None else len(given)}
-        counts |= {"image": 1 if images is None else len(images)}
+        counts |= pictures.counts()
         control = ControlArguments.of(
-            self.session.bundle.model,
+            model,
             control_image,
             controlnet_conditioning_scale,
             control_guidance_start,
             control_guidance_end,
         )
+        sized = next((p for p in (pictures.image, *control.pictures) if p is not None), None)
+        if latents is not None:
+            counts["latents"] = len(latents)
+            height, width = (side * self.factor for side in latents.shape[2:])
         count = common_count({**counts, **control.counts})
-        sized = next((each for each in (images, *control.pictures) if each is not None), None)
         height, width = self._latent_size(sized, height, width)
-        first = 0 if images is None else first_step(self.session.steps, strength)
         side = None if tile is None else tile_side(self.factor, tile)
         scale = self.session.preset.guidance_scale if guidance_scale is None else guidance_scale
         guided = finite_number("guidance_scale", scale) > 1
@@ -201,19 +240,20 @@ class Pipeline:
         pixels = (height * self.factor, width * self.factor)
         controls = control.conditions(self.session, first)
         with self._held():
-            noise = self.session.noise(chosen, height, width)
             begin = time.perf_counter()
             positive, negative = self._prompts(texts, others if guided else None, long_prompts)
             states = [self._parts.prompts.lent(side.states) for side in (positive, negative)]
             text_ms = (time.perf_counter() - begin) * 1e3
             sizes = micro_sizes(pixels, original_size, crops_coords_top_left, target_size)
+            read = picture_conditions(model, self._parts.require_encoder, pictures, (height, width))
             result = self.session.denoise(
-                noise,
+                self.session.noise(chosen, height, width) if latents is None else None,
                 states[0],
                 states[1] if guided else None,
                 conditions={
                     **self._parts.conditions(positive, sizes, aesthetic_score),
                     **controls,
+                    **read,
                 },
                 negative_conditions=self._parts.conditions(
                     negative, sizes, negative_aesthetic_score
@@ -223,15 +263,23 @@ class Pipeline:
                 seeds=chosen,
                 guidance_scale=scale,
                 guidance_rescale=guidance_rescale,
-                image_latents=None if images is None else self._start(images, count),
+                image_guidance_scale=self._image_scale(image_guidance_scale),
+                image_latents=self._start(pictures.image, count)
+                if pictures.image is not None and (first or model.extra_inputs in ((), DEPTH))
+                else None,
+                latents=latents,
                 start_step=first,
+                end_step=last,
                 callback=callback,
                 cancelled=cancelled,
             )
             begin = time.perf_counter()
             view = result.device_latents
-            latents = result.latents if view is None else view.tensor  # nobody else draws now
-            drawn = self._decode(latents, side, cancelled)
+            final = result.latents if view is None else view.tensor  # nobody else draws now
+            if last is None:
+                drawn = self._decode(final, side, cancelled)
+            else:
+                drawn = np.zeros((0, *pixels, 3), np.uint8)
             decode_ms = (time.perf_counter() - begin) * 1e3
         return Drawn(
             drawn, chosen, result.latents, result.record, text_ms, decode_ms, positive.late
@@ -351,6 +399,43 @@ class Pipeline:
             self.session.check_open()
             with self.session.backend.device.session_lock():
                 yield
+
+    def _first(
+        self,
+        pictures: GivenPictures,
+        strength: float | None,
+        latents: np.ndarray | None,
+        denoising_start: float | None,
+    ) -> int:
+        """The first step of a request."""
+        if (latents is None) != (denoising_start is None):
+            raise InputError(
+                "Expected latents and denoising_start together, got one of them: a run goes on "
+                "from the latents of another one."
+            )
+        if latents is not None and denoising_start is not None:
+            model = self.session.bundle.model
+            if not isinstance(latents, np.ndarray) or latents.ndim != 4:
+                raise InputError(
+                    f"latents: expected float32 [N, {model.channels}, h, w], got "
+                    f"{type(latents).__name__}."
+                )
+            return self.session.step_at(denoising_start)
+        extra = self.session.bundle.model.extra_inputs
+        if strength is not None and (pictures.image is None or extra == EDIT):
+            raise InputError(
+                f"strength: nothing starts from an image here, got {strength}. Leave it out."
+            )
+        if pictures.image is None or extra == EDIT:
+            return 0
+        usual = 1.0 if extra == INPAINT else 0.8
+        return first_step(self.session.steps, usual if strength is None else strength)
+
+    def _image_scale(self, scale: float | None) -> float:
+        """InstructPix2Pix's second scale; others have none."""
+        edits = self.session.bundle.model.extra_inputs == EDIT
+        usual = 1.5 if edits else 1.0
+        return usual if scale is None else scale
 
     def _latent_size(
         self, images: np.ndarray | None, height: int | None, width: int | None

@@ -61,7 +61,8 @@ def run_segments(bundle, inputs, sizes):
     "kind",
     [
         *("sd", "sdxl", "refiner", "pooled-prompt", "two-layers", "one-level"),
-        *("class-conditioned", "inpaint", "instruct-pix2pix", "depth2img", "upscale"),
+        *("class-conditioned", "inpaint", "instruct-pix2pix"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("depth2img", "upscale")),
     ],
 )
 def test_segments_equal_the_whole_pytorch_unet(compiled, conditions_of, kind):
@@ -110,7 +111,7 @@ def random_preset(preset, seed, outputs):
         ("sdxl", 1, (-1, 0, 2, 4)),
         ("two-layers", 2, (1, 3)),
         ("inpaint", 2, (0, 2)),
-        ("upscale", 1, ()),
+        pytest.param("upscale", 1, (), marks=pytest.mark.slow),
     ],
 )
 @settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])

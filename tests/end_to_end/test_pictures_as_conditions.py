@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers")
 
+from blockcache import Pipeline  # noqa: E402
 from blockcache.diffusers import attach, detach  # noqa: E402
 from blockcache.runtime import InputError  # noqa: E402
 
@@ -67,11 +70,21 @@ def call(pipeline, kind, prompts):
     return drawn.images.float().numpy()
 
 
-@pytest.mark.parametrize("kind", REQUESTS)
-def test_attached_it_draws_what_the_pipelines_own_unet_draws(compiled, pipelines, kind):
+RARE = ("depth2img", "upscale")
+"""What takes another compile and shows little more: run by ``-m slow``."""
+
+
+def marked(kinds):
+    """Cases, the rare ones slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(k, marks=slow) if k.split(",")[0] in RARE else k for k in kinds]
+
+
+@pytest.mark.parametrize("kind", marked(REQUESTS))
+def test_attached_it_draws_what_the_pipelines_own_unet_draws(pipeline_bundle, pipelines, kind):
     """The pipeline lays its pictures behind the latents; the bundle takes them as conditions."""
     pipeline = pipelines(kind)
-    attach(pipeline, compiled(kind)[1], preset="ddim-4")
+    attach(pipeline, pipeline_bundle(kind))
     ours, scheduler = call(pipeline, kind, ["a cat", "a dog"]), pipeline.scheduler
     with pytest.raises(InputError, match=r"^sample: expected \[N, 4 sample \+ .*, height, width\]"):
         pipeline.unet(torch.zeros(2, 4, *SIZE), 1.0, torch.zeros(2, 9, 32))
@@ -81,3 +94,73 @@ def test_attached_it_draws_what_the_pipelines_own_unet_draws(compiled, pipelines
     wanted = call(pipeline, kind, ["a cat", "a dog"])
     pipeline.register_modules(scheduler=own)
     assert np.abs(ours - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def as_tensor(images):
+    """uint8 [N, H, W, 3] as pipelines take tensors: float [N, 3, H, W] in 0..1."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
+IMAGES = np.random.default_rng(1).integers(0, 256, (2, *PIXELS, 3)).astype(np.uint8)
+MASKS = np.random.default_rng(2).random((2, *PIXELS), np.float32)
+DEPTHS = np.random.default_rng(3).random((2, *SIZE), np.float32)
+DRAWN = {  # what the runtime's pipeline is given, and what diffusers'
+    "inpaint": (
+        {"image": IMAGES, "mask_image": MASKS},
+        {"image": as_tensor(IMAGES), "mask_image": torch.from_numpy(MASKS)[:, None]},
+    ),
+    "inpaint, from the image": (
+        {"image": IMAGES, "mask_image": MASKS, "strength": 0.5},
+        {"image": as_tensor(IMAGES), "mask_image": torch.from_numpy(MASKS)[:, None],
+         "strength": 0.5},
+    ),
+    "instruct-pix2pix": (
+        {"image": IMAGES, "image_guidance_scale": 1.7},
+        {"image": as_tensor(IMAGES), "image_guidance_scale": 1.7},
+    ),
+    "depth2img": (
+        {"image": IMAGES, "depth_map": DEPTHS, "strength": 0.8},
+        {"image": as_tensor(IMAGES), "depth_map": torch.from_numpy(DEPTHS), "strength": 0.8},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", marked(DRAWN))
+def test_the_pipeline_draws_what_diffusers_draws(pipeline_bundle, pipelines, monkeypatch, case):
+    """Without torch: the masks and pictures encoded by the bundle's own parts."""
+    kind, (ours, theirs) = case.split(",")[0], DRAWN[case]
+    with Pipeline.open(pipeline_bundle(kind), preset="ddim-4", threads=1) as pipeline:
+        drawn = pipeline(["abc", "q"], "x", seeds=[0, 1], guidance_scale=4.0, **ours)
+        noise = torch.from_numpy(pipeline.session.noise([0, 1], *SIZE))
+    reference = pipelines(kind)
+    monkeypatch.setattr(
+        sys.modules[type(reference).__module__], "randn_tensor", lambda *_, **__: noise
+    )
+    distribution = type(reference.vae.encode(torch.zeros(1, 3, *PIXELS)).latent_dist)
+    monkeypatch.setattr(distribution, "sample", lambda self, _generator=None: self.mode())
+    size = {"height": PIXELS[0], "width": PIXELS[1]} if kind == "inpaint" else {}
+    wanted = reference(
+        ["abc", "q"], negative_prompt=["x", "x"], num_inference_steps=STEPS, guidance_scale=4.0,
+        output_type="latent", **size, **theirs,
+    ).images.numpy()  # fmt: skip
+    assert np.abs(drawn.latents - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "error"),
+    [
+        ("inpaint", {"image": IMAGES[:1]}, "mask_image: 'tiny-inpaint' draws by it, got none"),
+        ("inpaint", {"image": IMAGES[:1], "mask_image": MASKS[0, :32]},
+         r"mask_image: expected the image's size \[64, 96\], got \[32, 96\]"),
+        ("inpaint", {"image": IMAGES[:1], "mask_image": MASKS[0], "depth_map": DEPTHS[0]},
+         "depth_map: 'tiny-inpaint' reads no such picture"),
+        ("instruct-pix2pix", {}, "image: 'tiny-instruct-pix2pix' draws by it, got none"),
+        ("instruct-pix2pix", {"image": IMAGES[:1], "strength": 0.5}, "strength: nothing starts"),
+    ],
+)  # fmt: skip
+def test_pictures_that_lack_or_do_not_belong_are_refused(pipeline_bundle, kind, given, error):
+    with (
+        Pipeline.open(pipeline_bundle(kind), preset="ddim-4", threads=1) as pipeline,
+        pytest.raises(InputError, match=f"^{error}"),
+    ):
+        pipeline("abc", seeds=[0], **given)

@@ -109,6 +109,24 @@ def test_image_to_image_equals_the_pipelines_own(pipelines, references, kind, mo
     assert_same_pictures(drawn.images, wanted.images)
 
 
+def test_the_refiner_goes_on_where_the_base_ended(pipelines, references):
+    """SDXL's two models, one after the other: the latents in between are noisy."""
+    base, refiner = pipelines("sdxl"), pipelines("refiner")
+    ours = base("abc", seeds=[3], guidance_scale=4.0, denoising_end=0.5)
+    assert (len(ours.images), ours.record.steps) == (0, range(2))
+    done = refiner("abc", seeds=[3], guidance_scale=4.0, latents=ours.latents, denoising_start=0.5)
+    assert done.record.steps == range(2, 4)
+    shared = {"guidance_scale": 4.0, "num_inference_steps": 4, "output_type": "latent"}
+    wanted = references("sdxl")(
+        "abc", latents=torch.from_numpy(base.session.noise([3])), denoising_end=0.5, **shared
+    ).images
+    np.testing.assert_allclose(ours.latents, wanted.numpy(), rtol=0, atol=1e-4 * wanted.abs().max())
+    refined = references("refiner")("abc", image=wanted, denoising_start=0.5, **shared).images
+    np.testing.assert_allclose(
+        done.latents, refined.numpy(), rtol=0, atol=1e-4 * refined.abs().max()
+    )
+
+
 def test_a_batched_pipeline_gives_sdxl_what_it_takes_besides_the_prompt(pipelines, pipeline_bundle):
     sizes = {"original_size": (32, 48), "crops_coords_top_left": (4, 8), "target_size": (96, 64)}
     asked = ((None, {}), ("x", sizes))  # without a negative prompt: zeros

@@ -248,9 +248,43 @@ def test_a_start_step_out_of_range_is_refused(session, start):
 
 def test_a_late_start_without_an_image_is_refused(session):
     assert refusal(session, start_step=2) == (
-        "start_step=2 continues from an image: expected image_latents, got none. Give them, or "
-        "start at step 0."
+        "start_step=2 continues from an image or a run: expected image_latents or latents, got "
+        "none. Give them, or start at step 0."
     )
+
+
+def test_a_run_in_two_parts_is_the_whole_run(compiled):
+    """Uncached, with a solver that remembers nothing."""
+    session = Session.open(compiled("sd")[1], preset="ddim-4", verify=False)
+    given = request(session)
+    whole = session.denoise(**given).latents
+    first = session.denoise(**given, end_step=2)
+    assert first.record.steps == range(2)
+    given["noise"] = None
+    second = session.denoise(**given, latents=first.latents, start_step=2)
+    np.testing.assert_allclose(second.latents, whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["noise", "image_latents"])
+def test_latents_of_another_run_stand_alone(session, name):
+    given = {"noise": None, "latents": session.noise([1]), "start_step": 2}
+    text = refusal(session, **{**given, name: session.noise([1])})
+    assert text.startswith(f"{name}: expected none beside latents, which are taken as the run")
+
+
+@pytest.mark.parametrize("end", [2, STEPS + 1])
+def test_an_end_step_out_of_range_is_refused(session, end):
+    text = refusal(session, start_step=2, image_latents=session.noise([1]), end_step=end)
+    assert text == f"end_step: expected a whole number of 3 to {STEPS}, got {end}."
+
+
+def test_a_share_of_the_noise_schedule_is_a_step(session):
+    """As diffusers counts ``denoising_end``: timesteps from the cutoff on."""
+    cutoff = round(1000 - 0.6 * 1000)
+    assert session.step_at(0.6) == sum(session.timesteps >= cutoff)
+    for share in (0, 1, 1e-9, 1.5):
+        with pytest.raises(InputError, match="a share of the noise schedule, 0 to 1, with a step"):
+            session.step_at(share)
 
 
 def test_image_latents_of_another_shape_are_refused(session):

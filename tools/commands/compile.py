@@ -255,7 +255,9 @@ def compile_bundle(
             trials=TrialOptions(candidates=candidates, images=trial_images, moves=moves),
         ),
     )
-    beside = None if parts == "unet" else partial(load_parts_of, model, clip_skip, loras)
+    beside = (
+        None if parts == "unet" else partial(load_parts_of, model, clip_skip, loras, extra_inputs)
+    )
     load = partial(
         load_source,
         model,

@@ -81,13 +81,19 @@ def load_source(
     )
 
 
-def load_parts_of(model: str, clip_skip: int | None = None, loras: Sequence[Lora] = ()) -> Parts:
+def load_parts_of(
+    model: str,
+    clip_skip: int | None = None,
+    loras: Sequence[Lora] = (),
+    extra_inputs: str | None = None,
+) -> Parts:
     """What stands beside the U-Net of ``demo``, a diffusers folder or a hub id.
 
     Args:
         model: which.
         clip_skip: so many of CLIP's last layers are left out.
         loras: merged into the text encoders.
+        extra_inputs: as of ``load_source``.
     """
     from blockcache.export import load_parts
 
@@ -95,4 +101,4 @@ def load_parts_of(model: str, clip_skip: int | None = None, loras: Sequence[Lora
         from blockcache.tools.demo.parts import demo_parts
 
         return demo_parts()
-    return load_parts(model, clip_skip=clip_skip, loras=loras)
+    return load_parts(model, clip_skip=clip_skip, loras=loras, extra_inputs=extra_inputs)

@@ -103,7 +103,7 @@ def run(
                 height=height,
                 width=width,
                 image=start,
-                strength=strength,
+                strength=None if start is None else strength,
                 tile=tile,
                 **shared,
             )

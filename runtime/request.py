@@ -389,7 +389,8 @@ def _half(
             f"{side}{spec.name}: expected a tensor, got none. Give it, or set "
             f"guidance_scale=1 to run without guidance."
             if side
-            else f"{spec.name}: this model needs it in conditions={{...}}, got none."
+            else f"{spec.name}: this model needs it "
+            f"{'as prompt_embeds' if spec.name == PROMPT else 'in conditions={...}'}, got none."
         )
     shape = spec.shape(replace(sizes, batch=images))
     if isinstance(values, Lent) and values.shape in (tuple(shape), (1, *shape[1:])):

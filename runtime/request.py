@@ -385,12 +385,15 @@ def _half(
     if values is None:
         values = default_condition(spec.name)
     if values is None:
+        if side:
+            raise InputError(
+                f"{side}{spec.name}: expected a tensor, got none. Give it, or set "
+                f"guidance_scale=1 to run without guidance."
+            )
         raise InputError(
-            f"{side}{spec.name}: expected a tensor, got none. Give it, or set "
-            f"guidance_scale=1 to run without guidance."
-            if side
-            else f"{spec.name}: this model needs it "
-            f"{'as prompt_embeds' if spec.name == PROMPT else 'in conditions={...}'}, got none."
+            f"{spec.name}: expected a tensor as prompt_embeds, got none."
+            if spec.name == PROMPT
+            else f"{spec.name}: this model needs it in conditions={{...}}, got none."
         )
     shape = spec.shape(replace(sizes, batch=images))
     if isinstance(values, Lent) and values.shape in (tuple(shape), (1, *shape[1:])):

@@ -175,7 +175,7 @@ def test_noise_without_pixels_is_refused(bundle):
 
 def test_a_missing_prompt_is_refused(session):
     assert refusal(session, prompt_embeds=None) == (
-        "encoder_hidden_states: this model needs it as prompt_embeds, got none."
+        "encoder_hidden_states: expected a tensor as prompt_embeds, got none."
     )
 
 

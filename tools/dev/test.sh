@@ -9,5 +9,6 @@ setup cpu,export,tensorrt-rtx,demo,evaluation,dev
 .venv/bin/python tools/dev/link_types.py
 .venv/bin/mypy -p blockcache
 # One worker a core, one thread a worker; a file's tests share their fixtures, so they stay together.
+# Files run in their order, not the longest first: single long tests would come last, one core idle.
 export OMP_NUM_THREADS=1
-.venv/bin/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --durations=15 "$@"
+.venv/bin/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations=15 "$@"

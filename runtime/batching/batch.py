@@ -18,14 +18,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from blockcache.runtime.arguments import finite_number, whole_number
-from blockcache.runtime.batching.counters import BatchCounters
+from blockcache.runtime.batching.counters import BatchCounters, RequestTally
 from blockcache.runtime.batching.outcome import BatchedResult, BatchFuture, BatchProgress
 from blockcache.runtime.batching.presets import PresetTables
 from blockcache.runtime.batching.slots import BatchMemory, SlotMemory
@@ -71,12 +71,7 @@ class _Job:
 
 
 @dataclass
-class _Tally:
-    submitted: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    expired: int = 0
+class _Tally(RequestTally):
     waiting_seconds: float = 0.0
     denoising_seconds: float = 0.0
 
@@ -305,18 +300,12 @@ class ContinuousBatch:
             return BatchCounters(
                 waiting=len(self._waiting),
                 active=len(self._active),
-                submitted=tally.submitted,
-                finished=tally.finished,
-                failed=tally.failed,
-                cancelled=tally.cancelled,
-                expired=tally.expired,
+                **asdict(tally),
                 ticks=times.ticks,
                 steps=times.steps,
                 launches=times.launches,
                 launches_saved=times.launches_alone - times.launches,
                 launches_of_images=dict(sorted(times.images.items())),
-                waiting_seconds=tally.waiting_seconds,
-                denoising_seconds=tally.denoising_seconds,
                 engine_seconds=times.engines_ns / 1e9,
                 copy_seconds=times.copies_ns / 1e9,
                 solver_seconds=times.solver_ns / 1e9,
@@ -498,8 +487,7 @@ class ContinuousBatch:
 
     def _end(self, job: _Job, outcome: BatchedResult | Exception) -> None:
         """Free a request's slot or its place in the queue, then tell whoever waits for it."""
-        tally = {BatchedResult: "finished", Cancelled: "cancelled", DeadlineError: "expired"}
-        name = tally.get(type(outcome), "failed")
+        error = outcome if isinstance(outcome, Exception) else None
         with self._wake:
             if job in self._active:
                 self._active.remove(job)
@@ -509,7 +497,7 @@ class ContinuousBatch:
             else:
                 with contextlib.suppress(ValueError):
                     self._waiting.remove(job)
-            setattr(self._tally, name, getattr(self._tally, name) + 1)
+            self._tally.end(error)
         if isinstance(outcome, BatchedResult):
             job.future.set_result(outcome)
         else:

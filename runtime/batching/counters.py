@@ -1,9 +1,38 @@
-"""What a continuous batch counts, for dashboards."""
+"""How requests ended, counted; and what a continuous batch counts, for dashboards."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+
+from blockcache.runtime.errors import Cancelled, DeadlineError
+
+
+@dataclass
+class RequestTally:
+    """How many requests came, and how they ended. Its owner guards it by a lock."""
+
+    submitted: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    expired: int = 0  # past their deadline
+
+    @property
+    def pending(self) -> int:
+        """Requests that have not ended."""
+        return self.submitted - self.finished - self.failed - self.cancelled - self.expired
+
+    def end(self, error: BaseException | None) -> None:
+        """Count the end of a request: with a result, or with an error."""
+        if error is None:
+            self.finished += 1
+        elif isinstance(error, Cancelled):
+            self.cancelled += 1
+        elif isinstance(error, DeadlineError):
+            self.expired += 1
+        else:
+            self.failed += 1
 
 
 @dataclass(frozen=True, kw_only=True)

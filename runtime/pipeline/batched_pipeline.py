@@ -19,7 +19,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from blockcache.runtime.arguments import finite_number, whole_number
 from blockcache.runtime.batching.batch import ContinuousBatch
+from blockcache.runtime.batching.counters import RequestTally
 from blockcache.runtime.batching.outcome import BatchedResult, BatchFuture, BatchProgress
 from blockcache.runtime.bundles.bundle import Bundle
 from blockcache.runtime.engines.choice import make_backend
@@ -102,16 +103,11 @@ class _Job:
 
 
 @dataclass
-class _Tally:
-    submitted: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    expired: int = 0
-    text_ms: float = 0.0
-    waiting_ms: float = 0.0
-    denoising_ms: float = 0.0
-    decode_ms: float = 0.0
+class _Tally(RequestTally):
+    text_seconds: float = 0.0  # these are of what finished
+    waiting_seconds: float = 0.0
+    denoising_seconds: float = 0.0
+    decode_seconds: float = 0.0
 
 
 class BatchedPipeline:
@@ -281,7 +277,7 @@ class BatchedPipeline:
                     "Expected an open pipeline, this one is closed. Open another: "
                     "BatchedPipeline.open."
                 )
-            if self._pending() >= self._most:
+            if self._tally.pending >= self._most:
                 raise QueueFullError(
                     f"Expected at most {self._most} pending requests, there are as many. Try again "
                     f"later, or open the pipeline with a longer queue."
@@ -336,18 +332,9 @@ class BatchedPipeline:
         """What happened so far."""
         batch = self.batch.counters()
         with self._lock:
-            tally = self._tally
             return PipelineCounters(
-                pending=self._pending(),
-                submitted=tally.submitted,
-                finished=tally.finished,
-                failed=tally.failed,
-                cancelled=tally.cancelled,
-                expired=tally.expired,
-                text_seconds=tally.text_ms / 1e3,
-                waiting_seconds=tally.waiting_ms / 1e3,
-                denoising_seconds=tally.denoising_ms / 1e3,
-                decode_seconds=tally.decode_ms / 1e3,
+                pending=self._tally.pending,
+                **asdict(self._tally),
                 decodes_of_images=dict(sorted(self._decodes.items())),
                 batch=batch,
             )
@@ -396,11 +383,6 @@ class BatchedPipeline:
 
     def _note_thread(self) -> None:
         self._own_threads.add(threading.get_ident())
-
-    def _pending(self) -> int:
-        tally = self._tally
-        ended = tally.finished + tally.failed + tally.cancelled + tally.expired
-        return tally.submitted - ended
 
     # -- in the thread of texts --------------------------------------------------------------------
 
@@ -532,18 +514,12 @@ class BatchedPipeline:
         """Count a request's end, then tell whoever waits for it."""
         with self._lock:
             tally = self._tally
+            tally.end(None if isinstance(outcome, BatchedPicture) else outcome)
             if isinstance(outcome, BatchedPicture):
-                tally.finished += 1
-                tally.text_ms += outcome.text_ms
-                tally.waiting_ms += outcome.waiting_ms
-                tally.denoising_ms += outcome.denoising_ms
-                tally.decode_ms += outcome.decode_ms
-            elif isinstance(outcome, Cancelled):
-                tally.cancelled += 1
-            elif isinstance(outcome, DeadlineError):
-                tally.expired += 1
-            else:
-                tally.failed += 1
+                tally.text_seconds += outcome.text_ms / 1e3
+                tally.waiting_seconds += outcome.waiting_ms / 1e3
+                tally.denoising_seconds += outcome.denoising_ms / 1e3
+                tally.decode_seconds += outcome.decode_ms / 1e3
         if isinstance(outcome, BatchedPicture):
             job.future.set_result(outcome)
         else:

@@ -3,19 +3,24 @@
     python -m blockcache.tools.bench.load BUNDLE --preset dpm-20 --preset dpm-20-x2 --out DIRECTORY
 
 Each way serves the same arrivals, in one process and without a network: a burst, all at once, and
-Poisson arrivals at a share of what one after the other can do with the first preset. A request's
-latency is from its arrival to its latents. A static batch takes what waits, up to the number of
-slots, and nothing joins it; one guidance scale serves all of it. The text encoder is not run.
+Poisson arrivals at a share of what one after the other can do with that preset. A request's latency
+is from its arrival to its latents. A static batch takes what waits, up to the number of slots, and
+nothing joins it; one guidance scale serves all of it. The text encoder is not run.
+
+Every way has the same cores: its engines take ``--threads`` threads, or, where several sessions
+serve one after the other beside each other, each of them one.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -23,43 +28,49 @@ import numpy as np
 import typer
 
 from blockcache.runtime import Bundle, ConfigError, ContinuousBatch, Session
-from blockcache.runtime.files import write_text
+from blockcache.tools.bench.load_report import LoadReport, Served, load_text, write_load
 from blockcache.tools.report.errors import one_line_errors
-from blockcache.tools.report.machine import machine_facts
-from blockcache.tools.report.tables import markdown_table
+from blockcache.tools.report.machine import Steadiness, machine_facts
 
 GUIDANCE = 3.0
+BURST = "burst"
 
 Prompts: TypeAlias = tuple[np.ndarray, np.ndarray]  # with a prompt and without, float32 [1, T, D]
 Submit: TypeAlias = Callable[[int], "Future[object]"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
-    """How one way served some arrivals."""
+class Way:
+    """How requests are served."""
 
-    way: str
-    preset: str
-    arrivals: str
-    requests: int
-    images_per_second: float  # from the first arrival to the last result
-    cpu_s_an_image: float  # of this process: what others on the machine do matters less to it
-    p50_s: float
-    p95_s: float
-    images_a_launch: float
+    name: str
+    sessions: int = 0  # 0: a continuous batch
+    images: int = 1  # of a batch at most
+
+    @classmethod
+    def every(cls, threads: int, slots: Sequence[int]) -> tuple[Way, ...]:
+        """All that are compared; several sessions only where there are threads for them."""
+        beside = [cls(name=f"{threads} sessions, one thread each", sessions=threads)]
+        return (
+            cls(name="one by one", sessions=1),
+            *(beside if threads > 1 else []),
+            *(cls(name=f"static {most}", sessions=1, images=most) for most in slots),
+            *(cls(name=f"continuous {most}", images=most) for most in slots),
+        )
 
 
 class SessionQueue:
-    """Requests in the order of arrival, up to ``most`` of those that wait at a time."""
+    """Requests in the order of arrival; each session takes up to ``most`` of those that wait."""
 
-    def __init__(self, session: Session, most: int, prompts: Prompts) -> None:
-        self._session, self._most, self._prompts = session, most, prompts
+    def __init__(self, sessions: Sequence[Session], most: int, prompts: Prompts) -> None:
+        self._most, self._prompts = most, prompts
         self._waiting: list[tuple[int, Future[object]]] = []
         self._changed = threading.Condition()
         self._closed = False
         self.batches: list[int] = []
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._serve, args=(s,)) for s in sessions]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, seed: int) -> Future[object]:
         """Ask for one image."""
@@ -73,20 +84,21 @@ class SessionQueue:
         """Finish what waits."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
-    def _serve(self) -> None:
+    def _serve(self, session: Session) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 taken = self._waiting[: self._most]
                 del self._waiting[: self._most]
-            if not taken:
-                return
-            self.batches.append(len(taken))
-            noise = self._session.noise([seed for seed, _ in taken])
-            made = self._session.denoise(noise, *self._prompts, guidance_scale=GUIDANCE).latents
+                if not taken:
+                    return
+                self.batches.append(len(taken))
+            noise = session.noise([seed for seed, _ in taken])
+            made = session.denoise(noise, *self._prompts, guidance_scale=GUIDANCE).latents
             for (_, future), latents in zip(taken, made, strict=True):
                 future.set_result(latents)
 
@@ -111,56 +123,87 @@ def serve(submit: Submit, offsets: Sequence[float]) -> tuple[float, float, np.nd
     return float(ends.max()), time.process_time() - cpu, ends - np.asarray(offsets)
 
 
+@contextmanager
+def opened(
+    bundle: Bundle, way: Way, preset: str, threads: int
+) -> Iterator[tuple[Submit, Callable[[], float]]]:
+    """A way to serve, warm: its submit, and what tells the mean batch of a launch since then."""
+    prompts = prompts_of(bundle)
+    if not way.sessions:
+        batch = ContinuousBatch.open(bundle, slots=way.images, presets=[preset], threads=threads)
+
+        def submit(seed: int) -> Future[object]:
+            noise = batch.noise([seed])
+            return batch.submit(noise, *prompts, guidance_scale=GUIDANCE)  # type: ignore[return-value]
+
+        with batch:
+            serve(submit, [0.0] * way.images)
+            before = batch.counters()
+
+            def shared() -> float:
+                now = batch.counters()
+                launches = now.launches - before.launches
+                return (launches + now.launches_saved - before.launches_saved) / launches
+
+            yield submit, shared
+        return
+    each = threads // way.sessions
+    with ExitStack() as stack:
+        sessions = [
+            stack.enter_context(
+                Session.open(bundle, preset=preset, backend="ort", threads=each, verify=False)
+            )
+            for _ in range(way.sessions)
+        ]
+        for session in sessions:
+            for images in range(1, way.images + 1):
+                session.warm_up(images)
+        queue = SessionQueue(sessions, way.images, prompts)
+        stack.callback(queue.close)
+        yield queue.submit, lambda: sum(queue.batches) / len(queue.batches)
+
+
 def measure(
-    bundle: Bundle, way: str, preset: str, slots: int, kind: str, offsets: Sequence[float]
+    bundle: Bundle,
+    way: Way,
+    preset: str,
+    arrivals: str,
+    offsets: Sequence[float],
+    *,
+    threads: int,
 ) -> Served:
     """One way, warm, on one kind of arrivals."""
-    prompts = _prompts(bundle)
-    if way == "continuous":
-        with ContinuousBatch.open(bundle, slots=slots, presets=[preset], threads=1) as batch:
-
-            def submit(seed: int) -> Future[object]:
-                noise = batch.noise([seed])
-                return batch.submit(noise, *prompts, guidance_scale=GUIDANCE)  # type: ignore[return-value]
-
-            serve(submit, [0.0] * slots)
-            before = batch.counters()
-            span, cpu, latencies = serve(submit, offsets)
-            after = batch.counters()
-        launches = after.launches - before.launches
-        shared = (launches + after.launches_saved - before.launches_saved) / launches
-    else:
-        most = 1 if way == "one by one" else slots
-        with Session.open(bundle, preset=preset, backend="ort", threads=1) as session:
-            for images in range(1, most + 1):
-                session.warm_up(images)
-            queue = SessionQueue(session, most, prompts)
-            span, cpu, latencies = serve(queue.submit, offsets)
-            queue.close()
-        shared = len(offsets) / len(queue.batches)
+    with opened(bundle, way, preset, threads) as (submit, shared):
+        span, cpu, latencies = serve(submit, offsets)
+        images_a_launch = shared()
     p50, p95 = np.percentile(latencies, [50, 95])
     return Served(
-        way=way,
+        way=way.name,
         preset=preset,
-        arrivals=kind,
+        arrivals=arrivals,
         requests=len(offsets),
+        requests_per_second=(len(offsets) - 1) / offsets[-1] if offsets[-1] else None,
         images_per_second=len(offsets) / span,
         cpu_s_an_image=cpu / len(offsets),
         p50_s=float(p50),
         p95_s=float(p95),
-        images_a_launch=float(shared),
+        images_a_launch=float(images_a_launch),
     )
 
 
-def arrivals(requests: int, rate: float, seed: int = 0) -> list[float]:
+def poisson(requests: int, rate: float, seed: int = 0) -> list[float]:
     """Poisson arrivals: offsets in seconds, the first at 0."""
     gaps = np.random.default_rng(seed).exponential(1 / rate, requests - 1)
     offsets: list[float] = np.append(0.0, np.cumsum(gaps)).tolist()
     return offsets
 
 
-def _prompts(bundle: Bundle) -> Prompts:
-    """Numbers in the place of text states: speed does not depend on them."""
+def prompts_of(bundle: Bundle) -> Prompts:
+    """Numbers in the place of text states: speed does not depend on them.
+
+    Raises:
+        ConfigError: the model takes more than a prompt.
+    """
     model = bundle.model
     others = [spec.name for spec in model.conditions if spec.name != "encoder_hidden_states"]
     if others:
@@ -173,78 +216,74 @@ def _prompts(bundle: Bundle) -> Prompts:
     return rng.standard_normal(shape, np.float32), rng.standard_normal(shape, np.float32)
 
 
-def table(served: Sequence[Served]) -> str:
-    """One row a way, preset and kind of arrivals."""
-    figures = {
-        "images/s": "images_per_second",
-        "CPU s an image": "cpu_s_an_image",
-        "p50 s": "p50_s",
-        "p95 s": "p95_s",
-        "images a launch": "images_a_launch",
-    }
-    rows = [
-        [s.arrivals, s.preset, s.way, *(f"{getattr(s, name):.2f}" for name in figures.values())]
-        for s in served
-    ]
-    columns = ["arrivals", "preset", "way", *figures]
-    return markdown_table(columns, rows, words=3)
+def run(
+    bundle: Bundle,
+    presets: Sequence[str],
+    *,
+    slots: Sequence[int],
+    requests: int,
+    load: float,
+    threads: int,
+    done: Callable[[Served], None] = lambda served: None,
+) -> LoadReport:
+    """Every way on both kinds of arrivals.
 
-
-def plot(served: Sequence[Served], file: Path) -> None:
-    """Images a second and p95, one bar a way, grouped by arrivals and preset."""
-    from blockcache.tools.report.plots import pyplot, save_figure
-
-    groups = list(dict.fromkeys((s.arrivals, s.preset) for s in served))
-    ways = list(dict.fromkeys(s.way for s in served))
-    figure, sides = pyplot().subplots(1, 2, figsize=(11, 4))
-    width = 0.8 / len(ways)
-    for axes, field in zip(sides, ("images_per_second", "p95_s"), strict=True):
-        for place, way in enumerate(ways):
-            found = {(s.arrivals, s.preset): getattr(s, field) for s in served if s.way == way}
-            at = [g + place * width for g, key in enumerate(groups) if key in found]
-            axes.bar(at, [found[key] for key in groups if key in found], width, label=way)
-        ticks = [f"{kind}\n{preset}" for kind, preset in groups]
-        axes.set_xticks(np.arange(len(groups)) + 0.4 - width / 2, ticks, fontsize=7)
-        axes.set_title({"images_per_second": "images a second", "p95_s": "p95 latency, s"}[field])
-    sides[0].legend(fontsize=8)
-    save_figure(figure, file)
+    Args:
+        bundle: of a model that takes a prompt alone.
+        presets: names; each is measured alone.
+        slots: of the batches.
+        requests: of each measurement.
+        load: of the Poisson arrivals, as a share of one by one's images a second.
+        threads: of the engines.
+        done: hears of each measurement.
+    """
+    prompts_of(bundle)  # refused before anything is timed
+    ways, steadiness, served = Way.every(threads, slots), Steadiness(), []
+    for preset in presets:
+        spread: list[float] = []
+        for way in ways:
+            for kind in (BURST, f"Poisson {load:.0%}"):
+                steadiness.sample()
+                offsets = [0.0] * requests if kind == BURST else spread
+                made = measure(bundle, way, preset, kind, offsets, threads=threads)
+                spread = spread or poisson(requests, load * made.images_per_second)
+                served.append(made)
+                done(made)
+    steadiness.sample()
+    return LoadReport(
+        model=bundle.model.name,
+        threads=threads,
+        guidance=GUIDANCE,
+        machine=machine_facts(),
+        steadiness=steadiness.notes(),
+        served=tuple(served),
+    )
 
 
 def main(
     bundle: Annotated[str, typer.Argument(help="Of a model that takes a prompt alone.")],
-    preset: Annotated[
-        list[str] | None, typer.Option(help="Repeatable; the first sets rates.")
-    ] = None,
+    preset: Annotated[list[str] | None, typer.Option(help="Repeatable. Default all.")] = None,
     slots: Annotated[list[int] | None, typer.Option(help="Repeatable. Default 4, 8.")] = None,
     requests: Annotated[int, typer.Option(min=4, max=2000, help="Of each measurement.")] = 24,
     load: Annotated[float, typer.Option(min=0.05, max=2.0, help="Of the Poisson arrivals.")] = 0.7,
-    out: Annotated[Path | None, typer.Option(help="For load.json and load.svg.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="Of the engines. 0: one a core.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="For load.md, load.json and load.svg.")] = None,
 ) -> None:
     """Measure and print."""
-    opened = Bundle.open(bundle)
-    names = [opened.preset(name).name for name in preset or opened.preset_names]
-    served: list[Served] = []
-    alone = {
-        name: measure(opened, "one by one", name, 1, "burst", [0.0] * requests) for name in names
-    }
-    served += alone.values()
-    rate = load * alone[names[0]].images_per_second
-    spread = arrivals(requests, rate)
-    kind = f"Poisson {load:.0%}"
-    for name in names:
-        served.append(measure(opened, "one by one", name, 1, kind, spread))
-        for most in slots or [4, 8]:
-            for way in ("static", "continuous"):
-                for which, offsets in (("burst", [0.0] * requests), (kind, spread)):
-                    made = measure(opened, way, name, most, which, offsets)
-                    served.append(Served(**{**asdict(made), "way": f"{way} {most}"}))
-    served.sort(key=lambda s: (s.arrivals != "burst", names.index(s.preset)))
-    print(table(served))
+    found = Bundle.open(bundle)
+    names = [found.preset(name).name for name in preset or found.preset_names]
+    report = run(
+        found,
+        names,
+        slots=slots or (4, 8),
+        requests=requests,
+        load=load,
+        threads=threads or len(os.sched_getaffinity(0)),
+        done=lambda made: print(made, file=sys.stderr, flush=True),
+    )
+    print(load_text(report))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        found = {"machine": machine_facts(), "served": [asdict(each) for each in served]}
-        write_text(out / "load.json", json.dumps(found, indent=1) + "\n")
-        plot(served, out / "load.svg")
+        write_load(report, out)
 
 
 if __name__ == "__main__":

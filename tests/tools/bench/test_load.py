@@ -18,20 +18,26 @@ def bundle(compiled):
 
 
 def test_every_way_serves_every_kind_of_arrivals(bundle, tmp_path, capsys):
-    options = {"preset": ["ddim:4"], "slots": [2], "requests": 4, "load": 0.9}
+    options = {"preset": ["ddim:4"], "slots": [2], "requests": 4, "load": 0.9, "threads": 2}
     load.main(str(bundle.folder), **options, out=tmp_path)
     served = json.loads((tmp_path / "load.json").read_text())["served"]
-    assert {(s["arrivals"], s["way"]) for s in served} == {
-        (kind, way)
-        for kind in ("burst", "Poisson 90%")
-        for way in ("one by one", "static 2", "continuous 2")
-    }
+    ways = ["one by one", "2 sessions, one thread each", "static 2", "continuous 2"]
+    assert [(s["way"], s["arrivals"]) for s in served] == [
+        (way, kind) for way in ways for kind in ("burst", "Poisson 90%")
+    ]
     assert all(0 < s["p50_s"] <= s["p95_s"] and s["cpu_s_an_image"] > 0 for s in served)
-    bursts = {s["way"]: s["images_a_launch"] for s in served if s["arrivals"] == "burst"}
-    assert bursts["one by one"] == 1
-    assert 1 < bursts["continuous 2"] <= 2
+    bursts = {s["way"]: s for s in served if s["arrivals"] == "burst"}
+    shared = {way: made["images_a_launch"] for way, made in bursts.items()}
+    assert shared["one by one"] == shared["2 sessions, one thread each"] == 1
+    assert 1 < shared["continuous 2"] <= 2
+    rates = {s["requests_per_second"] for s in served}
+    assert len(rates) == 2, "every way has the same arrivals"
+    assert None in rates
     assert (tmp_path / "load.svg").stat().st_size > 1000
-    assert capsys.readouterr().out.count("| ddim-4 |") == 6
+    page = (tmp_path / "load.md").read_text()
+    assert page.count("| ddim-4 |") == 8
+    assert "engines on 2 thread(s)" in page
+    assert capsys.readouterr().out.strip() in page
 
 
 def test_latency_runs_from_the_arrival():
@@ -43,14 +49,14 @@ def test_latency_runs_from_the_arrival():
 
 
 def test_arrivals_have_the_rate_that_was_asked_for():
-    offsets = np.array(load.arrivals(4000, rate=5.0))
+    offsets = np.array(load.poisson(4000, rate=5.0))
     assert offsets[0] == 0
     assert np.diff(offsets).mean() == pytest.approx(0.2, rel=0.05)
 
 
 def test_a_model_that_takes_more_than_a_prompt_is_refused(compiled):
     with pytest.raises(ConfigError, match="Expected a model that takes a prompt alone"):
-        load._prompts(compiled("class-conditioned")[1])
+        load.prompts_of(compiled("class-conditioned")[1])
 
 
 def test_the_soak_ends_well(bundle):

@@ -52,28 +52,25 @@ _SMALL: dict[str, Any] = {
     "up_block_types": (_UP_PLAIN, _UP_CROSS),
 }
 
+_SDXL: dict[str, Any] = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 64,
+}
+
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "sd": _BASE,
     "small": {**_BASE, **_SMALL},
-    "sdxl-small": {
-        **_BASE,
-        **_SMALL,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 64,
-    },
+    "sdxl-small": {**_BASE, **_SMALL, **_SDXL},
     "sdxl": {
         **_BASE,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 64,
+        **_SDXL,
         "transformer_layers_per_block": (1, 2, 2),
         "use_linear_projection": True,
     },
     "refiner": {  # SDXL's: five time_ids, one text encoder
         **_BASE,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
+        **_SDXL,
         "projection_class_embeddings_input_dim": 72,
     },
     "pooled-prompt": {
@@ -102,6 +99,7 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "resnet_time_scale_shift": "scale_shift",
     },
     "inpaint": {**_BASE, **_SMALL, "in_channels": 9},
+    "sdxl-inpaint": {**_BASE, **_SMALL, **_SDXL, "in_channels": 9},
     "instruct-pix2pix": {**_BASE, **_SMALL, "in_channels": 8},
     "depth2img": {**_BASE, **_SMALL, "in_channels": 5},
     "upscale": {**_BASE, **_SMALL, "in_channels": 7, "num_class_embeds": 5},
@@ -378,13 +376,14 @@ def make_pipeline(kind: str, unet: Any, folder: Path) -> Any:
             requires_aesthetics_score=True,
             add_watermarker=False,
         )
-    return diffusers.StableDiffusionXLPipeline(
+    inpaints = "Inpaint" if kind == "sdxl-inpaint" else ""
+    return getattr(diffusers, f"StableDiffusionXL{inpaints}Pipeline")(
         **shared,
         text_encoder=make_text_encoder("CLIPTextModel", tokenizer, 16),
         tokenizer=tokenizer,
         text_encoder_2=make_text_encoder(projecting, tokenizer, 16),
         tokenizer_2=tokenizer,
-        force_zeros_for_empty_prompt=kind == "sdxl",
+        force_zeros_for_empty_prompt=kind != "sdxl-encodes-empty",
         add_watermarker=False,
     )
 

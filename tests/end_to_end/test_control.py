@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 from blockcache.diffusers import attach, detach  # noqa: E402
 from blockcache.export import (  # noqa: E402
     CompileOptions,
+    ExportOptions,
     PresetOptions,
     compile_model,
     load_model,
@@ -42,10 +43,46 @@ PROMPT = "encoder_hidden_states"
 
 
 @pytest.fixture(scope="module")
-def two_nets(compiled):
-    """An SDXL-like U-Net with two ControlNets, which may be cut everywhere, and its bundle."""
-    model, bundle = compiled("sdxl-controlled", 2, cuts=CUTS)
-    return model.cut_at(CUTS), bundle
+def controlled(tiny_models, pipeline_folder, tmp_path_factory):
+    """``controlled(kind)``: a pipeline with ControlNets as a SourceModel, its bundle, itself.
+
+    The U-Net may be cut everywhere.
+    """
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            made[kind] = load_and_compile(kind, tiny_models(kind).controlnets)
+        return made[kind]
+
+    def load_and_compile(kind, nets):
+        base, folders = pipeline_folder(kind), [tmp_path_factory.mktemp("net") for _ in nets]
+        for net, folder in zip(nets, folders, strict=True):
+            net.save_pretrained(folder)
+        model = load_model(base, controlnets=folders)
+        presets = tuple(map(PresetOptions.parse, ("ddim:4", "ddim:4:every2", "dpm:20")))
+        options = CompileOptions(presets=presets, export=ExportOptions(outputs=2, cuts=CUTS))
+        out = tmp_path_factory.mktemp(kind) / "bundle"
+        bundle = compile_model(model, out, options, parts=load_parts(base)).bundle
+        own = [diffusers.ControlNetModel.from_pretrained(folder) for folder in folders]
+        if kind == "controlled":
+            pipeline = diffusers.StableDiffusionControlNetPipeline.from_pretrained(
+                base, controlnet=own[0], safety_checker=None
+            )
+        else:
+            pipeline = diffusers.StableDiffusionXLControlNetPipeline.from_pretrained(
+                base, controlnet=own, add_watermarker=False
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        return model.cut_at(CUTS), bundle, pipeline
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def two_nets(controlled):
+    """SDXL's U-Net with two ControlNets, and its bundle."""
+    return controlled("sdxl-controlled")[:2]
 
 
 def relative(ours, reference):
@@ -142,17 +179,19 @@ def random_preset(preset, seed):
 
 
 @settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 2**32 - 1))
-def test_the_loop_equals_the_reference_under_any_schedule(two_nets, conditions_of, seed):
+@given(seed=st.integers(0, 2**32 - 1), shape=st.sampled_from([(1, 10, 18), (3, 8, 10)]))
+def test_the_loop_equals_the_reference_under_any_schedule(two_nets, conditions_of, seed, shape):
     model, bundle = two_nets
+    images, *size = shape
     session = Session.open(bundle, preset="dpm-20", verify=False)
     preset = random_preset(session.preset, seed)
     session = Session(bundle, preset, session.backend)
-    positive, negative = conditions_of(model, 2, seed=1), conditions_of(model, 1, seed=2)
+    positive = conditions_of(model, images, seed=1, size=size)
+    negative = conditions_of(model, 1, seed=2)
     negative = {PROMPT: negative[PROMPT]} | {
         name: negative[name] for name in ("text_embeds", "time_ids")
     }
-    noise = session.noise([0, 1])
+    noise = session.noise(range(images), *size)
     ours = session.denoise(
         noise,
         positive[PROMPT],
@@ -162,7 +201,7 @@ def test_the_loop_equals_the_reference_under_any_schedule(two_nets, conditions_o
         guidance_scale=3.0,
     )
     tables = solver_tables(SolverConfig.from_json(preset.solver))
-    picked = Calibration(positive, negative).pick([0, 1], guided=True)
+    picked = Calibration(positive, negative).pick(range(images), guided=True)
     with CachedUNet(model, 2) as cached:
         denoiser = Denoiser(cached, TableSteps(tables), picked, 3.0)
         drawn = denoiser.denoise(torch.from_numpy(noise), preset.schedule, preset.alignment)
@@ -213,25 +252,17 @@ SHARES = {
     "control_guidance_start": 0.25,
     "control_guidance_end": 0.75,
 }
+SHARES_OF_TWO = {
+    "controlnet_conditioning_scale": [0.7, 1.2],
+    "control_guidance_start": [0.25, 0.0],
+    "control_guidance_end": [0.75, 0.5],
+}
 
 
 @pytest.fixture(scope="module")
-def drawing(tiny_models, pipeline_folder, tmp_path_factory):
-    """A bundle of a whole pipeline with a ControlNet, and diffusers' pipeline of the same."""
-    folder, net = pipeline_folder("controlled"), tmp_path_factory.mktemp("control")
-    tiny_models("controlled").controlnets[0].save_pretrained(net)
-    presets = (PresetOptions.parse("ddim:4"), PresetOptions.parse("ddim:4:every2"))
-    bundle = compile_model(
-        load_model(folder, controlnets=[net]),
-        tmp_path_factory.mktemp("controlled") / "bundle",
-        CompileOptions(presets=presets),
-        parts=load_parts(folder),
-    ).bundle
-    pipeline = diffusers.StableDiffusionControlNetPipeline.from_pretrained(
-        folder, controlnet=diffusers.ControlNetModel.from_pretrained(net), safety_checker=None
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return bundle, pipeline
+def drawing(controlled):
+    """A bundle with one ControlNet, and diffusers' pipeline of the same."""
+    return controlled("controlled")[1:]
 
 
 def picture(seed=0):
@@ -240,11 +271,13 @@ def picture(seed=0):
 
 
 def in_pipeline(pipeline, noise, guidance_scale=4.0, **options):
-    """Final latents of diffusers' pipeline."""
-    image = torch.from_numpy(picture())[None].permute(0, 3, 1, 2) / 255
+    """Final latents of diffusers' pipeline; of two ControlNets each has a picture of its own."""
+    nets = len(getattr(pipeline.controlnet, "nets", [None]))
+    images = [torch.from_numpy(picture(k))[None].permute(0, 3, 1, 2) / 255 for k in range(nets)]
     drawn = pipeline(
-        PROMPTS, image=image, num_inference_steps=4, guidance_scale=guidance_scale,
-        latents=torch.from_numpy(noise), output_type="latent", **{**SHARES, **options},
+        PROMPTS, image=images if nets > 1 else images[0], num_inference_steps=4,
+        guidance_scale=guidance_scale, latents=torch.from_numpy(noise), output_type="latent",
+        **{**(SHARES_OF_TWO if nets > 1 else SHARES), **options},
     )  # fmt: skip
     return drawn.images.numpy()
 
@@ -269,6 +302,27 @@ def test_prompts_and_a_control_picture_become_the_latents_of_diffusers(drawing):
             relative(plain.latents, in_pipeline(own, noise, controlnet_conditioning_scale=0.0))
             <= 1e-4
         )
+
+
+def test_two_controlnets_of_sdxl_draw_what_diffusers_draws(controlled):
+    """Each with a picture, a scale and a share of the steps of its own."""
+    _, bundle, own = controlled("sdxl-controlled")
+    nets = own.controlnet
+    with Pipeline.open(bundle, preset="ddim-4", verify=False) as pipeline:
+        pictures = [picture(0), picture(1)]
+        drawn = pipeline(
+            PROMPTS, seeds=[0, 1], guidance_scale=4.0, control_image=pictures, **SHARES_OF_TWO
+        )
+        noise = pipeline.session.noise([0, 1], 16, 24)
+    wanted = in_pipeline(own, noise)
+    assert relative(drawn.latents, wanted) <= 1e-4
+    for off in ([0.0, 1.2], [0.7, 0.0]):
+        other = in_pipeline(own, noise, controlnet_conditioning_scale=off)
+        assert relative(other, wanted) > 0.01, "both act"
+    attach(own, bundle, preset="ddim-4")
+    assert relative(in_pipeline(own, noise), wanted) <= 1e-4
+    detach(own)
+    assert own.controlnet is nets
 
 
 @pytest.mark.parametrize(

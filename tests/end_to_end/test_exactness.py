@@ -23,6 +23,9 @@ from blockcache.runtime.run_table import run_table  # noqa: E402
 from blockcache.runtime.solvers.grid import Grid  # noqa: E402
 from blockcache.runtime.solvers.solver import SolverConfig, solver_tables  # noqa: E402
 
+RARE = ("depth2img", "upscale")
+"""What takes another compile and shows little more: run by ``-m slow``."""
+
 SHAPES = [(1, 16, 16), (2, 8, 8), (3, 24, 40)]
 
 
@@ -61,8 +64,8 @@ def run_segments(bundle, inputs, sizes):
     "kind",
     [
         *("sd", "sdxl", "refiner", "pooled-prompt", "two-layers", "one-level"),
-        *("class-conditioned", "inpaint", "instruct-pix2pix"),
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("depth2img", "upscale")),
+        *("class-conditioned", "sdxl-inpaint", "instruct-pix2pix"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("inpaint", *RARE)),
     ],
 )
 def test_segments_equal_the_whole_pytorch_unet(compiled, conditions_of, kind):
@@ -110,8 +113,8 @@ def random_preset(preset, seed, outputs):
         ("sd", 2, (-1, 0, 1, 2)),
         ("sdxl", 1, (-1, 0, 2, 4)),
         ("two-layers", 2, (1, 3)),
-        ("inpaint", 2, (0, 2)),
-        pytest.param("upscale", 1, (), marks=pytest.mark.slow),
+        ("sdxl-inpaint", 2, (0, 2)),
+        *(pytest.param(kind, 1, (), marks=pytest.mark.slow) for kind in RARE),
     ],
 )
 @settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -36,6 +36,7 @@ def mask(count=1):
 
 REQUESTS = {
     "inpaint": lambda: {"image": pictures(2), "mask_image": mask(), "height": 64, "width": 96},
+    "sdxl-inpaint": lambda: {**REQUESTS["inpaint"](), "strength": 1.0},
     "instruct-pix2pix": lambda: {"image": pictures(2), "image_guidance_scale": 1.7},
     "depth2img": lambda: {"image": pictures(2), "depth_map": pictures(2, size=(32, 32))[:, 0],
                           "strength": 1.0},
@@ -70,7 +71,7 @@ def call(pipeline, kind, prompts):
     return drawn.images.float().numpy()
 
 
-RARE = ("depth2img", "upscale")
+RARE = ("inpaint", "depth2img", "upscale")
 """What takes another compile and shows little more: run by ``-m slow``."""
 
 
@@ -109,7 +110,12 @@ DRAWN = {  # what the runtime's pipeline is given, and what diffusers'
         {"image": IMAGES, "mask_image": MASKS},
         {"image": as_tensor(IMAGES), "mask_image": torch.from_numpy(MASKS)[:, None]},
     ),
-    "inpaint, from the image": (
+    "sdxl-inpaint": (
+        {"image": IMAGES, "mask_image": MASKS},
+        {"image": as_tensor(IMAGES), "mask_image": torch.from_numpy(MASKS)[:, None],
+         "strength": 1.0},
+    ),
+    "sdxl-inpaint, from the image": (
         {"image": IMAGES, "mask_image": MASKS, "strength": 0.5},
         {"image": as_tensor(IMAGES), "mask_image": torch.from_numpy(MASKS)[:, None],
          "strength": 0.5},
@@ -138,7 +144,7 @@ def test_the_pipeline_draws_what_diffusers_draws(pipeline_bundle, pipelines, mon
     )
     distribution = type(reference.vae.encode(torch.zeros(1, 3, *PIXELS)).latent_dist)
     monkeypatch.setattr(distribution, "sample", lambda self, _generator=None: self.mode())
-    size = {"height": PIXELS[0], "width": PIXELS[1]} if kind == "inpaint" else {}
+    size = {"height": PIXELS[0], "width": PIXELS[1]} if "inpaint" in kind else {}
     wanted = reference(
         ["abc", "q"], negative_prompt=["x", "x"], num_inference_steps=STEPS, guidance_scale=4.0,
         output_type="latent", **size, **theirs,
@@ -149,11 +155,12 @@ def test_the_pipeline_draws_what_diffusers_draws(pipeline_bundle, pipelines, mon
 @pytest.mark.parametrize(
     ("kind", "given", "error"),
     [
-        ("inpaint", {"image": IMAGES[:1]}, "mask_image: 'tiny-inpaint' draws by it, got none"),
-        ("inpaint", {"image": IMAGES[:1], "mask_image": MASKS[0, :32]},
+        ("sdxl-inpaint", {"image": IMAGES[:1]},
+         "mask_image: 'tiny-sdxl-inpaint' draws by it, got none"),
+        ("sdxl-inpaint", {"image": IMAGES[:1], "mask_image": MASKS[0, :32]},
          r"mask_image: expected the image's size \[64, 96\], got \[32, 96\]"),
-        ("inpaint", {"image": IMAGES[:1], "mask_image": MASKS[0], "depth_map": DEPTHS[0]},
-         "depth_map: 'tiny-inpaint' reads no such picture"),
+        ("sdxl-inpaint", {"image": IMAGES[:1], "mask_image": MASKS[0], "depth_map": DEPTHS[0]},
+         "depth_map: 'tiny-sdxl-inpaint' reads no such picture"),
         ("instruct-pix2pix", {}, "image: 'tiny-instruct-pix2pix' draws by it, got none"),
         ("instruct-pix2pix", {"image": IMAGES[:1], "strength": 0.5}, "strength: nothing starts"),
     ],

@@ -292,6 +292,26 @@ def compiled(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
+@pytest.fixture
+def blockcache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """``blockcache(*arguments)`` gives (exit code, stdout, stderr)."""
+    import sys
+
+    from blockcache.tools import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["blockcache", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
 PIPELINE_TOKENS = 9
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

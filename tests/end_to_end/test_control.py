@@ -13,6 +13,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from PIL import Image  # noqa: E402
 
 from blockcache.diffusers import attach, detach  # noqa: E402
 from blockcache.export import (  # noqa: E402
@@ -323,6 +326,29 @@ def test_two_controlnets_of_sdxl_draw_what_diffusers_draws(controlled):
     assert relative(in_pipeline(own, noise), wanted) <= 1e-4
     detach(own)
     assert own.controlnet is nets
+
+
+def test_the_command_line_draws_with_each_controlnets_file(controlled, blockcache, tmp_path):
+    _, bundle, _ = controlled("sdxl-controlled")
+    options = ["--prompt", "a fox", "--preset", "ddim:4", "--guidance", 4]
+    for net in range(2):
+        Image.fromarray(picture(net)).save(tmp_path / f"{net}.png")
+        options += ["--control-image", tmp_path / f"{net}.png"]
+        options += ["--control-scale", SHARES_OF_TWO["controlnet_conditioning_scale"][net]]
+        options += ["--control-start", SHARES_OF_TWO["control_guidance_start"][net]]
+    code, _, err = blockcache(
+        "run", bundle.folder, *options, "--control-end", 0.75, "--out", tmp_path / "drawn.npy"
+    )
+    assert code == 0, err
+    with Pipeline.open(bundle, preset="ddim-4", verify=False) as pipeline:
+        wanted = pipeline(
+            "a fox", seeds=[0], guidance_scale=4.0, control_image=[picture(0), picture(1)],
+            **{**SHARES_OF_TWO, "control_guidance_end": 0.75},
+        )  # fmt: skip
+    assert relative(np.load(tmp_path / "drawn.npy"), wanted.latents) <= 1e-6
+    code, _, err = blockcache("run", bundle.folder, *options[:2], "--out", tmp_path / "drawn.npy")
+    assert code == 1
+    assert "control_image: expected pictures for each of the 2 ControlNets" in err
 
 
 @pytest.mark.parametrize(

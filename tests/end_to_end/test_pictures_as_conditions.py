@@ -11,6 +11,9 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from PIL import Image  # noqa: E402
 
 from blockcache import Pipeline  # noqa: E402
 from blockcache.diffusers import attach, detach  # noqa: E402
@@ -150,6 +153,30 @@ def test_the_pipeline_draws_what_diffusers_draws(pipeline_bundle, pipelines, mon
         output_type="latent", **size, **theirs,
     ).images.numpy()  # fmt: skip
     assert np.abs(drawn.latents - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+OPTIONS = {  # of the command line, and what the runtime's pipeline is given
+    "sdxl-inpaint": (("--image", "--mask-image"), {"image": IMAGES[:1], "mask_image": MASKS[0]}),
+    "instruct-pix2pix": (("--image", "--image-guidance=1.7"),
+                         {"image": IMAGES[:1], "image_guidance_scale": 1.7}),
+    "depth2img": (("--depth-map", "--width=96"), {"depth_map": DEPTHS[0], "width": 96}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", marked(OPTIONS))
+def test_the_command_line_takes_the_same_pictures(pipeline_bundle, blockcache, tmp_path, kind):
+    bundle, (options, given) = pipeline_bundle(kind), OPTIONS[kind]
+    Image.fromarray(IMAGES[0]).save(tmp_path / "image.png")
+    Image.fromarray((MASKS[0] >= 0.5).astype(np.uint8) * 255).save(tmp_path / "mask-image.png")
+    np.save(tmp_path / "depth-map.npy", DEPTHS[0])
+    files = {f"--{path.stem}": f"--{path.stem}={path}" for path in tmp_path.iterdir()}
+    named = [files.get(option, option) for option in options]
+    out = tmp_path / "drawn.npy"
+    code, _, err = blockcache("run", bundle.folder, "--prompt=abc", *named, f"--out={out}")
+    assert code == 0, err
+    with Pipeline.open(bundle, preset="ddim-4", threads=1) as pipeline:
+        wanted = pipeline("abc", seeds=[0], **given).latents
+    assert np.abs(np.load(out) - wanted).max() <= 1e-6 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize(

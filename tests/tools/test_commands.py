@@ -23,23 +23,6 @@ from blockcache.tools import cli
 from blockcache.tools.commands.names import precision_for
 
 
-@pytest.fixture
-def blockcache(monkeypatch, capsys):
-    """``blockcache(*arguments)`` gives (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["blockcache", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def source(tiny_models, conditions_of, tmp_path_factory):
     """A diffusers folder of a tiny model, with a calibration file beside it."""
@@ -337,6 +320,10 @@ def test_a_float32_bundle_for_a_gpu_is_warned_of(blockcache, compiled):
         (["--prompt", "a cat"], "has no text_encoder and no decoder. Compile the model again with"),
         (["--embeddings", "x", "--tile", 64], "Expected no --tile beside --embeddings"),
         (["--prompt", "a cat", "--image", "x"], "Expected a picture in x, got:"),
+        (["--prompt", "a cat", "--mask-image", "x"], "Expected a picture in x, got:"),
+        (["--prompt", "a cat", "--control-image", "x"], "Expected a picture in x, got:"),
+        (["--prompt", "a cat", "--control-end", 0.5], "Expected --control-image FILE beside"),
+        (["--embeddings", "x", "--depth-map", "x"], "Expected no --depth-map beside --embeddings"),
     ],
 )
 def test_a_run_says_what_to_give(blockcache, compiled, options, message):

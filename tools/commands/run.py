@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -19,12 +19,13 @@ from blockcache.tools.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
 
-    from blockcache.runtime import Backend, Bundle, Drawn
+    from blockcache.runtime import Backend, Bundle, Drawn, Pipeline
 
+T = TypeVar("T")
 
 OUTPUTS = (".png", ".npy")
 """What ``--out`` may be: a picture, or latents."""
@@ -43,11 +44,42 @@ def run(
         typer.Option(help="Encoded prompts instead (safetensors, as for compile --calibration)."),
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(help="A picture to start from: image to image.")
+        Path | None,
+        typer.Option(help="A picture to start from; or to inpaint or edit, as the model does."),
     ] = None,
     strength: Annotated[
-        float, typer.Option(help="How much of --image is drawn anew, above 0 to 1.")
-    ] = 0.8,
+        float | None,
+        typer.Option(
+            help="How much of --image is drawn anew, above 0 to 1. Default 0.8; inpainting: 1."
+        ),
+    ] = None,
+    mask_image: Annotated[
+        Path | None, typer.Option(help="Inpainting: what is white is drawn anew.")
+    ] = None,
+    depth_map: Annotated[
+        Path | None,
+        typer.Option(help="depth2img: a grey picture or FILE.npy [h, w]; near is large."),
+    ] = None,
+    image_guidance: Annotated[
+        float | None,
+        typer.Option(help="InstructPix2Pix: how far to follow --image. Default 1.5."),
+    ] = None,
+    control_image: Annotated[
+        list[Path] | None,
+        typer.Option(help="What a ControlNet follows; once for each, in the order of compile."),
+    ] = None,
+    control_scale: Annotated[
+        list[float] | None,
+        typer.Option(help="controlnet_conditioning_scale: one, or one each. Default 1."),
+    ] = None,
+    control_start: Annotated[
+        list[float] | None,
+        typer.Option(help="control_guidance_start: one, or one each. Default 0."),
+    ] = None,
+    control_end: Annotated[
+        list[float] | None,
+        typer.Option(help="control_guidance_end: one, or one each. Default 1."),
+    ] = None,
     preset: PresetName = None,
     seed: Annotated[int, typer.Option(help="Image i uses SEED + i.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Default: the preset's.")] = None,
@@ -75,16 +107,31 @@ def run(
     from blockcache.tools.commands.names import preset_of
     from blockcache.tools.commands.outputs import check_file
     from blockcache.tools.report.progress import StageProgress
+    from blockcache.tools.sources.pictures import read_mask, read_picture
 
     check_file(out, OUTPUTS)
     if (embeddings is None) == (not prompt):
         raise ConfigError("Expected at least one --prompt, or --embeddings FILE; not both.")
     if embeddings is not None:
-        given = {"negative-prompt": negative_prompt, "image": image, "tile": tile}
-        _refuse_with_embeddings(given | {"height": height, "width": width})
+        _refuse_with_embeddings(
+            {
+                "negative-prompt": negative_prompt,
+                "image": image,
+                "strength": strength,
+                "mask-image": mask_image,
+                "depth-map": depth_map,
+                "control-image": control_image,
+                "tile": tile,
+                "height": height,
+                "width": width,
+            }
+        )
+    _refuse_without_picture(control_image, control_scale, control_start, control_end)
     opened = Bundle.open(bundle)
     name = preset_of(opened, preset)
-    start = None if image is None else _picture(image)
+    start = None if image is None else read_picture(image)[None]
+    mask = None if mask_image is None else read_mask(mask_image)
+    followed = [read_picture(file) for file in control_image or ()]
     engines = make_backend(backend, threads=threads, bundle=opened, verify=False)
     with StageProgress() as progress:
         shared: dict[str, Any] = {
@@ -92,18 +139,27 @@ def run(
             "guidance_rescale": guidance_rescale,
             "callback": lambda at: progress(f"denoise {name}", at.step + 1, at.steps),
         }
+        if image_guidance is not None:
+            shared["image_guidance_scale"] = image_guidance
         if embeddings is not None:
             made = _from_embeddings(opened, name, engines, embeddings, seed, out, shared)
         else:
             texts = list(prompt or ())
-            made = Pipeline.open(opened, preset=name, backend=engines)(
+            pipeline = Pipeline.open(opened, preset=name, backend=engines)
+            made = pipeline(
                 texts,
                 negative_prompt,
                 seeds=range(seed, seed + len(texts)),
                 height=height,
                 width=width,
                 image=start,
-                strength=None if start is None else strength,
+                strength=strength,
+                mask_image=mask,
+                depth_map=_depths(pipeline, depth_map, start, height, width),
+                control_image=_one_or_all(followed, None),
+                controlnet_conditioning_scale=_one_or_all(control_scale, 1.0),
+                control_guidance_start=_one_or_all(control_start, 0.0),
+                control_guidance_end=_one_or_all(control_end, 1.0),
                 tile=tile,
                 **shared,
             )
@@ -125,11 +181,41 @@ def _refuse_with_embeddings(options: Mapping[str, object]) -> None:
         )
 
 
-def _picture(file: Path) -> np.ndarray:
-    """A picture from a file: uint8 [1, H, W, 3]."""
-    from blockcache.tools.report.pictures import read_picture
+def _refuse_without_picture(
+    pictures: Sequence[Path] | None, *numbers: Sequence[float] | None
+) -> None:
+    """Raise ConfigError where it is said how a ControlNet acts and not what it follows."""
+    from blockcache.runtime import ConfigError
 
-    return read_picture(file)[None]
+    if not pictures and any(numbers):
+        raise ConfigError(
+            "Expected --control-image FILE beside --control-scale, --control-start and "
+            "--control-end, which say how strongly and when a ControlNet follows it; got none."
+        )
+
+
+def _one_or_all(given: Sequence[T] | None, default: T) -> T | Sequence[T]:
+    """What is given once serves all ControlNets; the default where nothing is."""
+    if not given:
+        return default
+    return given[0] if len(given) == 1 else list(given)
+
+
+def _depths(
+    pipeline: Pipeline,
+    file: Path | None,
+    image: np.ndarray | None,
+    height: int | None,
+    width: int | None,
+) -> np.ndarray | None:
+    """The depths of a file, float32 of the size of the latents to draw."""
+    from blockcache.runtime.pipeline.picture_arguments import latent_size
+    from blockcache.tools.sources.pictures import read_depths
+
+    if file is None:
+        return None
+    model, factor = pipeline.session.bundle.model, pipeline.factor
+    return read_depths(file, latent_size(model, factor, image, height, width))
 
 
 def _from_embeddings(

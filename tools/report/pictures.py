@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from blockcache.runtime import ConfigError, MissingExtraError
+from blockcache.runtime import MissingExtraError
 from blockcache.runtime.files import replacing
 from blockcache.tools.report.plots import pyplot, save_figure
 
@@ -16,15 +16,6 @@ from blockcache.tools.report.plots import pyplot, save_figure
 def save_pictures(pictures: np.ndarray, file: Path) -> None:
     """uint8 [N, H, W, 3] side by side."""
     _save_image(_pillow().fromarray(np.concatenate(list(pictures), axis=1)), file)
-
-
-def read_picture(file: Path) -> np.ndarray:
-    """A picture as uint8 [H, W, 3]; ConfigError where the file holds none."""
-    try:
-        with _pillow().open(file) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise ConfigError(f"Expected a picture in {file}, got: {error}.") from error
 
 
 def save_grid(rows: Sequence[tuple[str, np.ndarray]], columns: Sequence[str], file: Path) -> None:

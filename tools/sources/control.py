@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from blockcache.runtime.errors import ConfigError, MissingExtraError
+from blockcache.runtime.errors import ConfigError
+from blockcache.tools.sources.pictures import read_picture
 
 if TYPE_CHECKING:
     from blockcache.export import Calibration, SourceModel
@@ -65,7 +66,7 @@ def controlled(
 
 
 def read_control_images(folder: Path, size: tuple[int, int]) -> list[np.ndarray]:
-    """The pictures of a folder, uint8 [H, W, 3], resized as the pipelines of diffusers do it.
+    """The pictures of a folder, uint8 [H, W, 3], of one size.
 
     Args:
         folder: of ``control_files``.
@@ -75,19 +76,4 @@ def read_control_images(folder: Path, size: tuple[int, int]) -> list[np.ndarray]
         ConfigError: a file that is no picture.
         MissingExtraError: Pillow is not installed.
     """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise MissingExtraError.of("pillow", "cli", "Reading control pictures") from error
-    height, width = size
-    pictures = []
-    for file in control_files(folder):
-        try:
-            with Image.open(file) as opened:
-                resized = opened.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-        except (UnidentifiedImageError, OSError) as error:
-            raise ConfigError(
-                f"Expected a picture in {file}, which cannot be read ({error}). Leave it out."
-            ) from error
-        pictures.append(np.asarray(resized))
-    return pictures
+    return [read_picture(file, size) for file in control_files(folder)]

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,12 @@ from blockcache.export.measure.converged import (
     fine_run,
     measure_gains,
 )
+from blockcache.export.measure.own_pictures import (
+    DRAWN,
+    STEPS,
+    own_pictures,
+    own_pictures_of,
+)
 from blockcache.export.measure.residuals import Moments, ResidualOptions, measure_residuals
 from blockcache.export.measure.reuse import HISTORY
 from blockcache.export.measure.sampling import Job, Sampling, Tally
@@ -49,12 +56,13 @@ from blockcache.export.measure.sensitivity import (
     measure_sensitivity,
 )
 from blockcache.export.observer import Observer, qualified
+from blockcache.export.parts.part import Parts
 from blockcache.export.stages import RECORDS, StageStore, stage_key
 from blockcache.export.unet.model import SourceModel
 from blockcache.export.unet.scheduler import recorded_scheduler, scheduler_config
 from blockcache.runtime.bundles.tensor_files import read_tensors, write_tensors
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.plan import Alignment, Schedule
+from blockcache.runtime.plan import IMAGE_LATENTS, Alignment, Schedule
 from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers
 from blockcache.runtime.solvers.grid import Grid
 from blockcache.runtime.solvers.recorded import SCHEDULER, RecordedSolver
@@ -73,6 +81,7 @@ class MeasurementOptions:
     """How much is measured, and with what guidance."""
 
     guidance_scale: float = 5.0  # as in the paper
+    image_guidance_scale: float = 1.5  # of InstructPix2Pix alone, as its pipelines have it
     converged: ConvergedOptions = field(default_factory=ConvergedOptions)
     profile: ProfileOptions = field(default_factory=ProfileOptions)
     sensitivity: SensitivityOptions = field(default_factory=SensitivityOptions)
@@ -104,6 +113,11 @@ class Measurements:
         options: how much to measure.
         store: the bundle's stage records.
         observer: hears how far a measurement is.
+        parts: of the pipeline; decoder and encoder make the pictures that a calibration lacks.
+
+    Raises:
+        ConfigError: a calibration that does not fit the model, or lacks pictures that cannot be
+            made.
     """
 
     def __init__(
@@ -114,15 +128,20 @@ class Measurements:
         options: MeasurementOptions,
         store: StageStore,
         observer: Observer,
+        parts: Parts | None = None,
     ) -> None:
         if calibration is not None:
-            check_calibration(model, calibration, options.guidance_scale != 1.0)
+            own, guided = own_pictures_of(model), options.guidance_scale != 1.0
+            check_calibration(model, calibration, guided, made=own)
+            if own in DRAWN and own[0] not in calibration.positive:
+                _require_autoencoder(model, own, parts)
         self.model = model
         self._precision = precision
         self._calibration = calibration
         self._options = options
         self._store = store
         self._observer = observer
+        self._parts = {} if parts is None else {part.role: part for part in parts.parts}
         self.tally = Tally()  # of what was measured, not of what was there already
 
     @property
@@ -448,10 +467,41 @@ class Measurements:
         return dataclasses.replace(sampling, model=self.model.part(preset.policy.cuts))
 
     def _sampling_by(self, solver: RecordedSolver, precision: str = "float32") -> Sampling:
-        assert self._calibration is not None  # ``check`` was asked first
+        by_image = any(c.beside_sample and c.name == IMAGE_LATENTS for c in self.model.conditions)
+        return Sampling(
+            model=self.model,
+            solver=solver,
+            calibration=self._complete_calibration,
+            guidance_scale=self._options.guidance_scale,
+            precision=precision,
+            tally=self.tally,
+            image_guidance_scale=self._options.image_guidance_scale if by_image else 1.0,
+        )
+
+    @cached_property
+    def _complete_calibration(self) -> Calibration:
+        """With the pictures that the model reads: those that were given, or its own."""
+        calibration = self._calibration
+        assert calibration is not None  # ``check`` was asked first
+        own = own_pictures_of(self.model)
+        if not own or own[0] in calibration.positive:
+            return calibration
+        solver = _table_config(self.model, PresetOptions(solver="dpm", grid="karras", steps=STEPS))
         guidance_scale = self._options.guidance_scale
-        calibration, tally = self._calibration, self.tally
-        return Sampling(self.model, solver, calibration, guidance_scale, precision, tally)
+        sampling = Sampling(self.model, solver, calibration, guidance_scale, tally=self.tally)
+        coders = {role: self._parts[role] for role in ("decoder", "encoder") if own in DRAWN}
+        hashes = {role: part.sha256 for role, part in coders.items()}
+        stage = _Stage.of("pictures", sampling, parts=hashes)
+        file = f"{RECORDS}/pictures-{stage.key[:12]}.safetensors"
+
+        def measure() -> dict[str, np.ndarray]:
+            loaded = {role: part.load(torch.float32).eval() for role, part in coders.items()}
+            decode, encode = loaded.get("decoder"), loaded.get("encoder")
+            return own_pictures(sampling, decode, encode, observer=self._observer)
+
+        pictures = self._once(stage, file, measure)
+        positive = {**calibration.positive, **pictures}
+        return dataclasses.replace(calibration, positive=positive)
 
     def _heard_of(self, preset: PresetOptions) -> Observer:
         return qualified(self._observer, preset.sampler)
@@ -467,6 +517,8 @@ class _Stage:
     @classmethod
     def of(cls, kind: str, sampling: Sampling, options: Any = None, **more: Any) -> _Stage:
         """The stage of a measurement that depends on ``sampling``, ``options`` and ``more``."""
+        if sampling.image_guidance_scale != 1:
+            more["image_guidance"] = sampling.image_guidance_scale
         key = stage_key(
             kind,
             model=sampling.model.sha256,
@@ -479,6 +531,17 @@ class _Stage:
             **more,
         )
         return cls(f"{kind}-{key[:12]}", key)
+
+
+def _require_autoencoder(model: SourceModel, pictures: Sequence[str], parts: Parts | None) -> None:
+    """Raise ConfigError where pictures to measure with are neither given nor can be drawn."""
+    lacking = {"decoder", "encoder"} - {part.role for part in (parts.parts if parts else ())}
+    if lacking:
+        raise ConfigError(
+            f"Calibration: expected {' and '.join(pictures)}, which {model.name!r} reads, or the "
+            f"pipeline's autoencoder, with which such pictures are made of its own drawings; got "
+            f"neither. Add them, or compile with all parts (parts=load_parts(...), --parts all)."
+        )
 
 
 def solver_config(model: SourceModel, preset: PresetOptions) -> RecordedSolver:

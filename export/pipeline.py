@@ -142,7 +142,8 @@ def compile_model(
         model: as ``load_model`` returned it, float32 where a preset needs a profile.
         folder: the bundle; made if missing.
         options: what to make.
-        calibration: prompts to measure with; needed where a preset is ``calibrated``.
+        calibration: prompts to measure with; needed where a preset is ``calibrated``. Pictures
+            that the U-Net reads may be missing where ``parts`` has an autoencoder to draw them.
         observer: hears how far it is.
         parts: what stands beside the U-Net, of ``load_parts``; a warning names those that cannot
             be exported. By default the bundle keeps the parts that it has.
@@ -193,7 +194,7 @@ def _compile(
     export = _export_options(options, earlier, model)
     model = model.cut_at(export.cuts)
     measurements = Measurements(
-        model, export.precision, calibration, options.measurement, store, observer
+        model, export.precision, calibration, options.measurement, store, observer, parts
     )
     _check(model, options, measurements, earlier)
     facts = _model_facts(model, export)
@@ -338,6 +339,9 @@ def _costs(
     timings = options.timings
     guided = options.measurement.guidance_scale != 1.0
     sizes = facts.sizes.for_images(1, guided=guided)
+    by_image = guided and facts.most_rows > 2 and options.measurement.image_guidance_scale != 1.0
+    if by_image:
+        sizes = dataclasses.replace(sizes, batch=facts.most_rows)
     if options.processor is not None:
         timings = predict(segments, folder, options.processor, sizes)
     timed = [p.name for p in options.presets if Needs.MILLISECONDS in p.policy.needs]
@@ -345,7 +349,13 @@ def _costs(
         raise ConfigError(
             f"Preset {timed[0]!r} needs times of one image, at {sizes}; got some at "
             f"{timings.sizes}. "
-            + ("Measure with --images 1, or predict" if guided else "Without guidance, predict")
+            + (
+                "With guidance by an image, predict"
+                if by_image
+                else "Measure with --images 1, or predict"
+                if guided
+                else "Without guidance, predict"
+            )
             + " them with --gpu."
         )
     return counted(segments) if timings is None else timings.costs(segments)

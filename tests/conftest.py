@@ -421,10 +421,9 @@ def pipeline_folder(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) 
     def get(kind: str) -> Path:
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
-            torch.manual_seed(0)
-            pipeline = make_pipeline(
-                kind, tiny_models(PIPELINES.get(kind, kind)).unet, folder / "tokenizer"
-            )
+            unet = tiny_models(PIPELINES.get(kind, kind)).unet
+            torch.manual_seed(0)  # the parts beside the U-Net are alike, and their traces shared
+            pipeline = make_pipeline(kind, unet, folder / "tokenizer")
             pipeline.save_pretrained(folder / f"tiny-{kind}")
             made[kind] = folder / f"tiny-{kind}"
         return made[kind]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from blockcache.export.unet.lora import Lora
 from blockcache.export.unet.model import Condition, SourceModel
 from blockcache.export.unet.text import encode_text
 from blockcache.runtime.errors import ConfigError
-from blockcache.runtime.plan import Sizes, default_negative
+from blockcache.runtime.plan import IMAGE_LATENTS, Sizes, default_negative
 
 PROMPTS = (
     "a photograph of a lighthouse at dusk",
@@ -91,21 +91,39 @@ class Calibration:
             )
         return made
 
-    def pick(self, indices: Sequence[int], guided: bool) -> dict[str, torch.Tensor]:
-        """Conditions of some prompts, the unconditional half first where guided."""
+    def pick(
+        self, indices: Sequence[int], guided: bool, by_image: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Conditions of some prompts, the unconditional half first where guided.
+
+        In thirds where guided by an image, too, as InstructPix2Pix is: without anything, with the
+        image, with image and prompt.
+        """
         picked = {}
         for name, values in self.positive.items():
-            halves = [_rows(values, indices)]
-            if guided:
-                halves.insert(0, _rows(self.unconditional(name), indices))
-            picked[name] = torch.from_numpy(np.concatenate(halves))
+            parts = [_rows(values, indices)]
+            if guided and by_image:
+                image = name == IMAGE_LATENTS
+                without = self.negative.get(name, np.zeros_like(values[:1])) if image else None
+                other = self.unconditional(name) if without is None else without
+                parts = [
+                    _rows(other, indices),
+                    parts[0] if image else _rows(other, indices),
+                    *parts,
+                ]
+            elif guided:
+                parts.insert(0, _rows(self.unconditional(name), indices))
+            picked[name] = torch.from_numpy(np.concatenate(parts))
         return picked
 
 
-def check_calibration(model: SourceModel, calibration: Calibration, guided: bool) -> None:
+def check_calibration(
+    model: SourceModel, calibration: Calibration, guided: bool, made: Collection[str] = ()
+) -> None:
     """Raise ConfigError where the model cannot run on a calibration, by the tensor's name.
 
     Names, widths, dtypes, class numbers and finiteness are checked; with ``guided`` in both halves.
+    Conditions that are ``made`` later may all be missing.
     """
     if calibration.prompts < 1:
         raise ConfigError("Calibration: expected one prompt or more, got none. Encode some.")
@@ -116,8 +134,11 @@ def check_calibration(model: SourceModel, calibration: Calibration, guided: bool
                 f"Calibration: expected the conditions {known} of {model.name!r}, got {name!r} "
                 f"too. Leave it out, or take the model that it was encoded for."
             )
+    later = () if any(name in calibration.positive for name in made) else made
     for condition in model.conditions:
         name = condition.name
+        if name in later:
+            continue
         if name not in calibration.positive:
             raise ConfigError(
                 f"Calibration: expected {name}, which {model.name!r} needs, got "

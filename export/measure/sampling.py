@@ -65,6 +65,7 @@ class Sampling:
     guidance_scale: float = 5.0  # as in use and in the paper; 1 or less turns it off
     precision: str = "float32"  # what the values of the weights are rounded to
     tally: Tally = field(default_factory=Tally, compare=False)  # of all that is run by it
+    image_guidance_scale: float = 1.0  # InstructPix2Pix's second one; 1 turns it off
 
     @property
     def timesteps(self) -> np.ndarray:
@@ -75,6 +76,12 @@ class Sampling:
     def steps(self) -> int:
         """S."""
         return self.solver.steps
+
+    @property
+    def rows(self) -> int:
+        """Samples an image: two with guidance, three with guidance by an image."""
+        guided, by_image = self.guidance_scale > 1, self.image_guidance_scale != 1
+        return 1 + guided + (guided and by_image)
 
     @property
     def uncached(self) -> Schedule:
@@ -93,15 +100,17 @@ class Sampling:
             try:
                 yield cached
             finally:
-                self.tally.evaluations += cached.rows // (2 if self.guidance_scale > 1 else 1)
+                self.tally.evaluations += cached.rows // self.rows
 
     def begin(self, cached: CachedUNet, jobs: Sequence[Job]) -> tuple[Denoiser, torch.Tensor]:
         """A denoiser for the jobs' prompts, and the noise [N, C, H, W] of their seeds."""
         device = next(cached.model.unet.parameters()).device
-        picked = self.calibration.pick([prompt for prompt, _ in jobs], self.guidance_scale > 1)
+        prompts = [prompt for prompt, _ in jobs]
+        picked = self.calibration.pick(prompts, self.rows > 1, by_image=self.rows > 2)
         conditions = {name: values.to(device) for name, values in picked.items()}
         steps = steps_of(self.solver, [job_seed(job) for job in jobs])
-        denoiser = Denoiser(cached, steps, conditions, self.guidance_scale)
+        scales = (self.guidance_scale, 0.0, self.image_guidance_scale)
+        denoiser = Denoiser(cached, steps, conditions, *scales)
         return denoiser, self.noise(jobs).to(device)
 
     def noise(self, jobs: Sequence[Job]) -> torch.Tensor:

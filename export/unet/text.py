@@ -25,6 +25,16 @@ from blockcache.runtime.errors import ConfigError, MissingExtraError
 Conditions: TypeAlias = dict[str, np.ndarray]
 """By name, float32 [N, ...]."""
 
+_PLAIN = {
+    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
+    "StableDiffusionInstructPix2PixPipeline": "StableDiffusionPipeline",
+    "StableDiffusionDepth2ImgPipeline": "StableDiffusionPipeline",
+    "StableDiffusionUpscalePipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline": "StableDiffusionXLPipeline",
+}
+"""Pipelines that take pictures beside the prompt, and those that do the same with the prompt."""
+
 _UNUSED = {"safety_checker", "feature_extractor", "image_encoder"}
 """Parts that do nothing to a prompt."""
 
@@ -112,17 +122,19 @@ def _pipeline(folder: Path, loras: Sequence[Lora]) -> Any:
     except ImportError as error:
         raise MissingExtraError.of("transformers", "export", "Encoding prompts") from error
     index = read_json(folder / "model_index.json")
-    kind = _class_in(diffusers, index.get("_class_name"), folder)
+    named = index.get("_class_name")
+    kind = _class_in(diffusers, _PLAIN.get(str(named), named), folder)
     parts: dict[str, Any] = dict.fromkeys(_UNUSED & index.keys())
     for name in (name for name, value in index.items() if isinstance(value, list) and value[1]):
         library, class_name = index[name]
         if name == "unet":
-            part = _class_in(diffusers, class_name, folder)
-            parts[name] = _without_weights(part, folder / name, forward=_tell)
+            part, config = _class_in(diffusers, class_name, folder), _config(folder / name)
+            config |= {"in_channels": config.get("out_channels", 4)}  # it reads the sample alone
+            parts[name] = _without_weights(part, config, forward=_tell)
         elif name == "vae":
             part = _class_in(diffusers, class_name, folder)
             there = (folder / name / "config.json").is_file()
-            parts[name] = _without_weights(part, folder / name) if there else None
+            parts[name] = _without_weights(part, _config(folder / name)) if there else None
         elif name.startswith("tokenizer"):
             _refuse_no_tokenizer(folder / name)
         elif name.startswith("text_encoder") and library == "transformers":
@@ -140,6 +152,11 @@ def _pipeline(folder: Path, loras: Sequence[Lora]) -> Any:
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """A part's config."""
+    return dict(read_json(folder / "config.json"))
 
 
 def _class_in(library: Any, name: object, folder: Path) -> Any:
@@ -162,11 +179,11 @@ def _refuse_no_tokenizer(folder: Path) -> None:
         )
 
 
-def _without_weights(kind: Any, folder: Path, **members: Any) -> Any:
-    """A part with its config that says that it is on the CPU; ``members`` replace its own."""
+def _without_weights(kind: Any, config: dict[str, Any], **members: Any) -> Any:
+    """A part of a config that says that it is on the CPU; ``members`` replace its own."""
     made: Any = type(kind.__name__, (kind,), {"device": torch.device("cpu"), **members})
     with torch.device("meta"):
-        return made.from_config(read_json(folder / "config.json"))
+        return made.from_config(config)
 
 
 def _tell(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
@@ -177,6 +178,22 @@ def test_the_command_line_takes_the_same_pictures(pipeline_bundle, blockcache, t
     with Pipeline.open(bundle, preset="ddim-4", threads=1) as pipeline:
         wanted = pipeline("abc", seeds=[0], **given).latents
     assert np.abs(np.load(out) - wanted).max() <= 1e-6 * np.abs(wanted).max()
+
+
+def test_a_preset_is_measured_with_pictures_that_the_model_draws(
+    pipeline_folder, blockcache, tmp_path
+):
+    (tmp_path / "prompts.txt").write_text("abc\nq\n")
+    little = ["--prompts", tmp_path / "prompts.txt", "--profile-seeds", 1, "--json"]
+    compiling = ["compile", pipeline_folder("sdxl-inpaint"), tmp_path / "bundle", *little]
+    code, out, err = blockcache(*compiling, "--preset", "ddim:2:1000")
+    assert code == 0, err
+    assert list(json.loads(out)["presets"]) == ["ddim-2-d1000"]
+    evaluations = 2 * 12 + 2 * 2  # two pictures in 12 steps, and the profile
+    assert f"measured with {evaluations} evaluations" in err
+    code, _, err = blockcache(*compiling, "--preset", "ddim:3:1000")
+    assert code == 0, err
+    assert "measured with 6 evaluations" in err, "the pictures are there"
 
 
 @pytest.mark.parametrize(

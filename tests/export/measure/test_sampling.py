@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
-from blockcache.export.measure.sampling import Sampling, Tally  # noqa: E402
+from blockcache.export.measure.sampling import Sampling, Tally, steps_of  # noqa: E402
+from blockcache.export.unet.cached_unet import Denoiser  # noqa: E402
 from blockcache.runtime.solvers.diffusers_config import solver_from_diffusers  # noqa: E402
 from blockcache.runtime.solvers.solver import STOCHASTIC  # noqa: E402
 
@@ -90,6 +91,32 @@ def test_a_denoiser_sees_both_halves_where_guidance_is_on(sampling, guidance_sca
             denoiser, noise = changed.begin(cached, [(0, 0)])
             ends.append(denoiser.denoise(noise, changed.uncached))
     assert torch.equal(*ends) == (guidance_scale == 1.0)
+
+
+def test_guidance_by_an_image_takes_three_samples(tiny_models, conditions_of):
+    """Without anything, with the image, with image and prompt."""
+    model = tiny_models("instruct-pix2pix")
+    positive, negative = conditions_of(model, 2), conditions_of(model, 1, seed=5)
+    image = positive["image_latents"]
+    prompts = [side["encoder_hidden_states"] for side in (positive, negative)]
+    solver = solver_from_diffusers(model.scheduler, solver="dpm", steps=2)
+    calibration = Calibration(positive, {"encoder_hidden_states": prompts[1]})
+    edits = Sampling(model, solver, calibration, 3.0, image_guidance_scale=1.5)
+    with edits.cached_unet() as cached:
+        denoiser, noise = edits.begin(cached, [(0, 0), (1, 0)])
+        drawn = denoiser.denoise(noise, edits.uncached)
+        thirds = {
+            "encoder_hidden_states": np.concatenate([prompts[1]] * 4 + [prompts[0]]),
+            "image_latents": np.concatenate([np.zeros_like(image), image, image]),
+        }
+        tensors = {name: torch.from_numpy(values) for name, values in thirds.items()}
+        plain = Denoiser(cached, steps_of(solver), tensors, 3.0, 0.0, 1.5)
+        assert torch.equal(plain.denoise(noise, edits.uncached), drawn)
+    assert edits.tally.evaluations == 2 * 2 * 2
+    assert [dataclasses.replace(edits, guidance_scale=g).rows for g in (1.0, 2.0)] == [1, 3]
+    other = {"encoder_hidden_states": prompts[1], "image_latents": image[1:]}
+    given = Calibration(positive, other).pick([0], True, by_image=True)["image_latents"]
+    np.testing.assert_array_equal(given.numpy(), image[[1, 0, 0]])
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])

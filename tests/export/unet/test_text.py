@@ -56,6 +56,16 @@ def test_conditions_equal_the_pipelines_own(pipeline_folder, kind, size):
         assert positive[name].dtype == np.float32
 
 
+@pytest.mark.parametrize(("kind", "plain"), [("sdxl-inpaint", "sdxl"), ("depth2img", "sd")])
+def test_a_pipeline_that_takes_pictures_does_the_same_with_prompts(pipeline_folder, kind, plain):
+    """All tiny text encoders are alike."""
+    ours, wanted = (encode_text(pipeline_folder(each), PROMPTS) for each in (kind, plain))
+    for side, other in zip(ours, wanted, strict=True):
+        assert side.keys() == other.keys()
+        for name, values in side.items():
+            np.testing.assert_array_equal(values, other[name], err_msg=name)
+
+
 def test_sdxl_has_zeros_for_the_empty_prompt_and_the_picture_s_size(pipeline_folder):
     """The cases that were wrong once, by their values."""
     _, negative = encode_text(pipeline_folder("sdxl"), PROMPTS)
@@ -136,10 +146,10 @@ def test_what_is_no_pipeline_is_refused(pipeline_folder, tmp_path):
 
 
 def test_a_pipeline_that_needs_more_than_prompts_is_refused(pipeline_folder, tmp_path):
-    folder = shutil.copytree(pipeline_folder("sd"), tmp_path / "depth")
+    folder = shutil.copytree(pipeline_folder("sd"), tmp_path / "larger")
     index = json.loads((folder / "model_index.json").read_text())
-    other = {**index, "_class_name": "StableDiffusionInpaintPipeline"}
+    other = {**index, "_class_name": "StableDiffusionLatentUpscalePipeline"}
     (folder / "model_index.json").write_text(json.dumps(other))
     text = refusal(folder)
     assert text.startswith(f"Expected a pipeline that draws from prompts alone at {folder}, got a")
-    assert "StableDiffusionInpaintPipeline that says: " in text
+    assert "StableDiffusionLatentUpscalePipeline that says: " in text

@@ -42,10 +42,12 @@ from blockcache.export.measure.converged import (
     measure_gains,
 )
 from blockcache.export.measure.own_pictures import (
-    DRAWN,
     STEPS,
+    Coders,
     own_pictures,
     own_pictures_of,
+    takes_drawings,
+    takes_noise_levels,
 )
 from blockcache.export.measure.residuals import Moments, ResidualOptions, measure_residuals
 from blockcache.export.measure.reuse import HISTORY
@@ -133,15 +135,15 @@ class Measurements:
         if calibration is not None:
             own, guided = own_pictures_of(model), options.guidance_scale != 1.0
             check_calibration(model, calibration, guided, made=own)
-            if own in DRAWN and own[0] not in calibration.positive:
-                _require_autoencoder(model, own, parts)
+            if takes_drawings(model) and own[0] not in calibration.positive:
+                _require_coders(model, own, parts)
         self.model = model
         self._precision = precision
         self._calibration = calibration
         self._options = options
         self._store = store
         self._observer = observer
-        self._parts = {} if parts is None else {part.role: part for part in parts.parts}
+        self._parts = parts
         self.tally = Tally()  # of what was measured, not of what was there already
 
     @property
@@ -489,15 +491,18 @@ class Measurements:
         solver = _table_config(self.model, PresetOptions(solver="dpm", grid="karras", steps=STEPS))
         guidance_scale = self._options.guidance_scale
         sampling = Sampling(self.model, solver, calibration, guidance_scale, tally=self.tally)
-        coders = {role: self._parts[role] for role in ("decoder", "encoder") if own in DRAWN}
+        parts = self._parts if takes_drawings(self.model) else None
+        halves = () if parts is None else parts.parts
+        coders = {part.role: part for part in halves if part.role in ("decoder", "encoder")}
         hashes = {role: part.sha256 for role, part in coders.items()}
-        stage = _Stage.of("pictures", sampling, parts=hashes)
+        levels = () if parts is None else parts.noise_levels
+        stage = _Stage.of("pictures", sampling, parts=hashes, noise_levels=levels)
         file = f"{RECORDS}/pictures-{stage.key[:12]}.safetensors"
 
         def measure() -> dict[str, np.ndarray]:
             loaded = {role: part.load(torch.float32).eval() for role, part in coders.items()}
-            decode, encode = loaded.get("decoder"), loaded.get("encoder")
-            return own_pictures(sampling, decode, encode, observer=self._observer)
+            made = Coders(loaded["decoder"], loaded["encoder"], levels) if loaded else None
+            return own_pictures(sampling, made, observer=self._observer)
 
         pictures = self._once(stage, file, measure)
         positive = {**calibration.positive, **pictures}
@@ -533,14 +538,17 @@ class _Stage:
         return cls(f"{kind}-{key[:12]}", key)
 
 
-def _require_autoencoder(model: SourceModel, pictures: Sequence[str], parts: Parts | None) -> None:
+def _require_coders(model: SourceModel, pictures: Sequence[str], parts: Parts | None) -> None:
     """Raise ConfigError where pictures to measure with are neither given nor can be drawn."""
     lacking = {"decoder", "encoder"} - {part.role for part in (parts.parts if parts else ())}
+    if takes_noise_levels(model) and not (parts and parts.noise_levels):
+        lacking.add("low_res_scheduler")
     if lacking:
         raise ConfigError(
             f"Calibration: expected {' and '.join(pictures)}, which {model.name!r} reads, or the "
             f"pipeline's autoencoder, with which such pictures are made of its own drawings; got "
-            f"neither. Add them, or compile with all parts (parts=load_parts(...), --parts all)."
+            f"neither (no {', '.join(sorted(lacking))}). Add them, or compile with all parts "
+            f"(parts=load_parts(...), --parts all)."
         )
 
 

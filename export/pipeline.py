@@ -288,8 +288,14 @@ def _parts_stage(
     hashes = {part.name: part.sha256 for part in parts.parts}
     zeros = parts.zeros_without_negative
     sizes = model.sizes.for_images(1, guided=False)
+    further = {"noise_levels": parts.noise_levels} if parts.noise_levels else {}
     key = stage_key(
-        "parts", parts=hashes, precision=model.precision, zeros=zeros, sizes=sizes.to_json()
+        "parts",
+        parts=hashes,
+        precision=model.precision,
+        zeros=zeros,
+        sizes=sizes.to_json(),
+        **further,
     )
     total = len(parts.parts)
     facts = store.reuse("parts", key)
@@ -313,6 +319,7 @@ def _parts_stage(
             parts=placed(made, home),
             tokenizers={name: f"{home}/{file}" for name, file in tokenizers.items()},
             zeros_without_negative=zeros,
+            noise_levels=parts.noise_levels,
         )
         facts = {"pipeline": to_plain(pipeline), "untraced": untraced}
         store.commit("parts", key, _files_in(store, home), facts)

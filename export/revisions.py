@@ -62,7 +62,7 @@ REVISIONS: Mapping[str, Revision] = {
     ),
     "parts": Revision(
         2,
-        "893699e31d566f81",
+        "47c1bdd84f6fc615",
         (
             "export/unet/lora.py",
             "export/unet/weights.py",
@@ -91,7 +91,7 @@ REVISIONS: Mapping[str, Revision] = {
     ),
     "pictures": Revision(
         1,
-        "3b20cacd3cf48970",
+        "07933893e0f63fd9",
         (*_SAMPLING, "export/measure/own_pictures.py", "export/parts/autoencoders.py"),
     ),
     "engine": Revision(

@@ -261,6 +261,9 @@ class PipelineFacts:
     parts: tuple[Segment, ...]
     tokenizers: Mapping[str, str]  # by a text encoder's name: its tokenizer.json in the bundle
     zeros_without_negative: bool = False  # no negative prompt is zeros, not the empty text (SDXL)
+    noise_levels: tuple[float, ...] = ()
+    """Of an upscaler: at each level from 0 on, the share of the small picture's variance that is
+    left; the rest is noise."""
 
     def of_role(self, role: Role) -> tuple[Segment, ...]:
         """The parts of a role, in their order."""

@@ -368,6 +368,8 @@ def make_pipeline(kind: str, unet: Any, folder: Path) -> Any:
         "vae": make_vae(),
         "scheduler": diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
     }
+    if kind == "upscale":  # what its pipeline wants to see
+        shared["vae"].register_to_config(scaling_factor=0.08333)
     projecting = "CLIPTextModelWithProjection"
     unchecked = {"safety_checker": None, "feature_extractor": None}
     own = {  # of those with one text encoder: the class, and what it takes besides

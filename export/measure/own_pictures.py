@@ -9,14 +9,16 @@ the U-Net reads          what draws                    what is read then
 ``mask``,                the model, everything masked  each prompt's drawing, behind a random
 ``masked_image_latents``                               rectangle
 ``image_latents``        the model, without a picture  for each prompt the drawing of the next one
+``image`` (upscaler)     the model, of the noisiest    each prompt's drawing made small, at a noise
+                         grey picture                  level of 20
 ``depth_mask``           nothing                       smooth random depths, near at the bottom
 =======================  ============================  =============================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -38,48 +40,71 @@ STEPS, SEED = 12, 7919
 AT_ONCE = 8
 """Pictures that are drawn together."""
 
-_INPAINT, _EDIT, _DEPTH = (
+LEVEL = 20
+"""An upscaler's noise level, as its pipeline has it where none is given."""
+
+CLASSES = "class_labels"
+_INPAINT, _EDIT, _DEPTH, _UPSCALE = (
     tuple(each.name for each in KINDS[kind])
-    for kind in ("inpaint", "instruct-pix2pix", "depth2img")
+    for kind in ("inpaint", "instruct-pix2pix", "depth2img", "upscale")
 )
-DRAWN = (_INPAINT, _EDIT)
-"""What is made of drawings, which takes an autoencoder."""
+_MADE = {_INPAINT: _INPAINT, _EDIT: _EDIT, _DEPTH: _DEPTH, _UPSCALE: (*_UPSCALE, CLASSES)}
+"""By what is read beside the sample: all conditions that are made."""
+
+
+@dataclass(frozen=True)
+class Coders:
+    """An autoencoder's halves, and how an upscaler's small picture is noised."""
+
+    decode: Coder  # the model's own
+    encode: Coder  # scales what it makes as the pipeline does
+    noise_levels: Sequence[float] = ()  # as of ``PipelineFacts``
 
 
 def own_pictures_of(model: SourceModel) -> tuple[str, ...]:
     """The pictures that a model reads and that ``own_pictures`` can make, by name."""
-    names = tuple(each.name for each in model.conditions if each.beside_sample)
-    return names if names in (*DRAWN, _DEPTH) else ()
+    return _MADE.get(_beside(model), ())
+
+
+def takes_drawings(model: SourceModel) -> bool:
+    """Whether these are made of drawings, which takes ``Coders``."""
+    return _beside(model) in (_INPAINT, _EDIT, _UPSCALE)
+
+
+def takes_noise_levels(model: SourceModel) -> bool:
+    """Whether they are noised, too."""
+    return _beside(model) == _UPSCALE
 
 
 def own_pictures(
-    sampling: Sampling,
-    decode: Coder | None,
-    encode: Coder | None,
-    *,
-    observer: Observer = unobserved,
+    sampling: Sampling, coders: Coders | None, *, observer: Observer = unobserved
 ) -> dict[str, np.ndarray]:
     """What the model of ``sampling`` reads beside the sample, one for each prompt.
 
     Args:
         sampling: of a model for which ``own_pictures_of`` names some, with prompts alone.
-        decode: the model's own; needed for what is in ``DRAWN``.
-        encode: the model's own, which scales what it makes as the pipeline does; as ``decode``.
+        coders: needed where the model ``takes_drawings``.
         observer: hears the pictures drawn, stage "pictures".
 
     Returns:
-        float32 [P, C, h, w] by name.
+        float32 [P, C, h, w] by name; an upscaler's ``class_labels`` int64 [1].
     """
-    names, rng = own_pictures_of(sampling.model), np.random.default_rng(SEED)
+    kind, rng = _beside(sampling.model), np.random.default_rng(SEED)
     count, (height, width) = sampling.calibration.prompts, sampling.model.sample_size
-    if names == _DEPTH:
-        return {names[0]: np.stack([random_depths(rng, height, width) for _ in range(count)])}
-    assert decode is not None
-    assert encode is not None
-    if names == _EDIT:
+    if kind == _DEPTH:
+        return {kind[0]: np.stack([random_depths(rng, height, width) for _ in range(count)])}
+    assert coders is not None
+    decode, encode = coders.decode, coders.encode
+    if kind == _EDIT:
         drawn = _drawings(sampling, {IMAGE_LATENTS: _none(sampling.model)}, decode, observer)
         return {IMAGE_LATENTS: np.roll(_encoded(encode, drawn), -1, axis=0)}
     factor = _pixels(decode, sampling.model)
+    if kind == _UPSCALE:
+        levels, most = coders.noise_levels, len(coders.noise_levels) - 1
+        nothing = torch.zeros(1, 3, height, width)
+        drawn = _drawings(sampling, _noised(rng, nothing, most, levels), decode, observer)
+        small = torch.nn.functional.avg_pool2d(drawn, factor)
+        return _noised(rng, small, min(LEVEL, most), levels)
     grey = torch.zeros(1, 3, height * factor, width * factor)
     covered = {
         "mask": np.ones((1, 1, height, width), np.float32),
@@ -140,6 +165,20 @@ def _drawings(
             made += [decode(each[None]) * 2 - 1 for each in latents]
     observer("pictures", len(jobs), len(jobs))
     return torch.cat(made)
+
+
+def _noised(
+    rng: np.random.Generator, pictures: torch.Tensor, level: int, levels: Sequence[float]
+) -> dict[str, np.ndarray]:
+    """An upscaler's small pictures [N, 3, h, w] at a noise level."""
+    noise = rng.standard_normal(pictures.shape, np.float32)
+    made = levels[level] ** 0.5 * pictures.numpy() + (1 - levels[level]) ** 0.5 * noise
+    return {_UPSCALE[0]: made.astype(np.float32), CLASSES: np.array([level], np.int64)}
+
+
+def _beside(model: SourceModel) -> tuple[str, ...]:
+    """What the U-Net reads beside the sample."""
+    return tuple(each.name for each in model.conditions if each.beside_sample)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from blockcache.export.parts.part import Part, Parts
 from blockcache.export.parts.text_encoders import ClipStates
 from blockcache.export.parts.tokenizer import tokenizer_file
 from blockcache.export.unet.configs import read_json
-from blockcache.export.unet.extra_inputs import find_extra_inputs
+from blockcache.export.unet.extra_inputs import KINDS, find_extra_inputs
 from blockcache.export.unet.hub import local_folder
 from blockcache.export.unet.lora import Lora, adapters_of, merged_sha256
 from blockcache.export.unet.weights import hash_part, load_part
@@ -25,6 +25,10 @@ from blockcache.runtime.plan import IMAGE_LATENTS
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 """Classes of transformers and of diffusers that have been exported and compared."""
+
+UPSCALER_FACTOR, MOST_NOISE = 0.08333, 350
+"""What StableDiffusionUpscalePipeline scales latents by, whatever the config of its VAE says, and
+how much it noises the small picture at most, where its index does not tell."""
 
 
 def load_parts(
@@ -73,7 +77,8 @@ def load_parts(
             read_json(folder / "unet" / "config.json"), index.get("_class_name"), extra_inputs
         )
         scaled = all(each.name != IMAGE_LATENTS for each in extra)
-        makers["vae"] = partial(_autoencoder, folder / "vae", _class(index, "vae"), scaled)
+        factor = UPSCALER_FACTOR if extra == KINDS["upscale"] else None
+        makers["vae"] = partial(_autoencoder, folder / "vae", _class(index, "vae"), scaled, factor)
     for name, make in makers.items():
         try:
             parts += make()
@@ -82,8 +87,21 @@ def load_parts(
     return Parts(
         parts=tuple(_without_lone_encoders(parts, refused)),
         zeros_without_negative=large and bool(index.get("force_zeros_for_empty_prompt", True)),
+        noise_levels=_noise_levels(folder, index),
         refused=refused,
     )
+
+
+def _noise_levels(folder: Path, index: Mapping[str, Any]) -> tuple[float, ...]:
+    """How an upscaler's small picture is noised; nothing for others."""
+    import diffusers
+
+    if _class(index, "low_res_scheduler") is None:
+        return ()
+    config = read_json(folder / "low_res_scheduler" / "scheduler_config.json")
+    most = int(index.get("max_noise_level") or MOST_NOISE)
+    levels = diffusers.DDPMScheduler.from_config(dict(config)).alphas_cumprod[: most + 1]
+    return tuple(map(float, levels))
 
 
 def _class(index: Mapping[str, Any], name: str) -> str | None:
@@ -144,8 +162,8 @@ def _text_encoder(
     ]
 
 
-def _autoencoder(folder: Path, kind: str | None, scaled: bool) -> list[Part]:
-    """Decoder and encoder."""
+def _autoencoder(folder: Path, kind: str | None, scaled: bool, factor: float | None) -> list[Part]:
+    """Decoder and encoder; a ``factor`` stands for the one that latents are scaled by."""
     import diffusers
 
     _require_class(kind, AUTOENCODERS)
@@ -159,9 +177,16 @@ def _autoencoder(folder: Path, kind: str | None, scaled: bool) -> list[Part]:
             f"folder again."
         )
     sha256 = hash_part(folder)
+
+    def load(dtype: torch.dtype) -> Any:
+        vae = load_part(getattr(diffusers, str(kind)), folder, dtype)
+        if factor is not None:
+            vae.register_to_config(scaling_factor=factor)
+        return vae
+
     return autoencoder_parts(
-        lambda dtype: load_part(getattr(diffusers, str(kind)), folder, dtype),
-        sha256=sha256,
+        load,
+        sha256=sha256 if factor is None else _hash(sha256, str(factor)),
         channels=channels,
         factor=2 ** (len(sides) - 1),
         single=bool(config.get("force_upcast", kind == "AutoencoderKL")),

@@ -33,6 +33,7 @@ class Parts:
 
     parts: tuple[Part, ...]
     zeros_without_negative: bool = False  # as in ``PipelineFacts``
+    noise_levels: tuple[float, ...] = ()  # as in ``PipelineFacts``
     refused: Mapping[str, str] = field(default_factory=dict)  # a part's name -> why
 
     @property

@@ -49,6 +49,9 @@ MOST_SCALE = 1e6
 MOST_BYTES = 1 << 50
 """Of a file."""
 
+NOISE_LEVELS = "noise_levels"
+"""Of ``PipelineFacts``, written where there are any."""
+
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
 _PRESET = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _PATH = r"[^\x00-\x1f\x7f]{0,300}"  # what leaves the folder is refused where it is opened
@@ -185,6 +188,8 @@ def _render(content: Mapping[str, object]) -> str:
 
 def to_plain(value: Any) -> Any:
     """Dataclasses to JSON: dimensions as text, everything else as it is."""
+    if isinstance(value, PipelineFacts) and not value.noise_levels:
+        return {key: to_plain(getattr(value, key)) for key in _names(PipelineFacts, NOISE_LEVELS)}
     if isinstance(value, Segment | ModelFacts | PipelineFacts | PresetEntry | FileEntry):
         return {key: to_plain(getattr(value, key)) for key in value.__dataclass_fields__}
     if isinstance(value, TensorSpec):
@@ -226,13 +231,15 @@ def segment_from_plain(field: Field, roles: Sequence[Role] = ROLES) -> Segment:
 
 def pipeline_from_plain(field: Field) -> PipelineFacts:
     """The inverse of ``to_plain`` for what stands beside the U-Net."""
-    found = field.fields(_names(PipelineFacts))
+    found = field.fields(_names(PipelineFacts, NOISE_LEVELS), optional=[NOISE_LEVELS])
+    levels = found[NOISE_LEVELS].items() if NOISE_LEVELS in found else []
     zeros = found["zeros_without_negative"]
     zeros.require(isinstance(zeros.value, bool), "true or false")
     return PipelineFacts(
         parts=tuple(segment_from_plain(part, PART_ROLES) for part in found["parts"].items()),
         tokenizers=_table(found["tokenizers"], _NAME, lambda entry: entry.text()),
         zeros_without_negative=zeros.value is True,
+        noise_levels=tuple(level.number(0, 1) for level in levels),
     )
 
 
@@ -374,5 +381,5 @@ def _made(field: Field, make: Callable[[], _Read]) -> _Read:
         ) from error
 
 
-def _names(kind: type) -> list[str]:
-    return [item.name for item in fields(kind)]
+def _names(kind: type, without: str = "") -> list[str]:
+    return [item.name for item in fields(kind) if item.name != without]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,12 @@ def bound_parts(
 def require_served(
     bundle: Bundle,
     besides: tuple[str, ...] = (),
-    pictures: Collection[tuple[str, ...]] = ((),),
+    pictures: Mapping[tuple[str, ...], tuple[str, ...]] = MappingProxyType({(): ()}),
 ) -> None:
     """Raise ConfigError unless a bundle has parts for prompts, and needs no more than is given.
 
-    Conditions that begin like one of ``besides`` may be needed, too, and one group of ``pictures``:
-    the extra inputs that are made of what a request brings.
+    Conditions that begin like one of ``besides`` may be needed, too, and extra inputs that are
+    among ``pictures``: these are made of what a request brings, with the conditions named there.
     """
     pipeline = bundle.pipeline
     roles = [] if pipeline is None else [part.role for part in pipeline.parts]
@@ -51,8 +52,8 @@ def require_served(
             f"{' and no '.join(lacking)}. Compile the model again with all its parts, or use "
             f"Session, with prompts encoded and latents decoded by yourself."
         )
-    extra = bundle.model.extra_inputs if bundle.model.extra_inputs in pictures else ()
-    names = {spec.name for spec in bundle.model.conditions} - {*extra}
+    made = pictures.get(bundle.model.extra_inputs, ())
+    names = {spec.name for spec in bundle.model.conditions} - {*made}
     further = sorted(name for name in names if not name.startswith((*_SERVED, *besides)))
     if further:
         raise ConfigError(
@@ -86,6 +87,7 @@ class PipelineParts:
             (PictureEncoder(model, bound[part.name]) for part in pipeline.of_role("encoder")), None
         )
         self._zeros = pipeline.zeros_without_negative
+        self._noise_levels = pipeline.noise_levels
         widths = [c.dims[-1] for c in model.conditions if c.name == "time_ids"]
         self._time_ids = int(widths[0].coefficient) if widths else 0
 
@@ -132,6 +134,15 @@ class PipelineParts:
                 "none. Compile the model again with all its parts."
             )
         return self.encoder
+
+    def require_noise_levels(self) -> Sequence[float]:
+        """How an upscaler's picture is noised; ConfigError where the bundle does not say."""
+        if not self._noise_levels:
+            raise ConfigError(
+                "Expected a bundle with the noise levels of an upscaler's small picture; this one "
+                "has none. Compile the pipeline again, with its low_res_scheduler."
+            )
+        return self._noise_levels
 
     def release(self) -> None:
         """Let go of all memory."""

@@ -48,7 +48,7 @@ def random_seeds(count: int) -> tuple[int, ...]:
 def latent_size(
     model: ModelFacts,
     factor: int,
-    images: np.ndarray | None,
+    given: Size | None,
     height: int | None,
     width: int | None,
 ) -> Size:
@@ -57,18 +57,17 @@ def latent_size(
     Args:
         model: whose own size is the default.
         factor: pixels a latent, along a side.
-        images: uint8 [N, H, W, 3] to start from; their size counts.
+        given: height and width in pixels of what a picture that is given leads to.
         height: in pixels.
         width: in pixels.
 
     Raises:
         InputError: not the size of the images, or no multiple of what the U-Net takes.
     """
-    given = (None, None) if images is None else images.shape[1:3]
     own = (model.sizes.height, model.sizes.width)
     sides = []
     for name, asked, there, default in zip(
-        ("height", "width"), (height, width), given, own, strict=True
+        ("height", "width"), (height, width), given or (None, None), own, strict=True
     ):
         side = asked if asked is not None else there
         if side is None:
@@ -77,7 +76,7 @@ def latent_size(
         pixels = whole_number(name, side, 1, MOST_SIZE * factor)
         if there is not None and pixels != there:
             raise InputError(
-                f"{name}: expected {there}, as the image has it, got {pixels}. Resize the "
+                f"{name}: expected {there}, by the size of the image, got {pixels}. Resize the "
                 f"image first, or leave {name} out."
             )
         multiple = factor * model.downsampling

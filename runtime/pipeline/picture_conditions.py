@@ -7,31 +7,47 @@ the U-Net reads          what is given                 what is made of it
 ``masked_image_latents``                               encoded, grey where it is drawn anew
 ``image_latents``        ``image``                     encoded, not scaled (the bundle's encoder)
 ``depth_mask``           ``depth_map``                 brought to -1..1
+``image``                ``image``, ``noise_level``    the image with noise of the seeds; beside it
+                                                       ``class_labels``, the level
 =======================  ============================  =============================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from blockcache.runtime.arguments import whole_number
 from blockcache.runtime.errors import InputError
 from blockcache.runtime.pipeline.pictures import PictureEncoder
 from blockcache.runtime.plan import ModelFacts
+from blockcache.runtime.request import CLASSES
+from blockcache.runtime.solvers.philox import standard_normal
 
 INPAINT, EDIT, DEPTH = ("mask", "masked_image_latents"), ("image_latents",), ("depth_mask",)
-SERVED = ((), INPAINT, EDIT, DEPTH)
-"""Extra inputs of a U-Net that a pipeline makes."""
+UPSCALE = ("image",)
+SERVED = {(): (), INPAINT: INPAINT, EDIT: EDIT, DEPTH: DEPTH, UPSCALE: (*UPSCALE, CLASSES)}
+"""Extra inputs of a U-Net that a pipeline makes, and the conditions that are made with them."""
+
+NOISE_STEP = 2**32 - 1
+"""In the place of a step's number, where an upscaler's small picture gets its noise."""
 
 _TAKES = {
     (): {"image"},
     INPAINT: {"image", "mask_image"},
     EDIT: {"image"},
     DEPTH: {"image", "depth_map"},
+    UPSCALE: {"image"},
 }
-_NEEDS = {(): set[str](), INPAINT: {"image", "mask_image"}, EDIT: {"image"}, DEPTH: {"depth_map"}}
+_NEEDS = {
+    (): set[str](),
+    INPAINT: {"image", "mask_image"},
+    EDIT: {"image"},
+    DEPTH: {"depth_map"},
+    UPSCALE: {"image"},
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +116,32 @@ def picture_conditions(
             "masked_image_latents": encoder().latents(given.image, kept=~given.mask_image),
         }
     return {}
+
+
+def upscale_conditions(
+    images: np.ndarray, seeds: Sequence[int], level: int, levels: Sequence[float]
+) -> Mapping[str, np.ndarray]:
+    """What an upscaler reads beside the sample: its small picture noised, and how much.
+
+    Args:
+        images: uint8 [N or 1, h, w, 3], of the latents' size.
+        seeds: N, of the noise.
+        level: an index of ``levels``.
+        levels: of ``PipelineFacts``.
+
+    Returns:
+        By name: ``image`` float32 [N, 3, h, w], ``class_labels`` int64 [1].
+
+    Raises:
+        InputError: a level that is none of ``levels``.
+    """
+    level = whole_number("noise_level", level, 0, len(levels) - 1)
+    signed = images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    _, channels, height, width = signed.shape
+    made = standard_normal(np.array(seeds, np.uint64), NOISE_STEP, channels * height * width)
+    noise = made.reshape(len(seeds), channels, height, width)
+    kept, added = (np.float32(share**0.5) for share in (levels[level], 1 - levels[level]))
+    return {"image": kept * signed + added * noise, CLASSES: np.array([level], np.int64)}
 
 
 def _depth_mask(depths: np.ndarray, size: tuple[int, int]) -> np.ndarray:

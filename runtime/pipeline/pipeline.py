@@ -16,7 +16,7 @@ import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -47,17 +47,22 @@ from blockcache.runtime.pipeline.picture_conditions import (
     EDIT,
     INPAINT,
     SERVED,
+    UPSCALE,
     GivenPictures,
     as_depths,
     as_masks,
     picture_conditions,
     require_pictures,
+    upscale_conditions,
 )
 from blockcache.runtime.pipeline.pictures import as_pictures
 from blockcache.runtime.pipeline.prompts import Encoded
 from blockcache.runtime.record import RunRecord
 from blockcache.runtime.session import Session
 from blockcache.runtime.weights import BASE, changed_parts
+
+USUAL_NOISE = 20
+"""The ``noise_level`` of an upscaler, where none is given."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         image_guidance_scale: float | None = None,
+        noise_level: int | None = None,
         height: int | None = None,
         width: int | None = None,
         image: Any = None,
@@ -162,17 +168,18 @@ class Pipeline:
             seeds: whole numbers, one a picture; default random ones, told in the result.
             guidance_scale: default the preset's. 1 or less turns guidance off, as in diffusers.
             guidance_rescale: 0 (off) to 1, as in diffusers.
-            height: of the pictures, in pixels; default the model's.
-            width: of the pictures, in pixels; default the model's.
+            height: of the pictures, in pixels; default the model's, or what ``image`` leads to.
+            width: the same.
             image_guidance_scale: InstructPix2Pix: how far to follow ``image``, 1 (off) or more;
                 default 1.5, as in diffusers.
-            image: uint8 [N or 1, H, W, 3], or RGB pictures of Pillow: to start from, to inpaint, or
-                what InstructPix2Pix edits.
+            noise_level: upscalers: how much ``image`` is noised first; default 20, as in diffusers.
+            image: uint8 [N or 1, H, W, 3], or RGB pictures of Pillow: to start from, to inpaint,
+                what InstructPix2Pix edits, or what the x4 upscaler enlarges.
             mask_image: inpainting: what is drawn anew, bool, uint8 or float32 [N or 1, H, W] (0.5
                 or more), or pictures of Pillow; as large as ``image``.
             depth_map: depth2img: float32 [N or 1, h, w], of the latents' size; near is large.
             strength: how much of ``image`` is drawn anew, above 0 to 1; default 0.8, of inpainting
-                1. Not for InstructPix2Pix.
+                1. Not for InstructPix2Pix and upscalers.
             latents: float32 [N, C, h, w] to go on from at ``denoising_start``.
             denoising_start: where a run goes on that ended there, as a share of the noise schedule:
                 SDXL's refiner, given the base's latents.
@@ -225,7 +232,7 @@ class Pipeline:
             control_guidance_start,
             control_guidance_end,
         )
-        sized = next((p for p in (pictures.image, *control.pictures) if p is not None), None)
+        sized = self._pixels_of(pictures.image, control)
         if latents is not None:
             counts["latents"] = len(latents)
             height, width = (side * self.factor for side in latents.shape[2:])
@@ -245,7 +252,7 @@ class Pipeline:
             states = [self._parts.prompts.lent(side.states) for side in (positive, negative)]
             text_ms = (time.perf_counter() - begin) * 1e3
             sizes = micro_sizes(pixels, original_size, crops_coords_top_left, target_size)
-            read = picture_conditions(model, self._parts.require_encoder, pictures, (height, width))
+            read = self._read(pictures, chosen, noise_level, (height, width))
             result = self.session.denoise(
                 self.session.noise(chosen, height, width) if latents is None else None,
                 states[0],
@@ -422,14 +429,40 @@ class Pipeline:
                 )
             return self.session.step_at(denoising_start)
         extra = self.session.bundle.model.extra_inputs
-        if strength is not None and (pictures.image is None or extra == EDIT):
+        unstarted = pictures.image is None or extra in (EDIT, UPSCALE)
+        if strength is not None and unstarted:
             raise InputError(
                 f"strength: nothing starts from an image here, got {strength}. Leave it out."
             )
-        if pictures.image is None or extra == EDIT:
+        if unstarted:
             return 0
         usual = 1.0 if extra == INPAINT else 0.8
         return first_step(self.session.steps, usual if strength is None else strength)
+
+    def _pixels_of(self, image: np.ndarray | None, control: ControlArguments) -> Size | None:
+        """Height and width of the pictures to draw, where pictures that are given say so."""
+        given = next((p for p in (image, *control.pictures) if p is not None), None)
+        if given is None:
+            return None
+        upscales = image is not None and self.session.bundle.model.extra_inputs == UPSCALE
+        factor = self.factor if upscales else 1
+        return given.shape[1] * factor, given.shape[2] * factor
+
+    def _read(
+        self, pictures: GivenPictures, seeds: Sequence[int], noise_level: int | None, size: Size
+    ) -> Mapping[str, np.ndarray]:
+        """What the U-Net reads beside the sample, and what belongs to it."""
+        model = self.session.bundle.model
+        if model.extra_inputs == UPSCALE:
+            assert pictures.image is not None
+            level = USUAL_NOISE if noise_level is None else noise_level
+            levels = self._parts.require_noise_levels()
+            return upscale_conditions(pictures.image, seeds, level, levels)
+        if noise_level is not None:
+            raise InputError(
+                f"noise_level: {model.name!r} enlarges no picture, got {noise_level}. Leave it out."
+            )
+        return picture_conditions(model, self._parts.require_encoder, pictures, size)
 
     def _image_scale(self, scale: float | None) -> float:
         """InstructPix2Pix's second scale; others have none."""
@@ -437,10 +470,8 @@ class Pipeline:
         usual = 1.5 if edits else 1.0
         return usual if scale is None else scale
 
-    def _latent_size(
-        self, images: np.ndarray | None, height: int | None, width: int | None
-    ) -> Size:
-        return latent_size(self.session.bundle.model, self.factor, images, height, width)
+    def _latent_size(self, given: Size | None, height: int | None, width: int | None) -> Size:
+        return latent_size(self.session.bundle.model, self.factor, given, height, width)
 
     def _prompts(
         self, texts: list[str], negatives: list[str] | None, long_prompts: bool

@@ -361,7 +361,10 @@ def test_the_command_line_draws_with_each_controlnets_file(controlled, blockcach
             {"control_image": picture(), "controlnet_conditioning_scale": [1.0, 2.0]},
             "controlnet_conditioning_scale: expected one number, or 1 of them, got 2",
         ),
-        ({"control_image": picture(), "height": 128}, "height: expected 64, as the image has it"),
+        (
+            {"control_image": picture(), "height": 128},
+            "height: expected 64, by the size",
+        ),
     ],
 )
 def test_wrong_control_is_refused_by_name(drawing, options, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 
 import numpy as np
@@ -19,6 +20,8 @@ from PIL import Image  # noqa: E402
 from blockcache import Pipeline  # noqa: E402
 from blockcache.diffusers import attach, detach  # noqa: E402
 from blockcache.runtime import InputError  # noqa: E402
+from blockcache.runtime.pipeline.picture_conditions import NOISE_STEP  # noqa: E402
+from blockcache.runtime.solvers.philox import standard_normal  # noqa: E402
 
 STEPS = 4
 SIZE = (16, 24)  # of the latents, which is not the model's own
@@ -107,6 +110,7 @@ def as_tensor(images):
 
 
 IMAGES = np.random.default_rng(1).integers(0, 256, (2, *PIXELS, 3)).astype(np.uint8)
+SMALL = IMAGES[:, : SIZE[0], : SIZE[1]]
 MASKS = np.random.default_rng(2).random((2, *PIXELS), np.float32)
 DEPTHS = np.random.default_rng(3).random((2, *SIZE), np.float32)
 DRAWN = {  # what the runtime's pipeline is given, and what diffusers'
@@ -132,6 +136,10 @@ DRAWN = {  # what the runtime's pipeline is given, and what diffusers'
         {"image": IMAGES, "depth_map": DEPTHS, "strength": 0.8},
         {"image": as_tensor(IMAGES), "depth_map": torch.from_numpy(DEPTHS), "strength": 0.8},
     ),
+    "upscale": (
+        {"image": SMALL, "noise_level": 3},
+        {"image": as_tensor(SMALL), "noise_level": 3},
+    ),
 }  # fmt: skip
 
 
@@ -142,9 +150,14 @@ def test_the_pipeline_draws_what_diffusers_draws(pipeline_bundle, pipelines, mon
     with Pipeline.open(pipeline_bundle(kind), preset="ddim-4", threads=1) as pipeline:
         drawn = pipeline(["abc", "q"], "x", seeds=[0, 1], guidance_scale=4.0, **ours)
         noise = torch.from_numpy(pipeline.session.noise([0, 1], *SIZE))
+    assert drawn.images.shape == (2, *PIXELS, 3)
     reference = pipelines(kind)
+    small = standard_normal(np.arange(2, dtype=np.uint64), NOISE_STEP, 3 * math.prod(SIZE))
+    small = torch.from_numpy(small.reshape(2, 3, *SIZE))
     monkeypatch.setattr(
-        sys.modules[type(reference).__module__], "randn_tensor", lambda *_, **__: noise
+        sys.modules[type(reference).__module__],
+        "randn_tensor",
+        lambda shape, **_: small if shape[1] == 3 else noise,
     )
     distribution = type(reference.vae.encode(torch.zeros(1, 3, *PIXELS)).latent_dist)
     monkeypatch.setattr(distribution, "sample", lambda self, _generator=None: self.mode())
@@ -160,6 +173,7 @@ OPTIONS = {  # of the command line, and what the runtime's pipeline is given
     "sdxl-inpaint": (("--image", "--mask-image"), {"image": IMAGES[:1], "mask_image": MASKS[0]}),
     "instruct-pix2pix": (("--image", "--image-guidance=1.7"),
                          {"image": IMAGES[:1], "image_guidance_scale": 1.7}),
+    "upscale": (("--image", "--noise-level=3"), {"image": IMAGES[:1], "noise_level": 3}),
     "depth2img": (("--depth-map", "--width=96"), {"depth_map": DEPTHS[0], "width": 96}),
 }  # fmt: skip
 
@@ -199,6 +213,7 @@ def test_a_preset_is_measured_with_pictures_that_the_model_draws(
 @pytest.mark.parametrize(
     ("kind", "given", "error"),
     [
+        ("instruct-pix2pix", {"image": IMAGES[:1], "noise_level": 3}, "noise_level: 'tiny-inst"),
         ("sdxl-inpaint", {"image": IMAGES[:1]},
          "mask_image: 'tiny-sdxl-inpaint' draws by it, got none"),
         ("sdxl-inpaint", {"image": IMAGES[:1], "mask_image": MASKS[0, :32]},

@@ -45,7 +45,9 @@ def run(
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(help="A picture to start from; or to inpaint or edit, as the model does."),
+        typer.Option(
+            help="A picture to start from; or to inpaint, edit or enlarge, as the model does."
+        ),
     ] = None,
     strength: Annotated[
         float | None,
@@ -63,6 +65,10 @@ def run(
     image_guidance: Annotated[
         float | None,
         typer.Option(help="InstructPix2Pix: how far to follow --image. Default 1.5."),
+    ] = None,
+    noise_level: Annotated[
+        int | None,
+        typer.Option(help="Upscalers: how much --image is noised first. Default 20."),
     ] = None,
     control_image: Annotated[
         list[Path] | None,
@@ -120,6 +126,7 @@ def run(
                 "strength": strength,
                 "mask-image": mask_image,
                 "depth-map": depth_map,
+                "noise-level": noise_level,
                 "control-image": control_image,
                 "tile": tile,
                 "height": height,
@@ -155,6 +162,7 @@ def run(
                 image=start,
                 strength=strength,
                 mask_image=mask,
+                noise_level=noise_level,
                 depth_map=_depths(pipeline, depth_map, start, height, width),
                 control_image=_one_or_all(followed, None),
                 controlnet_conditioning_scale=_one_or_all(control_scale, 1.0),
@@ -215,7 +223,8 @@ def _depths(
     if file is None:
         return None
     model, factor = pipeline.session.bundle.model, pipeline.factor
-    return read_depths(file, latent_size(model, factor, image, height, width))
+    given = None if image is None else (image.shape[1], image.shape[2])
+    return read_depths(file, latent_size(model, factor, given, height, width))
 
 
 def _from_embeddings(

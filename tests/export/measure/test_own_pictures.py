@@ -16,6 +16,7 @@ from blockcache.export import MeasurementOptions, Parts  # noqa: E402
 from blockcache.export.measure.calibration import Calibration  # noqa: E402
 from blockcache.export.measure.own_pictures import (  # noqa: E402
     SEED,
+    Coders,
     own_pictures,
     own_pictures_of,
     random_depths,
@@ -60,6 +61,10 @@ def encode(pictures):
     return torch.cat([mean, mean[:, :1]], dim=1)
 
 
+LEVELS = (0.9, 0.7, 0.5, 0.0)
+CODERS = Coders(decode, encode, LEVELS)
+
+
 @pytest.fixture(scope="module")
 def sampling_of(tiny_models, conditions_of):
     """``sampling_of(kind)``: two prompts of a tiny model, without the pictures that it reads."""
@@ -67,7 +72,8 @@ def sampling_of(tiny_models, conditions_of):
     def make(kind):
         model = tiny_models(kind)
         sides = (conditions_of(model, 2), conditions_of(model, 1, seed=5))
-        texts = [{n: v for n, v in side.items() if v.ndim != 4} for side in sides]
+        own = own_pictures_of(model)
+        texts = [{n: v for n, v in side.items() if n not in own} for side in sides]
         solver = solver_from_diffusers(model.scheduler, solver="dpm", steps=2)
         return Sampling(model, solver, Calibration(*texts), 3.0, tally=Tally())
 
@@ -86,7 +92,7 @@ def drawn_with(sampling, pictures):
 
 def test_an_inpainting_model_sees_its_drawing_behind_a_mask(sampling_of):
     sampling = sampling_of("sdxl-inpaint")
-    made = own_pictures(sampling, decode, encode)
+    made = own_pictures(sampling, CODERS)
     mask, latents = made["mask"], made["masked_image_latents"]
     assert mask.shape == (2, 1, 16, 16)
     assert 0 < mask.mean() < 1
@@ -110,7 +116,7 @@ def away_from_the_border(areas):
 def test_an_editing_model_edits_the_next_prompts_drawing(sampling_of):
     """Drawn without a picture, and guided by the text alone."""
     sampling = dataclasses.replace(sampling_of("instruct-pix2pix"), image_guidance_scale=1.5)
-    (latents,) = own_pictures(sampling, decode, encode).values()
+    (latents,) = own_pictures(sampling, CODERS).values()
     plain = dataclasses.replace(sampling, image_guidance_scale=1.0)
     nothing = {"image_latents": np.zeros((1, 4, 16, 16), np.float32)}
     wanted = encode(drawn_with(plain, nothing)).numpy()
@@ -118,16 +124,35 @@ def test_an_editing_model_edits_the_next_prompts_drawing(sampling_of):
     assert sampling.tally.evaluations == 2 * (2 + 2), "counted an image and step"
 
 
+def test_an_upscaler_enlarges_its_drawing_made_small(sampling_of, monkeypatch):
+    """Drawn of noise alone; what it enlarges has little noise."""
+    monkeypatch.setattr("blockcache.export.measure.own_pictures.LEVEL", 0)
+    sampling = sampling_of("upscale")
+    clear = dataclasses.replace(CODERS, noise_levels=(1.0, *LEVELS[1:]))
+    made = own_pictures(sampling, clear)
+    np.testing.assert_array_equal(made["class_labels"], [0])
+    start = {
+        "image": np.random.default_rng(SEED).standard_normal((1, 3, 16, 16), np.float32),
+        "class_labels": np.array([3]),
+    }
+    wanted = torch.nn.functional.avg_pool2d(drawn_with(sampling, start), 2).numpy()
+    np.testing.assert_allclose(made["image"], wanted, atol=1e-5)
+    noised = own_pictures(sampling, CODERS)["image"]
+    apart = noised - 0.9**0.5 * wanted
+    assert abs(apart.std() - 0.1**0.5) < 0.05
+
+
 def test_depths_are_made_without_a_run(sampling_of):
     sampling = sampling_of("depth2img")
-    (depths,) = own_pictures(sampling, None, None).values()
+    (depths,) = own_pictures(sampling, None).values()
     assert depths.shape == (2, 1, 16, 16)
     assert not np.array_equal(*depths)
     assert sampling.tally.evaluations == 0
 
 
 def test_what_cannot_be_made_is_not_named(tiny_models):
-    assert own_pictures_of(tiny_models("sd")) == own_pictures_of(tiny_models("upscale")) == ()
+    assert own_pictures_of(tiny_models("sd")) == ()
+    assert own_pictures_of(tiny_models("upscale")) == ("image", "class_labels")
     assert own_pictures_of(tiny_models("inpaint")) == ("mask", "masked_image_latents")
 
 
@@ -169,14 +194,28 @@ def test_pictures_are_made_once_for_a_bundle(sampling_of, tmp_path):
     assert measurements(given, store, None)._complete_calibration is complete
 
 
-@pytest.mark.parametrize("parts", [None, Parts(parts=())])
-def test_without_an_autoencoder_pictures_are_asked_for(sampling_of, tmp_path, parts):
+def whole(*roles):
+    """Parts with these halves of an autoencoder."""
+    made = [Part(name=r, role=r, sha256=r, load=Half, inputs={}, outputs={}) for r in roles]
+    return Parts(parts=tuple(made))
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "lacking"),
+    [
+        ("inpaint", None, "decoder, encoder"),
+        ("instruct-pix2pix", whole("decoder"), "encoder"),
+        ("upscale", whole("decoder", "encoder"), "low_res_scheduler"),
+    ],
+)
+def test_what_draws_pictures_is_asked_for(sampling_of, tmp_path, kind, parts, lacking):
+    names = " and ".join(own_pictures_of(sampling_of(kind).model))
     with pytest.raises(
         ConfigError,
-        match=r"^Calibration: expected mask and masked_image_latents, which 'tiny-inpaint' reads, "
-        r"or the pipeline's autoencoder, .* Add them, or compile with all parts",
+        match=rf"^Calibration: expected {names}, which 'tiny-{kind}' reads, or the pipeline's "
+        rf"autoencoder, .* \(no {lacking}\)\. Add them, or compile with all parts",
     ):
-        measurements(sampling_of("inpaint"), StageStore(tmp_path), parts)
+        measurements(sampling_of(kind), StageStore(tmp_path), parts)
 
 
 def test_half_of_the_pictures_are_not_enough(sampling_of, tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("onnxruntime")
 
 from blockcache.export import CompileOptions, PresetOptions, compile_model, load_model  # noqa: E402
@@ -18,6 +18,7 @@ from blockcache.export.parts.part import Parts  # noqa: E402
 from blockcache.export.parts.to_onnx import export_part  # noqa: E402
 from blockcache.runtime import Bundle, BundleFormatError, ConfigError  # noqa: E402
 from blockcache.runtime.bundles.checks import check_pipeline  # noqa: E402
+from blockcache.runtime.bundles.manifest import Manifest  # noqa: E402
 from blockcache.runtime.plan import Dim, Sizes  # noqa: E402
 
 SIZES = Sizes(batch=1, height=16, width=16, tokens=9)
@@ -48,6 +49,33 @@ def test_what_a_pipeline_has(pipeline_folder, kind, names, zeros):
     assert parts.names == names
     assert parts.zeros_without_negative is zeros
     assert parts.refused == {}
+
+
+def test_an_upscaler_tells_its_noise_levels_and_scales_as_its_pipeline_does(
+    pipeline_folder, tmp_path
+):
+    """The pipeline does not believe the config of its VAE."""
+    folder = shutil.copytree(pipeline_folder("upscale"), tmp_path / "upscale")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    edit(folder / "vae" / "config.json", scaling_factor=0.5)
+    parts = load_parts(folder)
+    scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "low_res_scheduler")
+    assert parts.noise_levels == tuple(scheduler.alphas_cumprod[:351].tolist())
+    decoder = parts.parts[-2].load(torch.float32)
+    assert decoder.factor == 0.08333 == pytest.approx(config["scaling_factor"])
+    edit(folder / "model_index.json", max_noise_level=4)
+    assert len(load_parts(folder).noise_levels) == 5
+    assert load_parts(pipeline_folder("sd")).noise_levels == ()
+
+
+def test_a_manifest_has_noise_levels_where_there_are_any(pipeline_bundle):
+    manifest = pipeline_bundle("sd").manifest
+    assert "noise_levels" not in manifest.to_json()
+    upscales = replace(manifest, pipeline=replace(manifest.pipeline, noise_levels=(1.0, 0.25)))
+    assert Manifest.from_json(upscales.to_json().encode()).pipeline == upscales.pipeline
+    wrong = replace(manifest, pipeline=replace(manifest.pipeline, noise_levels=(1.5,)))
+    with pytest.raises(BundleFormatError, match=r"a number from 0 to 1 for 'pipeline\.noise_lev"):
+        Manifest.from_json(wrong.to_json().encode())
 
 
 def test_what_is_not_exported_is_named(folder):

@@ -146,7 +146,7 @@ def test_warm_up_and_close(pipeline_bundle):
         (["a"], {"width": 1.5}, "width: expected a whole number"),
         (["a"], {"image": IMAGE.astype(float)}, r"image: expected uint8 \[N, H, W, 3\]"),
         (["a"], {"image": IMAGE[:, :, :1]}, r"image: expected uint8 \[N, H, W, 3\]"),
-        (["a"], {"image": IMAGE, "height": 128}, "height: expected 64, as the image has it"),
+        (["a"], {"image": IMAGE, "height": 128}, "height: expected 64, by the size of the image"),
         (["a"], {"image": IMAGE[:60]}, "height: expected a multiple of 16 pixels, got 60."),
         (["a"], {"image": IMAGE, "strength": 0.1}, "strength: expected more than 0.25"),
         (["a"], {"image": IMAGE, "strength": 1.1}, "strength: expected more than 0.25"),

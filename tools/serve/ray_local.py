@@ -36,33 +36,44 @@ HTTP_SECONDS = 180
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="With text encoders and decoder.")],
+    bundle: Annotated[
+        list[str],
+        typer.Argument(
+            help="With text encoders and decoder: FOLDER or NAME=FOLDER, the default first."
+        ),
+    ],
     slots: Annotated[int, typer.Option(min=1, help="Pictures at a time, of a replica.")] = 8,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait, of a replica.")] = 32,
     presets: Annotated[str, typer.Option(help="By commas, the default first.")] = "",
     replicas: Annotated[int, typer.Option(min=1)] = 1,
     most_replicas: Annotated[int, typer.Option(min=0, help="Autoscale up to these.")] = 0,
     cpus: Annotated[int, typer.Option(min=1, help="Cores of a replica.")] = 1,
+    open_bundles: Annotated[int, typer.Option(min=1, help="Of a replica at a time.")] = 3,
     drain_seconds: Annotated[int, typer.Option(min=0, help="For what runs at SIGTERM.")] = 60,
     host: Annotated[str, typer.Option(help="Where HTTP listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    metrics_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of Prometheus' metrics. 0: Ray chooses.")
+    ] = 0,
 ) -> None:
     """Serve until SIGTERM or SIGINT; then finish what runs."""
-    options = ServeOptions(
-        bundle=str(bundle.absolute()),  # a replica has a working folder of its own
+    given = ServeOptions(bundle=",".join(bundle)).bundles
+    options = ServeOptions(  # a replica has a working folder of its own
+        bundle=",".join(f"{name}={Path(folder).absolute()}" for name, folder in given.items()),
         slots=slots,
         queue=queue,
         presets=presets,
         replicas=replicas,
         most_replicas=most_replicas,
         cpus=cpus,
+        open_bundles=open_bundles,
         drain_seconds=drain_seconds,
     )
     stopped = threading.Event()
-    start(options, host, port)
+    address = start(options, host, port, metrics_port)
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
         signal.signal(number, lambda *_: stopped.set())
-    print(f"ready on http://{host}:{port}", flush=True)
+    print(f"ready on http://{host}:{port}, Ray on {address}", flush=True)
     stopped.wait()
     serve.delete(APP)  # returns when replicas have drained
     serve.shutdown()
@@ -70,17 +81,25 @@ def main(
     print("drained", flush=True)
 
 
-def start(options: ServeOptions, host: str, port: int) -> None:
+def start(options: ServeOptions, host: str, port: int, metrics_port: int = 0) -> str:
     """Start Ray on this machine and the application on it; returns when it is ready.
+
+    Returns:
+        Ray's address, for a driver that deploys another application there.
 
     Raises:
         RuntimeError: no replica came up; Ray's log says why.
     """
-    most = max(options.replicas, options.most_replicas)
-    ray.init(num_cpus=most * options.cpus, include_dashboard=False, log_to_driver=False)
+    started = ray.init(
+        num_cpus=options.most * options.cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        _metrics_export_port=metrics_port or None,
+    )
     serve.start(http_options=HTTPOptions(host=host, port=port))
     serve.run(application(options), name=APP, route_prefix="/")
     _wait_for_http(f"http://{host}:{port}/-/healthz")  # the proxy may come up after replicas
+    return str(started.address_info["address"])
 
 
 def _wait_for_http(url: str) -> None:

@@ -1,14 +1,17 @@
 """Ray Serve on this machine: ``python -m pytest -m serve tests/tools/serve/test_ray.py``.
 
-One service for all tests, of two replicas; the last test ends it.
+Ray starts once: one service of two replicas and two bundles serves all tests, in their order. The
+last of them gives it another bundle, and ends it.
 """
 
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,41 +20,60 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("ray.serve", reason="the extra ray is not installed")
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("the extra ray is not installed", allow_module_level=True)
 psutil = pytest.importorskip("psutil")
 pytest.importorskip("onnxruntime")
 
+import blockcache.tools.serve.ray_local  # isort: skip  # noqa: E402, F401 (sets what Ray reads)
 from blockcache import Pipeline  # noqa: E402
 from blockcache.runtime import ConfigError  # noqa: E402
+from blockcache.tools.serve.ray_app import APP, ServeOptions, application, build  # noqa: E402
 
 pytestmark = pytest.mark.serve
 
 SECONDS = 240
 """To come up; ten on a quiet machine."""
 
+METRICS_SECONDS = 30
+"""Until Ray exports what was counted; it collects once a second here."""
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
 
 class Service:
     """``ray_local`` in a process of its own."""
 
-    def __init__(self, bundle, log):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        options = ["--slots", "2", "--queue", "6", "--replicas", "2", "--port", str(self.port)]
-        command = [sys.executable, "-m", "blockcache.tools.serve.ray_local", str(bundle), *options]
+    def __init__(self, bundles, log):
+        self.port, self.metrics_port = free_port(), free_port()
+        options = {"slots": 2, "queue": 6, "replicas": 2, "port": self.port}
+        options |= {"metrics-port": self.metrics_port, "open-bundles": 1}
+        command = [sys.executable, "-m", "blockcache.tools.serve.ray_local", *bundles]
+        command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        environment = {**os.environ, "RAY_metrics_report_interval_ms": "1000"}
         with log.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
         self.log, until = log, time.monotonic() + SECONDS
         while "ready on" not in log.read_text():
             assert self.process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < until, log.read_text()[-3000:]
-            time.sleep(0.2)
+            time.sleep(0.1)
+        self.address = re.search(r"ready on .*, Ray on (\S+)", log.read_text())[1]
+        self.statuses = Counter()  # of all requests so far
 
     def call(self, body=None, path=""):
         """Status, headers and content."""
@@ -59,14 +81,17 @@ class Service:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{path}", data)
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
-                return answer.status, answer.headers, answer.read()
+                found = answer.status, answer.headers, answer.read()
         except urllib.error.HTTPError as error:
-            return error.code, error.headers, error.read()
+            found = error.code, error.headers, error.read()
+        if path != "healthz":
+            self.statuses[found[0]] += 1
+        return found
 
-    def status(self, seed):
+    def status(self, seed, path=""):
         """Of a request for a picture; 0 where the connection broke."""
         try:
-            return self.call({"prompt": "abc", "seed": seed})[0]
+            return self.call({"prompt": "abc", "seed": seed}, path)[0]
         except OSError:
             return 0
 
@@ -74,6 +99,42 @@ class Service:
         """All that it started, of this title."""
         found = psutil.Process(self.process.pid).children(recursive=True)
         return [each for each in found if title in " ".join(each.cmdline())]
+
+    def metrics(self, name, tag):
+        """What Ray exports of us: sums by a tag."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        found = Counter()
+        for line in lines:
+            if line.startswith(f"ray_blockcache_{name}{{"):
+                found[re.search(rf'\b{tag}="([^"]*)"', line)[1]] += float(line.rsplit(" ", 1)[1])
+        return found
+
+    @contextmanager
+    def load(self, clients):
+        """Clients that ask one picture after the other while the body runs; gives statuses."""
+        statuses, ended = [], threading.Event()
+
+        def client(seed):
+            while not ended.is_set():
+                statuses.append(self.status(seed))
+
+        with ThreadPoolExecutor(clients) as pool:
+            running = [pool.submit(client, seed) for seed in range(clients)]
+            try:
+                yield statuses
+            finally:
+                ended.set()
+            for each in running:
+                each.result()
+
+
+def until(done, seconds=METRICS_SECONDS):
+    """Wait for it; what it was last."""
+    end = time.monotonic() + seconds
+    while not (found := done()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +144,8 @@ def bundle(pipeline_bundle):
 
 @pytest.fixture(scope="module")
 def service(bundle, tmp_path_factory):
-    made = Service(bundle.folder, tmp_path_factory.mktemp("ray") / "service.log")
+    log = tmp_path_factory.mktemp("ray") / "service.log"
+    made = Service([f"first={bundle.folder}", f"second={bundle.folder}"], log)
     yield made
     started = made.processes() if made.process.poll() is None else []
     made.process.terminate()
@@ -125,10 +187,12 @@ def test_pictures_are_those_of_the_pipeline(service, bundle):
         (b'{"prompt":"a","deadline":0}', 504, "Expected the picture within 0 s"),
         (b" " * (17 << 20), 413, "Expected a body of at most"),
         (None, 405, "Expected POST with a JSON body"),
+        ("third", 404, "Expected a bundle of ['first', 'second'], got another."),
     ],
 )
 def test_what_is_wrong_has_a_status_and_a_message(service, body, status, text):
-    found, _, content = service.call(body)
+    path = body if isinstance(body, str) else ""
+    found, _, content = service.call(b"{}" if path else body, path)
     assert found == status
     assert json.loads(content)["error"].startswith(text)
 
@@ -139,42 +203,78 @@ def test_health_and_counters(service):
     assert json.loads(content)["running"] is True
 
 
+def test_several_bundles_take_turns_in_a_replica(service):
+    """One is open at a time: what the other draws ends before it is closed."""
+    with ThreadPoolExecutor(4) as pool:
+        paths = ["first", "second", "second", "first"] * 3
+        assert set(pool.map(service.status, range(12), paths)) == {200}
+
+
+def test_prometheus_finds_what_was_counted(service):
+    drawn = service.statuses[200]
+    wanted = {str(status): count for status, count in service.statuses.items()}
+    assert until(lambda: service.metrics("requests_total", "status") == wanted)
+    pictures = service.metrics("seconds_count", "part")
+    assert pictures == dict.fromkeys(("text", "waiting", "denoising", "decode"), drawn)
+    by_bundle = service.metrics("seconds_count", "bundle")
+    assert by_bundle["second"] == 4 * 6
+    assert by_bundle.total() == 4 * drawn
+    steps = service.metrics("steps_total", "bundle").total()
+    assert steps % 4 == 0, "each picture takes 4"
+    assert steps / 4 > drawn, "a picture more for each bundle that was opened"
+    assert service.metrics("pending", "bundle").total() == 0
+
+
 def test_only_the_ports_of_rays_replicas_listen_beyond_this_machine(service):
-    """Ray binds them to all addresses, and asks callers for its token; nothing connects out."""
-    listening, outside = [], []
+    """Ray binds them to all addresses, and refuses who has no token; nothing connects out."""
+    import grpc
+
+    listening, outside = {}, []
     for process in [psutil.Process(service.process.pid), *service.processes()]:
         for each in process.net_connections("inet"):
             local = each.laddr.ip.removeprefix("::ffff:")
             if each.status == psutil.CONN_LISTEN and local != "127.0.0.1":
-                listening.append(process.cmdline()[0].split(":")[2])
+                listening[each.laddr.port] = process.cmdline()[0].split(":")[2]
             if each.raddr and each.raddr.ip.removeprefix("::ffff:") != "127.0.0.1":
                 outside.append((process.cmdline(), each.raddr))
-    assert set(listening) <= {"ServeReplica"}
+    assert set(listening.values()) <= {"ServeReplica"}
     assert outside == []
+    for port in listening:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as refused:
+                call(b"", timeout=10)
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_replica_that_dies_takes_no_others_requests_with_it(service):
-    """Only what it had taken may fail; the rest is drawn, by the other, and soon by a new one."""
-    statuses, dead = [], threading.Event()
-
-    def client(first):
-        for seed in range(first, first + 12):
-            while (status := service.status(seed)) != 200:
-                statuses.append(status)
-                time.sleep(0.2)
-            statuses.append(status)
-            if len(statuses) > 12 and not dead.is_set():
-                dead.set()
-                service.processes("ServeReplica")[0].kill()
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(client, range(0, 400, 100)))
-    assert dead.is_set()
-    assert statuses.count(200) == 48
-    assert len(statuses) - 48 <= 4, "one a client at most: the one that the dead replica had"
+def test_a_replica_that_dies_takes_no_request_with_it(service):
+    """What it had taken is sent again; a new one comes soon."""
+    with service.load(clients=6) as statuses:
+        assert until(lambda: len(statuses) > 12)
+        service.processes(f"ServeReplica:{APP}:{APP}")[0].kill()
+        before = len(statuses)
+        assert until(lambda: len(statuses) > before + 24)
+    assert set(statuses) == {200}
+    assert until(lambda: service.metrics("resent_total", "deployment").total() > 0)
 
 
-def test_sigterm_finishes_what_runs(service):
+def test_a_new_bundle_comes_without_downtime_and_sigterm_finishes_what_runs(service, bundle):
+    import ray
+    from ray import serve
+
+    fresh = ServeOptions(bundle=f"third={bundle.folder}", slots=2, queue=6, replicas=2)
+    ray.init(service.address, log_to_driver=False)
+    try:
+        with service.load(clients=3) as statuses:
+            assert until(lambda: len(statuses) > 3)
+            serve.run(application(fresh), name=APP, route_prefix="/")
+            before = len(statuses)
+            assert until(lambda: len(statuses) > before + 3)
+    finally:
+        ray.shutdown()
+    assert set(statuses) == {200}
+    assert service.status(1, "third") == 200
+    assert service.status(1, "first") == 404
     with ThreadPoolExecutor(4) as pool:
         running = [pool.submit(service.status, seed) for seed in range(4)]
         time.sleep(0.05)
@@ -193,17 +293,16 @@ def test_sigterm_finishes_what_runs(service):
         ({"bundle": "b", "slot": "4"}, "got 'slot'"),
         ({"bundle": "b", "slots": "four"}, "slots: expected a whole number, got 'four'"),
         ({"bundle": "b", "slots": "0"}, "slots: expected a whole number of 1 or more, got 0"),
+        ({"bundle": "a/b,c/b"}, r"bundle: expected folders by commas, .*, got 'a/b,c/b'\."),
+        ({"bundle": "healthz"}, "with a name of its own, got 'healthz'"),
     ],
 )
 def test_arguments_of_the_builder_are_checked(given_, text):
-    from blockcache.tools.serve.ray_app import ServeOptions
-
     with pytest.raises(ConfigError, match=text):
         ServeOptions.of(given_)
 
 
 def test_the_builder_makes_an_application():
-    from blockcache.tools.serve.ray_app import APP, build
-
-    made = build({"bundle": "b", "slots": "4", "most_replicas": 3})
-    assert made._bound_deployment.name == APP
+    made = build({"bundle": "b,other=c/d", "slots": "4", "most_replicas": 3})
+    assert made._bound_deployment.name == f"{APP}-ingress"
+    assert ServeOptions(bundle="a/b,other=c/d").bundles == {"b": "a/b", "other": "c/d"}

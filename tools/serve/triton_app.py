@@ -9,6 +9,7 @@ It listens on 127.0.0.1. The model is called ``pictures``; its input ``request``
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,6 +62,7 @@ def main(
     metrics_port: Annotated[int, typer.Option(min=1, max=65535)] = 8002,
 ) -> None:
     """Serve until SIGTERM or SIGINT; then finish what runs."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # PyTriton stops at a SIGINT
     config = TritonConfig(
         http_address=host,
         grpc_address=host,

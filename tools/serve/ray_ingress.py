@@ -17,10 +17,9 @@ from ray.serve.metrics import Counter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from blockcache.tools.serve.ray_options import HEALTH
 from blockcache.tools.serve.ray_replica import Answer, no_bundle
 from blockcache.tools.serve.requests import MOST_BYTES, RequestError, too_large
-
-HEALTH = "healthz"
 
 TRIES = 3
 """How often a request is sent at most: one that kills replicas must not kill them all."""

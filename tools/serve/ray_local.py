@@ -29,7 +29,8 @@ from ray import serve  # noqa: E402
 from ray.serve.config import HTTPOptions  # noqa: E402
 
 from blockcache.tools.report.errors import one_line_errors  # noqa: E402
-from blockcache.tools.serve.ray_app import APP, ServeOptions, application  # noqa: E402
+from blockcache.tools.serve.ray_app import APP, application  # noqa: E402
+from blockcache.tools.serve.ray_options import ServeOptions  # noqa: E402
 
 HTTP_SECONDS = 180
 """For Ray's HTTP proxy to come up."""

@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray import serve
 from ray.serve.metrics import Counter, Gauge, Histogram
@@ -21,6 +21,7 @@ from blockcache.runtime import (
     PictureFuture,
     PipelineCounters,
 )
+from blockcache.tools.serve.ray_options import ServeOptions
 from blockcache.tools.serve.requests import (
     PictureRequest,
     RequestError,
@@ -32,9 +33,6 @@ from blockcache.tools.serve.requests import (
     read_request,
     status_of,
 )
-
-if TYPE_CHECKING:
-    from blockcache.tools.serve.ray_app import ServeOptions
 
 JSON = "application/json"
 PNG = "image/png"

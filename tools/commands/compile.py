@@ -191,6 +191,9 @@ def compile_bundle(
     moves: Annotated[
         int, typer.Option(min=0, help="Changes to try on the best of these plans.")
     ] = 0,
+    distil_iterations: Annotated[
+        int, typer.Option(min=1, help="How long to train the alignments distil, history-distil.")
+    ] = 40,
     timings: BudgetTimings = None,
     gpu: BudgetGpu = None,
     as_json: AsJson = False,
@@ -230,6 +233,7 @@ def compile_bundle(
     from blockcache.export import (
         AlignmentOptions,
         CompileOptions,
+        DistillationOptions,
         ExportOptions,
         Lora,
         MeasurementOptions,
@@ -252,6 +256,7 @@ def compile_bundle(
                 prompts=profile_prompts, seeds=profile_seeds, images_at_once=images_at_once
             ),
             alignment=AlignmentOptions(images=align_images),
+            distillation=DistillationOptions(iterations=distil_iterations),
             trials=TrialOptions(candidates=candidates, images=trial_images, moves=moves),
         ),
     )

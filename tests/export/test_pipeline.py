@@ -48,7 +48,7 @@ PROFILE = ProfileOptions(prompts=2, seeds=2, images_at_once=2)  # four images in
 
 @pytest.fixture
 def model(tiny_models):
-    return tiny_models("sd")
+    return tiny_models("small")
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def calls(compiled, copied_segments, monkeypatch):
         made.append("export")
         with pytest.MonkeyPatch.context() as patch:  # these, compiled once, are exported really
             patch.setattr(pipeline, "export_segments", really)
-            _, source = compiled("sd", options.outputs, options.precision)
+            _, source = compiled("small", options.outputs, options.precision)
         return copied_segments(source, folder)
 
     def profile(*args, **kwargs):
@@ -471,7 +471,7 @@ def test_a_bundle_that_would_not_open_replaces_nothing(
     """Segments that contradict the manifest: found before the switch."""
     folder = tmp_path / "b"
     before = compile_model(model, folder, options("ddim:2")).bundle
-    _, plain = compiled("sd")
+    _, plain = compiled("small")
     monkeypatch.setattr(
         pipeline, "export_segments", lambda _, to, *rest: copied_segments(plain, to)
     )
@@ -642,7 +642,7 @@ def test_a_missing_scheduler_is_refused(model, calls, tmp_path):
     with pytest.raises(ConfigError) as caught:
         compile_model(without_scheduler(model), tmp_path / "b", options("ddim:2"))
     assert str(caught.value) == (
-        "Expected scheduler/scheduler_config.json beside the U-Net of 'tiny-sd': the noise "
+        "Expected scheduler/scheduler_config.json beside the U-Net of 'tiny-small': the noise "
         "schedule it was trained with is in no other place. Save the pipeline's scheduler there."
     )
 

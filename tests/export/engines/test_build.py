@@ -82,7 +82,7 @@ def tiny_build(bundle, *names):
 # -- every segment, as bfloat16, for SM80, with dynamic batch -------------------------------------
 
 
-MODELS = [("sd", 1), ("sdxl", 2), pytest.param("demo", 1, marks=pytest.mark.slow)]
+MODELS = [("sd", 1), ("sdxl-small", 2), pytest.param("demo", 1, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("kind", "outputs"), MODELS)

@@ -71,14 +71,14 @@ tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
 from blockcache.export.graph.to_onnx import ExportOptions, export_segments
 from blockcache.runtime.bundles.manifest import FileEntry
-export_segments(tiny.make_tiny_model("sd"), Path(folder), ExportOptions())
+export_segments(tiny.make_tiny_model("small"), Path(folder), ExportOptions())
 print(json.dumps({file.name: FileEntry.of(file).sha256 for file in Path(folder).iterdir()}))
 """
 
 
 def test_another_process_exports_the_same_bytes(compiled, tmp_path):
     """Sets are ordered by hashes, which another process and another seed make anew."""
-    _, bundle = compiled("sd")
+    _, bundle = compiled("small")
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     conftest = Path(__file__).resolve().parents[2] / "conftest.py"
     made = subprocess.run(

@@ -14,7 +14,7 @@ from blockcache.tools.bench import load, soak
 
 @pytest.fixture(scope="module")
 def bundle(compiled):
-    return compiled("sd")[1]
+    return compiled("small")[1]
 
 
 def test_every_way_serves_every_kind_of_arrivals(bundle, tmp_path, capsys):
@@ -61,8 +61,8 @@ def test_a_model_that_takes_more_than_a_prompt_is_refused(compiled):
 
 def test_the_soak_ends_well(bundle):
     with ContinuousBatch.open(bundle, slots=2, presets=["ddim:4"], threads=1) as batch:
-        found = soak.soak(batch, 60)
-    assert found["finished"] + found["cancelled"] == found["submitted"] == 60
+        found = soak.soak(batch, 30)
+    assert found["finished"] + found["cancelled"] == found["submitted"] == 30
     assert found["cancelled"] > 0
 
 
@@ -73,7 +73,7 @@ def test_a_growing_process_fails_the_soak(bundle, monkeypatch):
         ContinuousBatch.open(bundle, slots=2, presets=["ddim:4"], threads=1) as batch,
         pytest.raises(soak.SoakError, match="Expected memory that stays, got"),
     ):
-        soak.soak(batch, 40)
+        soak.soak(batch, 20)
 
 
 def test_an_unexpected_outcome_fails_the_soak():

@@ -21,7 +21,7 @@ from blockcache.tools.dev import fuzz_bundle
 from blockcache.tools.dev.bundle_mutations import mutate, resign
 from blockcache.tools.dev.fuzz_bundle import CRASH, FOREIGN, LATE, OTHER, REFUSED, SAME, Outcome
 
-MUTATIONS, FLIPS = 300, 60
+MUTATIONS, FLIPS = 150, 60
 
 
 @pytest.fixture(scope="module")

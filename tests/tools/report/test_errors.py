@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -30,14 +30,15 @@ def test_a_fault_of_ours_keeps_its_traceback():
         (["bench.scale", "out", "--model", "sd3"], "--model: expected sd15 or sdxl, got 'sd3'."),
     ],
 )
-def test_a_script_prints_one_line(tmp_path, script, message):
+def test_a_script_prints_one_line(tmp_path, monkeypatch, capsys, script, message):
     pytest.importorskip("diffusers")
     pytest.importorskip("typer")
     module, *arguments = script
-    ran = subprocess.run(
-        [sys.executable, "-m", f"blockcache.tools.{module}", *arguments],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert ran.returncode == 1
-    assert ran.stderr.splitlines()[-1].startswith(f"error: {message}")
-    assert "Traceback" not in ran.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(f"blockcache.tools.{module}", run_name="__main__", alter_sys=True)
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.splitlines()[-1].startswith(f"error: {message}")
+    assert "Traceback" not in printed

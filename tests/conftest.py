@@ -104,6 +104,7 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "inpaint": {**_BASE, **_SMALL, "in_channels": 9},
     "sdxl-inpaint": {**_BASE, **_SMALL, **_SDXL, "in_channels": 9},
     "instruct-pix2pix": {**_BASE, **_SMALL, "in_channels": 8},
+    "sdxl-instruct-pix2pix": {**_BASE, **_SMALL, **_SDXL, "in_channels": 8},
     "depth2img": {**_BASE, **_SMALL, "in_channels": 5},
     "upscale": {**_BASE, **_SMALL, "in_channels": 7, "num_class_embeds": 5},
 }
@@ -411,8 +412,8 @@ def make_pipeline(kind: str, unet: Any, folder: Path) -> Any:
             requires_aesthetics_score=True,
             add_watermarker=False,
         )
-    inpaints = "Inpaint" if kind == "sdxl-inpaint" else ""
-    return getattr(diffusers, f"StableDiffusionXL{inpaints}Pipeline")(
+    named = {"sdxl-inpaint": "Inpaint", "sdxl-instruct-pix2pix": "InstructPix2Pix"}.get(kind, "")
+    return getattr(diffusers, f"StableDiffusionXL{named}Pipeline")(
         **shared,
         text_encoder=make_text_encoder("CLIPTextModel", tokenizer, 16),
         tokenizer=tokenizer,

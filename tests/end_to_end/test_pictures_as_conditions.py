@@ -45,6 +45,7 @@ REQUESTS = {
     "inpaint": lambda: {"image": pictures(2), "mask_image": mask(), "height": 64, "width": 96},
     "sdxl-inpaint": lambda: {**REQUESTS["inpaint"](), "strength": 1.0},
     "instruct-pix2pix": lambda: {"image": pictures(2), "image_guidance_scale": 1.7},
+    "sdxl-instruct-pix2pix": lambda: {**REQUESTS["instruct-pix2pix"](), "height": 64, "width": 96},
     "depth2img": lambda: {"image": pictures(2), "depth_map": pictures(2, size=(32, 32))[:, 0],
                           "strength": 1.0},
     "upscale": lambda: {"image": pictures(2, size=SIZE), "noise_level": 3},
@@ -78,7 +79,7 @@ def call(pipeline, kind, prompts):
     return drawn.images.float().numpy()
 
 
-RARE = ("inpaint", "depth2img", "upscale")
+RARE = ("inpaint", "sdxl-instruct-pix2pix", "depth2img", "upscale")
 """What takes another compile and shows little more: run by ``-m slow``."""
 
 
@@ -131,6 +132,11 @@ DRAWN = {  # what the runtime's pipeline is given, and what diffusers'
     "instruct-pix2pix": (
         {"image": IMAGES, "image_guidance_scale": 1.7},
         {"image": as_tensor(IMAGES), "image_guidance_scale": 1.7},
+    ),
+    "sdxl-instruct-pix2pix": (
+        {"image": IMAGES, "image_guidance_scale": 1.7},
+        {"image": as_tensor(IMAGES), "image_guidance_scale": 1.7, "height": PIXELS[0],
+         "width": PIXELS[1]},
     ),
     "depth2img": (
         {"image": IMAGES, "depth_map": DEPTHS, "strength": 0.8},

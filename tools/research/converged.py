@@ -1,6 +1,7 @@
 """How far do presets end from the converged run, and what do they cost?
 
-    python -m blockcache.tools.research.converged BUNDLE [--images 64] [--work FOLDER] [--json FILE]
+    python -m blockcache.tools.research.converged BUNDLE [--preset NAME] [--guidance 5]
+        [--images 64] [--work FOLDER] [--json FILE]
 
 The yardstick is the converged run: the same noise, prompt and guidance on 100 levels, where more
 change nothing. Every preset of the bundle, which is of the demo model, draws the same images, from
@@ -72,6 +73,12 @@ class Row:
 
 def main(
     bundle: Annotated[str, typer.Argument(help="A bundle of the demo model.")],
+    preset: Annotated[
+        list[str] | None, typer.Option(help="Presets to draw; repeatable. Default all.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Another guidance scale than the presets were made for.")
+    ] = None,
     images: Annotated[int, typer.Option(min=2)] = 64,
     work: Annotated[Path, typer.Option(help="Keeps what was drawn.")] = Path("converged-work"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Every number.")] = None,
@@ -81,14 +88,16 @@ def main(
     model = load_source(DEMO)
     if opened.model.sha256 != model.sha256:
         raise ConfigError(f"Expected a bundle of the demo model at {bundle}.")
+    names = preset or list(opened.presets)
+    presets = [_guided(opened.preset(name), guidance) for name in names]
     draw = Draws(opened, judging_prompts(), images, work)
     with StageProgress() as progress:
-        converged = converged_latents(draw, model)
-        sampling = _sampling(draw, model)
+        converged = converged_latents(draw, model, presets)
+        sampling = _sampling(draw, model, presets)
         rows = []
-        for done, preset in enumerate(opened.presets.values()):
-            progress("presets", done, len(opened.presets))
-            rows.append(_row(opened, preset, draw, sampling, converged))
+        for done, each in enumerate(presets):
+            progress("presets", done, len(presets))
+            rows.append(_row(opened, each, draw, sampling, converged))
     print(table(rows))
     if json_file is not None:
         write_text(json_file, json.dumps([plain(row) for row in rows], indent=1))
@@ -100,9 +109,15 @@ def judging_prompts() -> Calibration:
     return Calibration(*DemoCodec().encode(captions))
 
 
-def _sampling(draw: Draws, model: SourceModel) -> Sampling:
-    """As the bundle's presets have it, which are of one guidance scale."""
-    presets = list(draw.bundle.presets.values())
+def _guided(preset: Preset, guidance: float | None) -> Preset:
+    """A preset with another guidance scale than its own, where one is given."""
+    if guidance is None:
+        return preset
+    return dataclasses.replace(preset, guidance_scale=guidance)
+
+
+def _sampling(draw: Draws, model: SourceModel, presets: Sequence[Preset]) -> Sampling:
+    """As the presets have it, which are of one guidance scale."""
     guidance = {preset.guidance_scale for preset in presets}
     if len(guidance) != 1:
         raise ConfigError(f"Expected presets of one guidance scale, got {sorted(guidance)}.")
@@ -110,10 +125,10 @@ def _sampling(draw: Draws, model: SourceModel) -> Sampling:
     return Sampling(model, solver, draw.prompts, presets[0].guidance_scale)
 
 
-def converged_latents(draw: Draws, model: SourceModel) -> np.ndarray:
-    """The yardstick: latents float32 [N, C, H, W] of the converged run."""
-    fine = converged_preset(draw.bundle, next(iter(draw.bundle.presets.values())))
-    sampling = _sampling(draw, model)
+def converged_latents(draw: Draws, model: SourceModel, presets: Sequence[Preset]) -> np.ndarray:
+    """The yardstick of the presets: latents float32 [N, C, H, W] of the converged run."""
+    fine = converged_preset(draw.bundle, presets[0])
+    sampling = _sampling(draw, model, presets)
     return draw.once(fine.name, digest(fine), lambda: draw.preset(fine, sampling))
 
 
@@ -177,7 +192,8 @@ def _row(bundle: Bundle, preset: Preset, draw: Draws, sampling: Sampling, far: n
 
 def digest(preset: Preset) -> str:
     """Of everything that decides what a preset draws."""
-    return hashlib.sha256(preset_bytes(preset) + json.dumps(preset.solver).encode()).hexdigest()
+    told = json.dumps([preset.solver, preset.guidance_scale]).encode()
+    return hashlib.sha256(preset_bytes(preset) + told).hexdigest()
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -271,7 +271,7 @@ def main(
     pairs = [(chosen, peer) for chosen in presets for peer in PEERS]
     rows = []
     with StageProgress() as progress:
-        far = converged_latents(draws, model)
+        far = converged_latents(draws, model, presets)
         for done, (chosen, peer) in enumerate(pairs):
             progress("cachers", done, len(pairs))
             rows.append(_row(draws, model, chosen, peer, far))

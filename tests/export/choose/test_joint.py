@@ -193,7 +193,7 @@ def test_the_nearest_candidate_is_kept_and_the_others_are_reported(
 ):
     from blockcache.export.graph.to_onnx import ExportOptions
 
-    model = tiny_models("one-level")
+    model = tiny_models("small")
     calibration = Calibration(conditions_of(model, 2), conditions_of(model, 1, seed=5))
     options = CompileOptions(
         presets=(PresetOptions.parse("dpm:4:x1.5"), PresetOptions.parse("dpm:4")),

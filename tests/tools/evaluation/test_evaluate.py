@@ -25,7 +25,7 @@ from blockcache.tools.evaluation.subject import RealPictures
 @pytest.fixture
 def bundle(compiled, with_presets):
     """The tiny bundle as if it also held two cached presets and a shorter run."""
-    _, opened = compiled("sd")
+    _, opened = compiled("small")
     base = opened.preset("ddim-4")
 
     def cached(name, rows, **policy):
@@ -109,7 +109,7 @@ def test_everything_is_written_and_a_second_run_computes_nothing(
         folder=tmp_path / "features",
     )
     more = {"decode": decode, "decoder": "d", "real": real if with_real else None}
-    subject = subject_of(compiled("sd")[0], conditions_of, 6, **more)
+    subject = subject_of(compiled("small")[0], conditions_of, 6, **more)
     report = run.evaluate(bundle, subject, options, tmp_path / "out")
     assert fake_extractor.seen == (4 * 6 + 24 if with_real else 5 * 6)
     written = {path.name for path in (tmp_path / "out").iterdir()}
@@ -143,7 +143,7 @@ def test_everything_is_written_and_a_second_run_computes_nothing(
 def test_the_command_compares_latents_of_encoded_prompts(
     compiled, conditions_of, tmp_path, monkeypatch, capsys
 ):
-    model, opened = compiled("sd")
+    model, opened = compiled("small")
     positive, negative = conditions_of(model, 2), conditions_of(model, 1, seed=1)
     tensors = positive | {f"negative.{name}": values for name, values in negative.items()}
     save_file(tensors, tmp_path / "encoded.safetensors")
@@ -190,7 +190,7 @@ def test_the_command_compares_latents_of_encoded_prompts(
     ],
 )
 def test_errors_come_before_any_work(compiled, tmp_path, monkeypatch, capsys, more, message):
-    _, opened = compiled("sd")
+    _, opened = compiled("small")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["blockcache", "evaluate", str(opened.folder), *more])
     with pytest.raises(SystemExit, match="1"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias, cast
 
@@ -17,7 +19,9 @@ from blockcache.tools.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from blockcache.tools.evaluation.options import Yardstick
+    from blockcache.runtime import Bundle
+    from blockcache.tools.evaluation.options import DrawOptions, Yardstick
+    from blockcache.tools.evaluation.sampling import Workers
     from blockcache.tools.evaluation.subject import Subject
 
 
@@ -54,6 +58,14 @@ YardstickName: TypeAlias = Annotated[
         help="What distances are taken to: the same noise in 100 steps, or the uncached run.",
     ),
 ]
+RayAddress: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS|local",
+        help="Draw on the workers of a Ray cluster, each with --threads, by default 1. Its nodes "
+        "have BUNDLE at the same path. Extra ray.",
+    ),
+]
 OnlyTiming: TypeAlias = Annotated[
     bool, typer.Option(help="Time the presets and stop; a later run reads the result.")
 ]
@@ -80,6 +92,7 @@ def evaluate(
     only_timing: OnlyTiming = False,
     backend: BackendName = "auto",
     threads: Threads = None,
+    ray: RayAddress = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare presets with the uncached run and with fewer steps: the paper's Table 1.
@@ -115,9 +128,24 @@ def evaluate(
             kept = work or out / run.WORK
             run.measure_times(opened, subject, options, kept, names, progress, reference)
             return
-        report = run.evaluate(opened, subject, options, out, names, progress, work, reference)
+        with _workers(ray, opened, draw) as workers:
+            report = run.evaluate(
+                opened, subject, options, out, names, progress, work, reference, workers
+            )
     print(report.to_json() if as_json else markdown(report))
     print(f"wrote {out}", file=sys.stderr)
+
+
+@contextmanager
+def _workers(address: str | None, bundle: Bundle, draw: DrawOptions) -> Iterator[Workers | None]:
+    """Those of a cluster while the body runs; None where this process draws."""
+    from blockcache.tools.evaluation.ray_workers import RayWorkers
+
+    if address is None:
+        yield None
+        return
+    with closing(RayWorkers(address, bundle, draw.backend, draw.threads)) as workers:
+        yield workers
 
 
 def _subject(

@@ -24,6 +24,7 @@ from blockcache.tools.evaluation.report import (
     group_report,
     spread_over_images,
 )
+from blockcache.tools.evaluation.sampling import Workers
 from blockcache.tools.evaluation.stages import Judged, Stages
 from blockcache.tools.evaluation.subject import Subject
 from blockcache.tools.report.machine import machine_facts
@@ -56,6 +57,7 @@ def evaluate(
     observer: Observer = unobserved,
     work: Path | None = None,
     reference: str | None = None,
+    workers: Workers | None = None,
 ) -> Report:
     """Compare presets; writes evaluation.md, evaluation.json and the pictures into ``out``.
 
@@ -69,12 +71,13 @@ def evaluate(
         work: where drawn latents, pictures and features are kept; default ``out``/work.
         reference: an uncached preset that all are compared with; default the uncached run of
             each one's own step count.
+        workers: draw in place of this process, which still times presets.
 
     Raises:
         ConfigError, BundleError, MissingExtraError: before anything is drawn.
     """
     groups = _groups(bundle, options, names, reference)
-    stages = Stages(bundle, subject, options, work or out / WORK, observer)
+    stages = Stages(bundle, subject, options, work or out / WORK, observer, workers)
     stages.check()
     contestants = _contestants(groups)
     seconds = stages.time(contestants)

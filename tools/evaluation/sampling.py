@@ -1,11 +1,16 @@
-"""Latents of every preset from the same noise, batch by batch; a batch is drawn once and kept."""
+"""Latents of every preset from the same noise, batch by batch; a batch is drawn once and kept.
+
+Batches do not depend on each other: other processes may draw them (``ray_workers``).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -17,16 +22,56 @@ from blockcache.tools.evaluation.options import DrawOptions
 from blockcache.tools.evaluation.subject import Subject
 
 
+@dataclass(frozen=True, kw_only=True)
+class DrawTask:
+    """One batch to draw: all that its latents depend on, besides bundle and preset."""
+
+    positive: Mapping[str, np.ndarray]  # conditions by name, [N, ...]
+    negative: Mapping[str, np.ndarray]
+    seeds: Sequence[int]  # N of them
+    guidance_scale: float
+
+
+class Workers(Protocol):
+    """Processes that draw batches of one bundle."""
+
+    def draw(self, preset: Preset, tasks: Iterable[DrawTask]) -> Iterator[tuple[int, np.ndarray]]:
+        """The place of each task and its latents, as they are ready."""
+        ...
+
+
+def draw_batch(session: Session, task: DrawTask) -> np.ndarray:
+    """Latents float32 [N, C, H, W] of a batch."""
+    positive, negative = dict(task.positive), dict(task.negative)
+    result = session.denoise(
+        session.noise(task.seeds),
+        positive.pop("encoder_hidden_states"),
+        negative.pop("encoder_hidden_states", None),
+        conditions=positive,
+        negative_conditions=negative,
+        guidance_scale=task.guidance_scale,
+        seeds=task.seeds,
+        check_finite=True,
+    )
+    return result.latents
+
+
 class Drawings:
     """Draws latents with a bundle; what an earlier or interrupted run has drawn is read back."""
 
     def __init__(
-        self, bundle: Bundle, subject: Subject, options: DrawOptions, folder: Path
+        self,
+        bundle: Bundle,
+        subject: Subject,
+        options: DrawOptions,
+        folder: Path,
+        workers: Workers | None = None,
     ) -> None:
         self._bundle = bundle
         self._subject = subject
         self._options = options
         self._folder = folder
+        self._workers = workers  # None: this process draws
         self._backend: Backend | None = None
         self._model_key = _model_key(bundle)
 
@@ -36,19 +81,19 @@ class Drawings:
 
     def draw(self, preset: Preset, done: Callable[[int], None] = lambda images: None) -> np.ndarray:
         """Latents float32 [N, C, H, W]; ``done`` hears how many images were newly drawn."""
-        session: Session | None = None
-        parts, drawn = [], 0
-        for batch in self._batches():
-            path = self._file(preset, batch)
-            latents = _read(path)
-            if latents is None:
-                session = session or Session(self._bundle, preset, self._engines())
-                latents = self._denoise(session, batch)
-                write_tensors(path, {"latents": latents})
-                drawn += len(batch)
-                done(drawn)
-            parts.append(latents)
-        return np.concatenate(parts)
+        batches = self._batches()
+        paths = [self._file(preset, batch) for batch in batches]
+        parts = [_read(path) for path in paths]
+        missing = [place for place, latents in enumerate(parts) if latents is None]
+        tasks = (self._task(preset, batches[place]) for place in missing)
+        drawn = 0
+        for which, latents in self._drawn(preset, tasks) if missing else ():
+            place = missing[which]
+            parts[place] = latents
+            write_tensors(paths[place], {"latents": latents})
+            drawn += len(batches[place])
+            done(drawn)
+        return np.concatenate([latents for latents in parts if latents is not None])
 
     def guidance(self, preset: Preset) -> float:
         """The scale of classifier-free guidance that the preset is drawn with."""
@@ -87,20 +132,22 @@ class Drawings:
         name = f"{batch.start:06d}-{content.hexdigest()[:16]}.safetensors"
         return self._folder / self.key(preset) / name
 
-    def _denoise(self, session: Session, batch: range) -> np.ndarray:
+    def _task(self, preset: Preset, batch: range) -> DrawTask:
         positive, negative = self._subject.conditions(batch)
-        seeds = [self._options.seed + image for image in batch]
-        result = session.denoise(
-            session.noise(seeds),
-            positive.pop("encoder_hidden_states"),
-            negative.pop("encoder_hidden_states", None),
-            conditions=positive,
-            negative_conditions=negative,
-            guidance_scale=self.guidance(session.preset),
-            seeds=seeds,
-            check_finite=True,
+        return DrawTask(
+            positive=positive,
+            negative=negative,
+            seeds=[self._options.seed + image for image in batch],
+            guidance_scale=self.guidance(preset),
         )
-        return result.latents
+
+    def _drawn(self, preset: Preset, tasks: Iterable[DrawTask]) -> Iterator[tuple[int, np.ndarray]]:
+        if self._workers is not None:
+            yield from self._workers.draw(preset, tasks)
+            return
+        session = self.open(preset)
+        for which, task in enumerate(tasks):
+            yield which, draw_batch(session, task)
 
 
 def _read(path: Path) -> np.ndarray | None:

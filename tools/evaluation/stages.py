@@ -18,7 +18,7 @@ from blockcache.tools.evaluation.options import EvaluationOptions
 from blockcache.tools.evaluation.pictures import Drawn, Gallery
 from blockcache.tools.evaluation.quality import Captions, Judge
 from blockcache.tools.evaluation.resampling import Resampled, random_halves
-from blockcache.tools.evaluation.sampling import Drawings
+from blockcache.tools.evaluation.sampling import Drawings, Workers
 from blockcache.tools.evaluation.subject import Subject
 
 
@@ -49,17 +49,18 @@ class Stages:
         options: EvaluationOptions,
         work: Path,
         observer: Observer = unobserved,
+        workers: Workers | None = None,
     ) -> None:
         self._bundle = bundle
         self._subject = subject
         self._options = options
         self._work = work
         self._observer = observer
-        self._drawings = Drawings(bundle, subject, options.draw, work / "latents")
+        self._drawings = Drawings(bundle, subject, options.draw, work / "latents", workers)
         # The same prompts from other noise, to compare sets with where there are no real pictures.
         draw = options.draw
         again = replace(draw, seed=draw.seed + draw.images)
-        self._independent = Drawings(bundle, subject, again, work / "latents")
+        self._independent = Drawings(bundle, subject, again, work / "latents", workers)
         self._gallery = (
             None
             if subject.decode is None

@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
+from blockcache.runtime import Session
 from blockcache.tools.evaluation.options import DrawOptions
-from blockcache.tools.evaluation.sampling import Drawings
+from blockcache.tools.evaluation.sampling import Drawings, draw_batch
 
 
 @pytest.fixture
@@ -18,12 +19,12 @@ def drawings_of(compiled, conditions_of, subject_of, tmp_path):
     """``drawings_of(images, **options)`` on the tiny model, all in one folder."""
     model, bundle = compiled("sd")
 
-    def make(images=5, **options):
+    def make(images=5, workers=None, **options):
         options = DrawOptions(**{"images": images, "batch": 2, "guidance": 2.0, **options})
         subject = subject_of(model, conditions_of, images)
-        return Drawings(make.bundle, subject, options, tmp_path)
+        return Drawings(make.bundle, subject, options, make.folder, workers)
 
-    make.bundle = bundle
+    make.bundle, make.folder = bundle, tmp_path
     make.preset = bundle.preset("ddim-4")
     return make
 
@@ -62,6 +63,29 @@ def test_a_damaged_batch_is_drawn_again(drawings_of, tmp_path):
     damaged = next(tmp_path.rglob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:100])
     np.testing.assert_array_equal(drawings_of().draw(drawings_of.preset), latents)
+
+
+class Backwards:
+    """Stands in for processes that end in another order."""
+
+    def __init__(self, bundle):
+        self.bundle = bundle
+
+    def draw(self, preset, tasks):
+        session = Session.open(self.bundle, preset=preset.name, backend="ort")
+        for place, task in reversed(list(enumerate(tasks))):
+            yield place, draw_batch(session, task)
+
+
+def test_workers_draw_the_same_in_whatever_order(drawings_of, tmp_path):
+    alone = drawings_of().draw(drawings_of.preset)
+    drawings_of.folder = tmp_path / "workers"
+    heard = []
+    shared = drawings_of(workers=Backwards(drawings_of.bundle))
+    np.testing.assert_array_equal(shared.draw(drawings_of.preset, heard.append), alone)
+    assert heard == [1, 3, 5]
+    again = drawings_of()  # what they drew is kept
+    np.testing.assert_array_equal(again.draw(drawings_of.preset, pytest.fail), alone)
 
 
 def test_what_latents_depend_on_is_in_the_key(drawings_of):

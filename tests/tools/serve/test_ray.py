@@ -34,7 +34,7 @@ psutil = pytest.importorskip("psutil")
 pytest.importorskip("onnxruntime")
 
 import blockcache.tools.serve.ray_local  # isort: skip  # noqa: E402, F401 (sets what Ray reads)
-from blockcache import Pipeline  # noqa: E402
+from blockcache import Pipeline, Session  # noqa: E402
 from blockcache.tools.serve.ray_app import APP, application, build  # noqa: E402
 from blockcache.tools.serve.ray_options import ServeOptions  # noqa: E402
 
@@ -69,8 +69,9 @@ class Service:
             )
         self.log, until = log, time.monotonic() + SECONDS
         while "ready on" not in log.read_text():
-            assert self.process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < until, log.read_text()[-3000:]
+            if self.process.poll() is not None or time.monotonic() > until:
+                self.end()
+                pytest.fail(log.read_text()[-3000:])
             time.sleep(0.1)
         self.address = re.search(r"ready on .*, Ray on (\S+)", log.read_text())[1]
         self.statuses = Counter()  # of all requests so far
@@ -98,7 +99,20 @@ class Service:
     def processes(self, title=""):
         """All that it started, of this title."""
         found = psutil.Process(self.process.pid).children(recursive=True)
-        return [each for each in found if title in " ".join(each.cmdline())]
+        alive = [each for each in found if each.status() != psutil.STATUS_ZOMBIE]
+        return [each for each in alive if title in " ".join(each.cmdline())]
+
+    def end(self):
+        """Where a test has not ended it."""
+        started = self.processes() if self.process.poll() is None else []
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        for each in started:
+            if each.is_running():
+                each.kill()
 
     def metrics(self, name, tag):
         """What Ray exports of us: sums by a tag."""
@@ -150,15 +164,7 @@ def service(bundle, tmp_path_factory):
     log = tmp_path_factory.mktemp("ray") / "service.log"
     made = Service([f"first={bundle.folder}", f"second={bundle.folder}"], log)
     yield made
-    started = made.processes() if made.process.poll() is None else []
-    made.process.terminate()
-    try:
-        made.process.wait(60)
-    except subprocess.TimeoutExpired:
-        made.process.kill()
-    for each in started:
-        if each.is_running():
-            each.kill()
+    made.end()
 
 
 def picture_of(content):
@@ -294,6 +300,32 @@ def test_a_new_bundle_comes_without_downtime_and_sigterm_finishes_what_runs(serv
     assert set(statuses) <= {200, 404}, "404: it came after the end"
     assert 200 in statuses
     assert "drained" in service.log.read_text()
+
+
+def test_workers_draw_an_evaluations_batches(bundle):
+    from blockcache.tools.evaluation.ray_workers import LOCAL, RayWorkers
+    from blockcache.tools.evaluation.sampling import DrawTask, draw_batch
+
+    rng = np.random.default_rng(0)
+    shape = (2, *bundle.model.conditions[0].shape(bundle.model.sizes)[1:])
+    tasks = [
+        DrawTask(
+            positive={"encoder_hidden_states": rng.standard_normal(shape, np.float32)},
+            negative={"encoder_hidden_states": rng.standard_normal(shape, np.float32)},
+            seeds=[seed, seed + 1],
+            guidance_scale=2.0,
+        )
+        for seed in (0, 2, 4)
+    ]
+    preset = bundle.preset("ddim-4")
+    with Session.open(bundle, preset="ddim-4", backend="ort", threads=1) as session:
+        wanted = [draw_batch(session, task) for task in tasks]
+    workers = RayWorkers(LOCAL, bundle)
+    try:
+        drawn = dict(workers.draw(preset, tasks))
+    finally:
+        workers.close()
+    np.testing.assert_array_equal([drawn[place] for place in range(3)], wanted)
 
 
 def test_the_builder_makes_an_application():

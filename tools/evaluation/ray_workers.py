@@ -23,7 +23,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray reads it: no
 
 
 class RayWorkers:
-    """As many workers as the cluster has cores, or fewer where each takes several threads.
+    """As many workers as the cluster has free cores, or fewer where each takes several threads.
 
     Args:
         address: of a cluster, or ``LOCAL``.
@@ -50,7 +50,7 @@ class RayWorkers:
         else:
             ray.init(address, log_to_driver=False)
         cores = threads or 1
-        count = max(1, int(ray.cluster_resources().get("CPU", 1)) // cores)
+        count = max(1, int(ray.available_resources().get("CPU", 1)) // cores)
         make = ray.remote(num_cpus=cores)(_Worker)
         folder = bundle.folder.absolute()
         self._ray = ray

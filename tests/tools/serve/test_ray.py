@@ -225,7 +225,6 @@ def test_prometheus_finds_what_was_counted(service):
         ("requests_total", "status"): {str(s): count for s, count in service.statuses.items()},
         ("seconds_count", "part"): dict.fromkeys(PARTS, drawn),
         ("seconds_count", "bundle"): {"first": 4 * (drawn - 6), "second": 4 * 6},
-        ("pending", "bundle"): {"first": 0, "second": 0},
     }
 
     def exported():

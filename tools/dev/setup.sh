@@ -11,7 +11,9 @@ setup() {
       exit 1
     }
   fi
-  .venv/bin/python -m pip install --quiet --upgrade pip
-  .venv/bin/python -m pip install --quiet "torch==2.13.0"
-  .venv/bin/python -m pip install --quiet --editable ".[$extras]"
+  # Python compiles what is imported when it is: all of torch and diffusers would take half a minute.
+  local install=(.venv/bin/python -m pip install --quiet --no-compile)
+  "${install[@]}" --upgrade pip
+  "${install[@]}" "torch==2.13.0"
+  "${install[@]}" --editable ".[$extras]"
 }

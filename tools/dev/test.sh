@@ -3,7 +3,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup cpu,export,tensorrt-rtx,demo,evaluation,dev
 # For CLIP's vocabulary, which it carries as a file (MIT). It is not imported: it needs torchvision.
-.venv/bin/python -m pip install --quiet --no-deps "open_clip_torch==3.3.0"
+.venv/bin/python -m pip install --quiet --no-compile --no-deps "open_clip_torch==3.3.0"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/python tools/dev/link_types.py

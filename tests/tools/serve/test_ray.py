@@ -260,17 +260,20 @@ def test_only_the_ports_of_rays_replicas_listen_beyond_this_machine(service):
 
 
 def test_a_replica_that_dies_takes_no_request_with_it(service):
-    """What it had taken is sent again; a new one comes soon."""
+    """What it had taken is sent again; a new one comes soon. One that had nothing shows nothing."""
+    resent = 0
     with service.load(clients=6) as statuses:
-        assert until(lambda: len(statuses) > 12)
-        victim = service.processes(f"ServeReplica:{APP}:{APP}")[0]
-        victim.suspend()  # so that some of them are in it
-        time.sleep(0.3)
-        victim.kill()
-        before = len(statuses)
-        assert until(lambda: len(statuses) > before + 24)
+        for _ in range(3):
+            before = len(statuses)
+            assert until(lambda before=before: len(statuses) > before + 12)
+            service.processes(f"ServeReplica:{APP}:{APP}")[0].kill()
+            before = len(statuses)
+            assert until(lambda before=before: len(statuses) > before + 12)
+            resent = until(lambda: service.metrics("resent_total", "deployment").total(), 5)
+            if resent:
+                break
     assert set(statuses) == {200}
-    assert until(lambda: service.metrics("resent_total", "deployment").total() > 0)
+    assert resent
 
 
 def test_a_new_bundle_comes_without_downtime_and_sigterm_finishes_what_runs(service, bundle):

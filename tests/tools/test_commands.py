@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -20,7 +21,7 @@ from safetensors.numpy import save_file
 from blockcache import __version__
 from blockcache.runtime import Bundle, DriftMonitor, Session
 from blockcache.tools import cli
-from blockcache.tools.commands.names import precision_for
+from blockcache.tools.commands.names import precision_for, warn_of_guidance
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +312,23 @@ def test_a_float32_bundle_for_a_gpu_is_warned_of(blockcache, compiled):
         "is slow on a100. Compile the model again with --target a100"
     )
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("fitted", "guidance", "warned"),
+    [(None, 9.0, False), ([], None, False), ([], 5.0, False), ([], 7.5, True)],
+)
+def test_more_guidance_than_a_preset_is_fitted_to_is_warned_of(
+    compiled, caplog, fitted, guidance, warned
+):
+    preset = compiled("sd")[1].preset("ddim-4")
+    preset = dataclasses.replace(preset, solver={**preset.solver, "fitted": fitted})
+    assert preset.guidance_scale == 5.0
+    warn_of_guidance(preset, guidance)
+    told = (
+        "ddim-4 is fitted to guidance 5; at 7.5 its pictures end farther from those of more steps."
+    )
+    assert [r.getMessage().startswith(told) for r in caplog.records] == [True] * warned
 
 
 @pytest.mark.parametrize(

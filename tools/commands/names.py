@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from blockcache.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from blockcache.runtime import Bundle
+    from blockcache.runtime import Bundle, Preset
 
 PRECISIONS = {
     "float32": "float32", "fp32": "float32",
@@ -54,6 +54,20 @@ def warn_of_float32(precision: str, device: str) -> None:
             device,
             device,
         )
+
+
+def warn_of_guidance(preset: Preset, guidance: float | None) -> None:
+    """Say that a preset's fit holds no further than the guidance scale that it was made for."""
+    if guidance is None or guidance <= preset.guidance_scale or preset.solver.get("fitted") is None:
+        return
+    logging.getLogger("blockcache").warning(
+        "%s is fitted to guidance %g; at %g its pictures end farther from those of more steps. "
+        "Compile the model again with --guidance %g.",
+        preset.name,
+        preset.guidance_scale,
+        guidance,
+        guidance,
+    )
 
 
 def preset_of(bundle: Bundle, text: str | None) -> str:

@@ -110,7 +110,7 @@ def run(
     """
     from blockcache.runtime import Bundle, ConfigError, Pipeline
     from blockcache.runtime.engines.choice import make_backend
-    from blockcache.tools.commands.names import preset_of
+    from blockcache.tools.commands.names import preset_of, warn_of_guidance
     from blockcache.tools.commands.outputs import check_file
     from blockcache.tools.report.progress import StageProgress
     from blockcache.tools.sources.pictures import read_mask, read_picture
@@ -136,6 +136,7 @@ def run(
     _refuse_without_picture(control_image, control_scale, control_start, control_end)
     opened = Bundle.open(bundle)
     name = preset_of(opened, preset)
+    warn_of_guidance(opened.preset(name), guidance)
     start = None if image is None else read_picture(image)[None]
     mask = None if mask_image is None else read_mask(mask_image)
     followed = [read_picture(file) for file in control_image or ()]

@@ -324,6 +324,7 @@ def test_more_guidance_than_a_preset_is_fitted_to_is_warned_of(
     preset = compiled("sd")[1].preset("ddim-4")
     preset = dataclasses.replace(preset, solver={**preset.solver, "fitted": fitted})
     assert preset.guidance_scale == 5.0
+    caplog.clear()
     warn_of_guidance(preset, guidance)
     told = (
         "ddim-4 is fitted to guidance 5; at 7.5 its pictures end farther from those of more steps."

@@ -134,7 +134,7 @@ class SharedTraces:
         self._folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                gc.disable()  # a fifth of a trace's time, spent on looking for what there is not
+                gc.disable()  # the collector takes a fifth of a trace's time
                 try:
                     program = self._export(module, arguments, **options)
                 finally:

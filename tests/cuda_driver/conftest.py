@@ -98,7 +98,7 @@ class StandIn:
 
 @pytest.fixture(scope="session")
 def _loaded():
-    gc.freeze()  # what is imported by now: every test collects, and need not look through it
+    gc.freeze()  # every test collects; what is imported by now is not to be looked through again
     return StandIn() if LIBRARY else None
 
 

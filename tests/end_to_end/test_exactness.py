@@ -118,17 +118,23 @@ def random_preset(preset, seed, outputs):
     ],
 )
 @settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 2**32 - 1), rescale=st.sampled_from([0.0, 0.7]))
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rescale=st.sampled_from([0.0, 0.7]),
+    shape=st.sampled_from([(1, 16, 16), (3, 8, 12)]),
+)
 def test_the_loop_equals_the_reference_under_any_schedule(
-    compiled, conditions_of, kind, outputs, cuts, seed, rescale
+    compiled, conditions_of, kind, outputs, cuts, seed, rescale, shape
 ):
     model, bundle = compiled(kind, outputs, cuts=cuts)
     model = model.cut_at(cuts)
     session = Session.open(bundle, preset="dpm-20", verify=False)
     preset = random_preset(session.preset, seed, outputs)
     session = Session(bundle, preset, session.backend)
-    positive, negative = conditions_of(model, 2, seed=1), conditions_of(model, 1, seed=2)
-    noise = session.noise([0, 1])
+    count, *size = shape
+    positive = conditions_of(model, count, seed=1, size=size)
+    negative = conditions_of(model, 1, seed=2, size=size)
+    noise = session.noise(range(count), *size)
     ours = session.denoise(
         noise,
         positive["encoder_hidden_states"],
@@ -139,7 +145,7 @@ def test_the_loop_equals_the_reference_under_any_schedule(
         guidance_rescale=rescale,
     )
     tables = solver_tables(SolverConfig.from_json(preset.solver))
-    picked = Calibration(positive, negative).pick([0, 1], guided=True)
+    picked = Calibration(positive, negative).pick(range(count), guided=True)
     with CachedUNet(model, outputs) as cached:
         denoiser = Denoiser(cached, TableSteps(tables), picked, 3.0, rescale)
         drawn = denoiser.denoise(torch.from_numpy(noise), preset.schedule, preset.alignment)

@@ -139,11 +139,11 @@ def evaluate(
 @contextmanager
 def _workers(address: str | None, bundle: Bundle, draw: DrawOptions) -> Iterator[Workers | None]:
     """Those of a cluster while the body runs; None where this process draws."""
-    from blockcache.tools.evaluation.ray_workers import RayWorkers
-
     if address is None:
         yield None
         return
+    from blockcache.tools.evaluation.ray_workers import RayWorkers
+
     with closing(RayWorkers(address, bundle, draw.backend, draw.threads)) as workers:
         yield workers
 

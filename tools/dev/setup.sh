@@ -11,7 +11,7 @@ setup() {
       exit 1
     }
   fi
-  # Python compiles what is imported when it is: all of torch and diffusers would take half a minute.
+  # Python compiles a module at its first import; pip would compile all of torch for half a minute.
   local install=(.venv/bin/python -m pip install --quiet --no-compile)
   "${install[@]}" --upgrade pip
   "${install[@]}" "torch==2.13.0"
